@@ -1,0 +1,77 @@
+"""Text and token ids into model inputs, refused with a reason where they cannot be right."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_interp.adapters import ModelSpec
+from moe_interp.errors import BadInput
+
+Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Tensor]
+
+
+def encode(
+    inputs: Inputs, tokenizer: Any, spec: ModelSpec, device: torch.device, padding_side: str | None = None
+) -> dict[str, Any]:
+    """Model inputs of a text, texts, token ids [S] or [B, S], or a mapping of them.
+
+    Raises:
+        BadInput: an empty text, text without a tokenizer, ids out of the vocabulary, more tokens than the context.
+    """
+    if isinstance(inputs, Mapping):
+        found = dict(inputs)
+    elif isinstance(inputs, str) or (isinstance(inputs, Sequence) and inputs and isinstance(inputs[0], str)):
+        found = _tokenize([inputs] if isinstance(inputs, str) else list(inputs), tokenizer, padding_side)
+    else:
+        found = {"input_ids": _ids(inputs)}
+    if "input_ids" in found:
+        _check(found["input_ids"], spec, found.get("attention_mask"))
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in found.items()}
+
+
+def _tokenize(texts: list[Any], tokenizer: Any, padding_side: str | None) -> dict[str, Any]:
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise BadInput(f"text {number} is empty", expected="at least one character", got=repr(text))
+    if tokenizer is None:
+        raise BadInput(
+            "text needs a tokenizer", expected="token ids", got="text", do="Pass one to moe.wrap(model, tokenizer)."
+        )
+    if len(texts) > 1 and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    side = {"padding_side": padding_side} if padding_side else {}
+    found = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, **side)
+    return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
+
+
+def _ids(inputs: Any) -> Tensor:
+    try:
+        ids = inputs if isinstance(inputs, Tensor) else torch.tensor(inputs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadInput("not model inputs", expected="text or token ids", got=str(error)) from error
+    return ids[None] if ids.dim() == 1 else ids
+
+
+def _check(ids: Tensor, spec: ModelSpec, mask: Tensor | None) -> None:
+    if ids.dim() != 2 or ids.dtype.is_floating_point or ids.numel() == 0:
+        raise BadInput(
+            "not token ids", expected="integers of shape [batch, pos]", got=f"{ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    if mask is not None and not mask.any(dim=1).all():
+        raise BadInput("a text without a real token", expected="an attention mask with a 1 in every row")
+    if int(ids.min()) < 0 or int(ids.max()) >= spec.vocab_size:
+        raise BadInput(
+            "token id out of the vocabulary",
+            expected=f"ids from 0 to {spec.vocab_size - 1}",
+            got=f"{int(ids.min())} to {int(ids.max())}",
+        )
+    length = int(mask.sum(dim=1).max()) if mask is not None and mask.dim() == 2 else ids.shape[1]
+    if length > spec.context_length:
+        raise BadInput(
+            "text over the context length",
+            expected=f"at most {spec.context_length} tokens",
+            got=str(length),
+            do="Shorten it, or split it into documents.",
+        )

@@ -1,0 +1,162 @@
+"""Edits and reads, hooked to a host's points for as long as a forward pass (or a generation) takes.
+
+The hooks of a point run in the order: edits as given, then what the routing and the reads keep. So what is read is
+what the model went on with.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_interp.adapters import ModelSpec
+from moe_interp.errors import BadInput
+from moe_interp.hosts.local import LocalHost
+from moe_interp.interventions import Edit, Intervention
+from moe_interp.interventions.base import layers_at
+from moe_interp.points import POINTS
+from moe_interp.run import Context, Read, Routing, Tokens
+
+
+class Session:
+    """One or more forward passes under the same edits.
+
+    Raises:
+        UnknownName: an intervention or a read names something that the model does not have.
+        BadInput: a point is read twice at one layer, or edited though it is read-only.
+    """
+
+    def __init__(self, host: LocalHost, edits: Sequence[Intervention], reads: Sequence[Read], grad: bool = False):
+        self.host, self.spec, self.grad = host, host.spec, grad
+        self.edits = [(number, edit) for number, one in enumerate(edits) for edit in one.edits(self.spec)]
+        self.widths = {layer: k for one in edits for layer, k in one.widths(self.spec).items()}
+        self.reads = resolve_reads(self.spec, reads)
+        self.positions = [getattr(one, "positions", None) for one in edits]
+        self.touched = [0] * len(edits)
+        self.values: dict[tuple[str, int | None], Tensor] = {}
+        self.contexts: dict[int | None, Context] = {}
+        self.tokens: Tokens | None = None
+
+    @contextmanager
+    def __call__(self) -> Iterator["Session"]:
+        """Hook everything inside the ``with``."""
+        with ExitStack() as stack, torch.set_grad_enabled(self.grad):
+            stack.enter_context(self.host.widened(self.widths))
+            handle = self.host.hf.register_forward_pre_hook(self._begin, with_kwargs=True)
+            stack.callback(handle.remove)
+            for point, layer, hook in self._hooks():
+                stack.callback(self.host.point(point, layer).register_forward_hook(hook).remove)
+            yield self
+
+    def routing(self) -> dict[int, Routing]:
+        """The routing of every MoE layer in the last forward pass."""
+        return {layer: self._routing(layer) for layer in self.spec.moe_layers}
+
+    def _routing(self, layer: int) -> Routing:
+        context = self.contexts[layer]
+        if context.ids is None or context.weights is None:
+            raise BadInput(f"the experts of layer {layer} did not run", expected="a whole forward pass")
+        whole = {name: self.values.get((name, layer)) for name in ("router_logits", "router_scores")}
+        full = {
+            name: value if value is not None and value.shape[1] == context.ids.shape[1] else None
+            for name, value in whole.items()
+        }
+        return Routing(
+            context.ids, context.weights, context.tokens.mask, full["router_logits"], full["router_scores"]
+        )
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before every forward pass: which tokens are real, and a fresh context for every layer."""
+        self.tokens = tokens = _tokens(args, kwargs)
+        for positions in self.positions:
+            if positions is not None and kwargs.get("past_key_values") is None and not tokens.at(positions).any():
+                raise BadInput(
+                    "an edit can never touch anything",
+                    expected=f"positions within the {int(tokens.mask.sum(1).max())} tokens of the longest text",
+                    got=f"positions {list(positions)}",
+                )
+        layers = [None, *range(self.spec.num_layers)]
+        self.contexts = {layer: Context(layer, tokens) for layer in layers}
+
+    def _hooks(self) -> Iterator[tuple[str, int | None, Callable[..., Any]]]:
+        for number, edit in self.edits:
+            yield edit.point, edit.layer, self._edit_hook(number, edit)
+        for layer in self.spec.moe_layers:
+            yield "expert_ids", layer, self._context_hook(layer, "ids")
+            yield "gate_weights", layer, self._context_hook(layer, "weights")
+        for (point, layer), read in self.reads.items():
+            yield point, layer, self._read_hook(point, layer, read)
+
+    def _edit_hook(self, number: int, edit: Edit) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor:
+            change = edit.fn(value, self.contexts[edit.layer])
+            self.touched[number] += change.touched
+            return change.value
+
+        return hook
+
+    def _context_hook(self, layer: int, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> None:
+            setattr(self.contexts[layer], name, value)
+
+        return hook
+
+    def _read_hook(self, point: str, layer: int | None, read: Read) -> Callable[..., Any]:
+        on_path = self.grad and POINTS[point].editable and POINTS[point].differentiable
+
+        def hook(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:
+            index = self._index(read, value)
+            kept = value.clone() if index is None else value.gather(1, index)
+            self.values[point, layer] = kept
+            if not on_path:
+                return None
+            # What is kept must lie on the way to the logits, or no gradient would ever reach it. The model goes on
+            # with a copy, so that nothing it does in place can change what was read.
+            return kept.clone() if index is None else value.scatter(1, index, kept)
+
+        return hook
+
+    def _index(self, read: Read, value: Tensor) -> Tensor | None:
+        if read.positions is None or self.tokens is None:
+            return None
+        columns = self.tokens.columns(read.positions)
+        tail = value.shape[2:]
+        return columns.view(*columns.shape, *[1] * len(tail)).expand(*columns.shape, *tail)
+
+
+def resolve_reads(spec: ModelSpec, reads: Sequence[Read]) -> dict[tuple[str, int | None], Read]:
+    """Every (point, layer) to keep, with the read that asked for it.
+
+    Raises:
+        UnknownName: no such point or layer.
+        BadInput: the same point is asked for twice at one layer.
+    """
+    wanted: dict[tuple[str, int | None], Read] = {}
+    for read in reads:
+        for layer in layers_at(spec, read.point, read.layers):
+            if (read.point, layer) in wanted:
+                raise BadInput(
+                    f"{read.point!r} is read twice at layer {layer}", expected="one read of a point at a layer"
+                )
+            wanted[read.point, layer] = read
+    return wanted
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens:
+    given = args[0] if args else kwargs.get("input_ids")
+    given = kwargs["inputs_embeds"] if given is None else given
+    batch, length = given.shape[:2]
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        mask = torch.ones(batch, past + length, dtype=torch.bool, device=given.device)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise BadInput(
+            "cannot tell real tokens from padding",
+            expected="an attention mask of shape [batch, pos]",
+            got=f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__,
+        )
+    return Tokens.from_mask(mask, length)

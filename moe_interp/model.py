@@ -1,0 +1,275 @@
+"""A mixture-of-experts model whose inside can be read and edited: `MoEModel`, and `load` and `wrap` that make one."""
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe_interp import __version__
+from moe_interp.adapters import ModelSpec, describe
+from moe_interp.encode import Inputs, encode
+from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
+from moe_interp.hosts import Experts, ExpertWeights, LocalHost, Session, expert_weights
+from moe_interp.interventions import Intervention
+from moe_interp.run import Read, Run, positions_of
+
+REFERENCE = Path(__file__).parent / "zoo" / "reference"
+_HOST = "_moe_interp_host"
+
+Reads = Sequence[str | Read]
+Edits = Sequence[Intervention] | Intervention
+
+
+class MoEModel:
+    """A transformers model, its tokenizer, and the points of its inside.
+
+    The model stays instrumented until `close`, or the end of the ``with`` that it is used in. Wrapping one model twice
+    is fine: it is restored when the last wrapper closes.
+
+    Attributes:
+        hf: the transformers model itself.
+        spec: what its architecture computes.
+        tokenizer: may be None; then only token ids are taken.
+        name: for provenance and titles.
+    """
+
+    def __init__(self, hf: nn.Module, tokenizer: Any = None, name: str | None = None):
+        self.hf, self.tokenizer = hf, tokenizer
+        self.spec: ModelSpec = describe(hf)
+        self.name = name or getattr(hf, "name_or_path", "") or self.spec.model_type
+        self._closed = False
+        self._host = _open_host(hf, self.spec)
+
+    def close(self) -> None:
+        """Leave the transformers model as it was found."""
+        if not self._closed:
+            self._closed = True
+            _close_host(self.hf)
+
+    def __enter__(self) -> "MoEModel":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the MoE layers, as the checkpoint numbers its layers."""
+        return self.spec.moe_layers
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """Names of the points that this architecture has."""
+        return self.spec.points
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.hf.get_submodule(self.spec.embed).weight.device  # type: ignore[union-attr,return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.hf.get_submodule(self.spec.embed).weight.dtype  # type: ignore[union-attr,return-value]
+
+    def run(self, inputs: Inputs, *, read: Reads | str | Read = (), edit: Edits = (), grad: bool = False) -> Run:
+        """One forward pass: read points, make edits.
+
+        Args:
+            inputs: a text, texts, token ids [S] or [B, S], or a mapping of model inputs.
+            read: names of points (at all their layers) or ``moe.select(...)``.
+            edit: interventions, carried out in order.
+            grad: keep the graph, so that gradients reach what was read.
+
+        Raises:
+            UnknownName: a point, layer or expert that the model does not have.
+            BadInput: inputs or edits that cannot be right.
+            BadCheckpoint: the weights are not finite.
+        """
+        self._check_open()
+        interventions = _listed(edit, Intervention)
+        session = Session(self._host, interventions, [_as_read(one) for one in _listed(read, (str, Read))], grad)
+        model_inputs = encode(inputs, self.tokenizer, self.spec, self.device)
+        with session():
+            output = self.hf(**({"use_cache": False} | model_inputs))
+        tokens = session.tokens
+        if tokens is None:
+            raise UnsupportedModel("the model ran without its forward hooks", expected="a call of the whole model")
+        self._check_finite(output.logits, tokens.mask, bool(interventions))
+        return Run(
+            logits=output.logits,
+            token_ids=model_inputs.get("input_ids"),
+            tokens=tokens,
+            routing=session.routing(),
+            values=session.values,
+            touched=tuple(session.touched),
+            provenance=self.provenance(),
+        )
+
+    def generate(self, inputs: Inputs, *, edit: Edits = (), **options: Any) -> str | list[str] | Tensor:
+        """transformers' ``generate`` under edits, which act at every step.
+
+        Positions count from the start of the text; negative ones from the newest token of each step.
+
+        Returns:
+            The continued text (or texts) if given text; else token ids [B, S + new], prompt included.
+        """
+        self._check_open()
+        session = Session(self._host, _listed(edit, Intervention), ())
+        model_inputs = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
+        with session():
+            ids = cast(Any, self.hf).generate(**model_inputs, **options)
+        if isinstance(inputs, str):
+            return str(self.tokenizer.decode(ids[0], skip_special_tokens=True))
+        if isinstance(inputs, Sequence) and inputs and isinstance(inputs[0], str):
+            return list(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
+        return ids
+
+    def decode(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
+        """Logits of a residual stream: the model's own final norm, unembedding, scale and soft-cap."""
+        logits = self.hf.get_submodule(self.spec.unembed)(self.hf.get_submodule(self.spec.final_norm)(hidden))
+        logits = logits * self.spec.logit_scale if self.spec.logit_scale != 1.0 else logits
+        cap = self.spec.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def experts(self, layer: int) -> Experts:
+        """The experts of a layer as a function of any input and any expert ids.
+
+        Raises:
+            UnknownName: no such MoE layer.
+        """
+        moe = self.spec.moe(layer)
+        return Experts(self.hf.get_submodule(moe.experts), moe.num_experts)
+
+    def weights(self, layer: int, expert: int) -> ExpertWeights:
+        """One expert's matrices, in one layout for every architecture.
+
+        Raises:
+            UnknownName: no such layer or expert.
+        """
+        self.spec.check_expert(layer, expert)
+        return expert_weights(self.hf.get_submodule(self.spec.moe(layer).experts), expert)
+
+    def provenance(self) -> dict[str, str | int | float]:
+        """What a result must say about the model it was measured on."""
+        return {
+            "model": self.name,
+            "model_type": self.spec.model_type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "moe_interp": __version__,
+            "transformers": importlib.metadata.version("transformers"),
+            "torch": torch.__version__,
+        }
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BadInput("the model is closed", expected="an open MoEModel", do="Wrap or load it again.")
+
+    def _check_finite(self, logits: Tensor, mask: Tensor, edited: bool) -> None:
+        # NaN anywhere in a hidden state reaches every logit of that token, so one column tells.
+        if edited or not bool(logits[..., 0].detach()[mask[:, -logits.shape[1] :]].isnan().any()):
+            return
+        check_weights(self.hf)
+        raise BadCheckpoint("the model returned NaN", expected="finite logits", do="Try another dtype.")
+
+
+def check_weights(hf: nn.Module) -> None:
+    """Refuse a model with weights that are not finite.
+
+    Raises:
+        BadCheckpoint: naming the first such parameter.
+    """
+    for name, parameter in hf.named_parameters():
+        bad = int((~parameter.isfinite()).sum()) if not parameter.is_meta else 0
+        if bad:
+            raise BadCheckpoint(
+                "weights are not finite",
+                expected="finite values",
+                got=f"{bad} NaN or infinite values in {name}",
+                do="The checkpoint is damaged: fetch it again.",
+            )
+
+
+def _as_read(one: str | Read) -> Read:
+    return Read(one) if isinstance(one, str) else Read(one.point, positions_of(one.layers), positions_of(one.positions))
+
+
+def _listed(given: Any, kinds: Any) -> list[Any]:
+    items = [given] if isinstance(given, kinds) else list(given)
+    for item in items:
+        if not isinstance(item, kinds):
+            raise BadInput(
+                "not something that can be read or made",
+                expected="point names or moe.select(...) to read, interventions such as moe.ablate(...) to edit",
+                got=repr(item),
+            )
+    return items
+
+
+def _open_host(hf: nn.Module, spec: ModelSpec) -> LocalHost:
+    host, users = hf.__dict__.get(_HOST) or (LocalHost(hf, spec), 0)
+    hf.__dict__[_HOST] = (host, users + 1)
+    return cast(LocalHost, host)
+
+
+def _close_host(hf: nn.Module) -> None:
+    host, users = hf.__dict__[_HOST]
+    if users > 1:
+        hf.__dict__[_HOST] = (host, users - 1)
+        return
+    del hf.__dict__[_HOST]
+    host.remove()
+
+
+def wrap(hf: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> MoEModel:
+    """Open a transformers model that is already in memory; nothing in it is copied or changed for good.
+
+    Raises:
+        UnsupportedModel: its architecture cannot be opened correctly.
+    """
+    return MoEModel(hf, tokenizer, name)
+
+
+def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **options: Any) -> MoEModel:
+    """Load a checkpoint and open it: the bundled reference model, a hub id, or a folder.
+
+    Args:
+        name: None for the bundled model, which needs no network.
+        trust_remote_code: whether code that lies beside the checkpoint may run.
+        options: as for ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
+
+    Raises:
+        UnsupportedModel: an unknown or dense architecture.
+        BadCheckpoint: nothing there, not readable, or weights that are missing or not finite.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(REFERENCE if name is None else name)
+    try:
+        # Safetensors only: a pickled checkpoint could run anything.
+        hf, report = AutoModelForCausalLM.from_pretrained(
+            source, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadCheckpoint(
+            f"cannot load {source!r}",
+            expected="a hub id, or a folder with config.json, *.safetensors and a tokenizer",
+            got=str(error).strip().splitlines()[0],
+        ) from error
+    if report["missing_keys"]:
+        raise BadCheckpoint(
+            f"cannot load {source!r}", expected="all weights", got=f"none for {sorted(report['missing_keys'])[:3]}"
+        )
+    check_weights(hf)
+    return MoEModel(hf.eval(), tokenizer, name="reference" if name is None else str(name))
+
+

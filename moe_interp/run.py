@@ -1,0 +1,195 @@
+"""What goes into and comes out of one instrumented forward pass.
+
+`Tokens` says which positions are real, `Read` which values to keep, `Context` what an edit may look at, `Routing` and
+`Run` what came out. Positions count real tokens: 0 is the first, -1 the last, wherever the padding is.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_interp.errors import BadInput, UnknownName
+
+Positions = int | tuple[int, ...] | None
+
+
+def positions_of(positions: int | Iterable[int] | None) -> tuple[int, ...] | None:
+    """Positions as a tuple; None stays None and means all."""
+    if positions is None or isinstance(positions, int):
+        return positions if positions is None else (positions,)
+    return tuple(positions)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Which entries of a padded batch are real tokens, and how they are numbered.
+
+    Attributes:
+        mask: [B, S], True at real tokens.
+        index: [B, S], the number of each real token in its text; with a KV cache this goes on from the cached ones.
+    """
+
+    mask: Bool[Tensor, "B S"]
+    index: Int[Tensor, "B S"]
+
+    @classmethod
+    def from_mask(cls, attention_mask: Tensor, length: int) -> "Tokens":
+        """From an attention mask over cached and current tokens, of which the last ``length`` are current."""
+        mask = attention_mask.bool()
+        return cls(mask[:, -length:], (mask.long().cumsum(1) - 1)[:, -length:])
+
+    def at(self, positions: tuple[int, ...] | None) -> Bool[Tensor, "B S"]:
+        """[B, S], True at the given positions of every text (at all real tokens for None)."""
+        if positions is None:
+            return self.mask
+        seen = (self.index.max(dim=1, keepdim=True).values + 1).expand_as(self.index)
+        hit = torch.zeros_like(self.mask)
+        for position in positions:
+            hit |= self.index == (position if position >= 0 else seen + position)
+        return hit & self.mask
+
+    def columns(self, positions: tuple[int, ...]) -> Int[Tensor, "B P"]:
+        """[B, P], the column of each position in each text.
+
+        Raises:
+            BadInput: a text is too short to have one of the positions.
+        """
+        found = torch.stack([self._column(position) for position in positions], dim=1)
+        return found
+
+    def _column(self, position: int) -> Int[Tensor, " B"]:
+        hit = self.at((position,))
+        short = (~hit.any(dim=1)).nonzero().flatten().tolist()
+        if short:
+            length = int(self.mask[short[0]].sum())
+            raise BadInput(
+                f"no position {position} in text {short[0]}",
+                expected=f"a position from {-length} to {length - 1}",
+                got=str(position),
+            )
+        return hit.int().argmax(dim=1)
+
+
+@dataclass(frozen=True)
+class Read:
+    """Which values of a point to keep: at these layers and positions (None: all)."""
+
+    point: str
+    layers: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None
+
+
+def select(
+    point: str, *, layers: int | Iterable[int] | None = None, positions: int | Iterable[int] | None = None
+) -> Read:
+    """Keep only part of a point's values: ``read=[moe.select("expert_out", layers=[5], positions=-1)]``."""
+    return Read(point, positions_of(layers), positions_of(positions))
+
+
+@dataclass
+class Context:
+    """What an edit may look at besides the value it changes.
+
+    Attributes:
+        layer: the layer of the point (None for a point of the whole model).
+        tokens: which entries are real.
+        ids, weights: [B, S, K], the layer's experts and combine weights, once they are known (after edits of them).
+    """
+
+    layer: int | None
+    tokens: Tokens
+    ids: Int[Tensor, "B S K"] | None = None
+    weights: Float[Tensor, "B S K"] | None = None
+
+    def slots_of(self, expert: int, positions: tuple[int, ...] | None = None) -> Bool[Tensor, "B S K"]:
+        """[B, S, K], True where a slot of a real token (at the given positions) holds this expert."""
+        if self.ids is None:
+            raise BadInput(
+                "no experts chosen yet at this point", expected="a point after expert_ids", got="an earlier one"
+            )
+        return (self.ids == expert) & self.tokens.at(positions)[..., None]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Who was routed where at one layer.
+
+    Attributes:
+        ids, weights: [B, S, K], experts and combine weights, in the model's own slot order (which may not be by weight).
+        mask: [B, S], True at real tokens.
+        logits, scores: [B, S, E], if ``router_logits`` or ``router_scores`` were read at all positions.
+    """
+
+    ids: Int[Tensor, "B S K"]
+    weights: Float[Tensor, "B S K"]
+    mask: Bool[Tensor, "B S"]
+    logits: Float[Tensor, "B S E"] | None = None
+    scores: Float[Tensor, "B S E"] | None = None
+
+    def by_rank(self) -> Int[Tensor, "B S K"]:
+        """[B, S, K], the slots from the heaviest to the lightest."""
+        return self.weights.argsort(dim=-1, descending=True, stable=True)
+
+
+@dataclass
+class Run:
+    """One forward pass: logits, the points read, the routing of every MoE layer.
+
+    ``run["expert_out", 5]`` is the value of a point at a layer, ``run["embed"]`` that of a point of the whole model.
+
+    Attributes:
+        logits: [B, S, V].
+        token_ids: [B, S] (None when the model was given embeddings).
+        tokens: which positions are real.
+        routing: by MoE layer.
+        touched: for each intervention, in the order given, how many values (token-slots, tokens) it changed.
+        provenance: what was run on what, with which versions.
+    """
+
+    logits: Float[Tensor, "B S V"]
+    token_ids: Int[Tensor, "B S"] | None
+    tokens: Tokens
+    routing: Mapping[int, Routing]
+    values: Mapping[tuple[str, int | None], Tensor]
+    touched: tuple[int, ...] = ()
+    provenance: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    @property
+    def mask(self) -> Bool[Tensor, "B S"]:
+        """[B, S], True at real tokens."""
+        return self.tokens.mask
+
+    def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
+        point, layer = (key, None) if isinstance(key, str) else key
+        if (point, layer) not in self.values:
+            kept = ", ".join(sorted({name for name, _ in self.values})) or "none"
+            raise UnknownName(
+                f"run holds no {point!r}" + (f" at layer {layer}" if layer is not None else ""),
+                expected=f"a point that was read ({kept}) at one of its layers",
+                got=repr(key),
+                do="Name it in model.run(..., read=[...]) and index with run[point, layer].",
+            )
+        return self.values[point, layer]
+
+    def expert(self, layer: int, expert: int) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"]]:
+        """Unweighted output of one expert, zero where it did not run, and the mask of tokens that used it.
+
+        Raises:
+            UnknownName: ``expert_out`` was not read at this layer.
+        """
+        outputs = self["expert_out", layer]
+        slots = (self.routing[layer].ids == expert) & self.mask[..., None]
+        return torch.where(slots[..., None], outputs, 0.0).sum(dim=2), slots.any(dim=2)
+
+    def heaviest(self, layer: int, rank: int = 0) -> Float[Tensor, "B S D"]:
+        """Unweighted output of the expert whose weight is the ``rank``-th largest (0: the heaviest) at each token.
+
+        Raises:
+            UnknownName: ``expert_out`` was not read at this layer.
+        """
+        outputs = self["expert_out", layer]
+        slot = self.routing[layer].by_rank()[..., rank, None, None]
+        return outputs.gather(2, slot.expand(*slot.shape[:3], outputs.shape[-1])).squeeze(2)
