@@ -1,10 +1,11 @@
 """A mixture-of-experts model whose inside can be read and edited: `MoEModel`, and `load` and `wrap` that make one."""
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,9 @@ from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
 from moe_interp.hosts import Experts, ExpertWeights, LocalHost, Session, expert_weights
 from moe_interp.interventions import Intervention
 from moe_interp.run import Read, Run, positions_of
+
+if TYPE_CHECKING:
+    from moe_interp.audit import Audit
 
 REFERENCE = Path(__file__).parent / "zoo" / "reference"
 _HOST = "_moe_interp_host"
@@ -96,7 +100,7 @@ class MoEModel:
         self._check_open()
         interventions = _listed(edit, Intervention)
         session = Session(self._host, interventions, [_as_read(one) for one in _listed(read, (str, Read))], grad)
-        model_inputs = encode(inputs, self.tokenizer, self.spec, self.device)
+        model_inputs = self.encode(inputs)
         with session():
             output = self.hf(**({"use_cache": False} | model_inputs))
         tokens = session.tokens
@@ -168,6 +172,30 @@ class MoEModel:
             "transformers": importlib.metadata.version("transformers"),
             "torch": torch.__version__,
         }
+
+    def encode(self, inputs: Inputs) -> dict[str, Any]:
+        """The inputs that the transformers model is given for a text, texts or token ids.
+
+        Raises:
+            BadInput: inputs that cannot be right.
+        """
+        return encode(inputs, self.tokenizer, self.spec, self.device)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """The model as it was found, with transformers' ``grouped_mm`` experts, inside the ``with``."""
+        with self._host.removed():
+            yield
+
+    def audit(self, inputs: Inputs | None = None) -> "Audit":
+        """Check this checkpoint: completeness, bit-equality, relations between points, and that edits take.
+
+        Args:
+            inputs: what to run on; by default a few random token ids, seeded.
+        """
+        from moe_interp.audit import audit
+
+        return audit(self, inputs)
 
     def _check_open(self) -> None:
         if self._closed:

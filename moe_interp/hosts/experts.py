@@ -48,7 +48,7 @@ def expert_outputs(
     hidden: Float[Tensor, "T D"],
     ids: Int[Tensor, "T K"],
     on_act: Callable[[Tensor], Tensor] | None = None,
-) -> Float[Tensor, "T*K D"]:
+) -> Float[Tensor, "TK D"]:
     """Unweighted outputs of the chosen experts, token by token and slot by slot.
 
     ``on_act`` is shown the neurons [T*K, F] (the input of the down-projection) in the same order and returns those to
@@ -70,7 +70,7 @@ def expert_outputs(
 
 
 def weighted_sum(
-    outputs: Float[Tensor, "T*K D"], weights: Float[Tensor, "T K"], dtype: torch.dtype
+    outputs: Float[Tensor, "TK D"], weights: Float[Tensor, "T K"], dtype: torch.dtype
 ) -> Float[Tensor, "T D"]:
     """The sum over slots of weight times output, in the order and precision of ``grouped_mm``."""
     weighted = outputs * weights.reshape(-1, 1)

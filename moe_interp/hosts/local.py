@@ -118,8 +118,7 @@ class LocalHost:
 
     def _replace_experts(self, experts: Any, taps: Taps) -> None:
         self.configs[experts] = experts.config
-        experts.config = copy.copy(experts.config)
-        experts.config._experts_implementation_internal = IMPLEMENTATION
+        experts.config = _choosing(experts.config, IMPLEMENTATION)
         experts._moe_taps = taps
 
     def remove(self) -> None:
@@ -134,6 +133,21 @@ class LocalHost:
         self.handles, self.configs = [], {}
 
     @contextmanager
+    def removed(self) -> Iterator[None]:
+        """The model without any of this, and on transformers' ``grouped_mm``, inside the ``with``."""
+        experts: list[Any] = list(self.configs)
+        self.remove()
+        configs = [module.config for module in experts]
+        try:
+            for module in experts:
+                module.config = _choosing(module.config, "grouped_mm")
+            yield
+        finally:
+            for module, config in zip(experts, configs, strict=True):
+                module.config = config
+            self._install()
+
+    @contextmanager
     def widened(self, widths: Mapping[int, int]) -> Iterator[None]:
         """Let routers choose another number of experts (by layer) inside the ``with``."""
         with ExitStack() as stack:
@@ -142,6 +156,13 @@ class LocalHost:
                 stack.callback(setattr, router, "top_k", router.top_k)
                 router.top_k = k
             yield
+
+
+def _choosing(config: Any, implementation: str) -> Any:
+    """A copy of a config that chooses this experts function."""
+    chosen = copy.copy(config)
+    chosen._experts_implementation_internal = implementation
+    return chosen
 
 
 def _attach(hf: nn.Module, taps: Taps, name: str, site: Any) -> list[RemovableHandle]:

@@ -1,0 +1,265 @@
+"""Texts in: documents with a domain, from files or Hugging Face datasets, and batches of them.
+
+A document is the unit of every interval in this package, because tokens of one text are not independent.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from moe_interp.errors import BadData, BadInput
+
+if TYPE_CHECKING:
+    from moe_interp.model import MoEModel
+
+SAMPLE = Path(__file__).parent / "zoo" / "sample.jsonl"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and the group it is counted in."""
+
+    text: str
+    domain: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in a fixed order.
+
+    Raises:
+        BadInput: no documents, or one that is empty.
+    """
+
+    documents: tuple[Document, ...]
+    source: str = "memory"
+
+    def __post_init__(self) -> None:
+        if not self.documents:
+            raise BadInput("a corpus without documents", expected="at least one", got=self.source)
+        for document in self.documents:
+            if not document.text.strip():
+                raise BadInput(f"document {document.name!r} is empty", expected="at least one character of text")
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, list[str]], source: str = "memory") -> "Corpus":
+        """From lists of texts by domain."""
+        found = (
+            Document(text, domain, f"{domain}/{number}")
+            for domain, members in texts.items()
+            for number, text in enumerate(members)
+        )
+        return cls(tuple(found), source)
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains, in the order in which they first occur."""
+        return tuple(dict.fromkeys(document.domain for document in self.documents))
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, in order."""
+        return [document.text for document in self.documents]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[N], the number of each document's domain in `domains`."""
+        number = {domain: index for index, domain in enumerate(self.domains)}
+        return np.array([number[document.domain] for document in self.documents])
+
+    def take(self, per_domain: int) -> "Corpus":
+        """The first documents of every domain."""
+        kept = [
+            document
+            for domain in self.domains
+            for document in islice((one for one in self.documents if one.domain == domain), per_domain)
+        ]
+        return Corpus(tuple(kept), self.source)
+
+
+def sample() -> Corpus:
+    """The bundled documents: 24 short ones for each of the reference model's nine domains, written for this project."""
+    return read_corpus(SAMPLE)
+
+
+def read_corpus(path: str | Path, *, domain: str | None = None, limit: int | None = None) -> Corpus:
+    """Documents from a file, a folder of files, or a Hugging Face dataset.
+
+    ``.jsonl`` and ``.parquet`` have a ``text`` field, and may have ``domain`` and ``name``; ``.txt`` is one document for
+    each block of lines between blank lines. A folder is read file by file. Anything that is no path is taken for the
+    id of a dataset on the hub. Where nothing names a domain it is the file's name.
+
+    Args:
+        path: where to read.
+        domain: the domain of all documents, in place of what the data say.
+        limit: at most so many documents of each file.
+
+    Raises:
+        BadData: nothing there, an unknown format, or a line that cannot be read (with its number).
+    """
+    source = Path(path)
+    if source.is_dir() and not (source / "dataset_info.json").exists() and not (source / "dataset_dict.json").exists():
+        files = sorted(file for file in source.iterdir() if file.suffix in _READERS)
+        if not files:
+            raise BadData(f"no data in {source}", expected=f"files of type {', '.join(_READERS)}", got="none")
+    else:
+        files = [source]
+    documents = [document for file in files for document in islice(_documents(file, domain), limit)]
+    if not documents:
+        raise BadData(f"no documents in {source}", expected="at least one", got="none")
+    return Corpus(tuple(documents), str(path))
+
+
+def _documents(file: Path, domain: str | None) -> Iterator[Document]:
+    if file.is_file() and file.suffix not in _READERS:
+        raise BadData(f"cannot read {file}", expected=f"a file of type {', '.join(_READERS)}", got=repr(file.suffix))
+    if file.suffix in _READERS and not file.exists():
+        raise BadData(f"no file {file}", expected="an existing file or folder, or a dataset id", got=str(file))
+    records = _READERS[file.suffix](file) if file.suffix in _READERS else _dataset(file)
+    for number, record in enumerate(records):
+        text = record.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise BadData(
+                f"record {number + 1} of {file} has no text",
+                expected="a non-empty string under 'text'",
+                got=repr(text)[:80],
+            )
+        name = str(record.get("name") or f"{file.stem}/{number}")
+        yield Document(text, domain or str(record.get("domain") or file.stem), name)
+
+
+def _jsonl(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _json_object(line, f"line {number} of {file}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadData(f"cannot read {file}", expected="UTF-8 text", got=str(error)) from error
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadData(f"cannot read {where}", expected="a JSON object", got=str(error)) from error
+    if not isinstance(record, dict):
+        raise BadData(f"cannot read {where}", expected="a JSON object with 'text'", got=type(record).__name__)
+    return record
+
+
+def _text(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        blocks = file.read_text(encoding="utf-8").split("\n\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadData(f"cannot read {file}", expected="UTF-8 text", got=str(error)) from error
+    yield from ({"text": block} for block in blocks if block.strip())
+
+
+def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise BadData("parquet needs pyarrow", do="pip install 'moe-interp[data]'") from error
+    try:
+        table = parquet.ParquetFile(file)
+        wanted = [name for name in ("text", "domain", "name") if name in table.schema_arrow.names]
+        for batch in table.iter_batches(columns=wanted):
+            yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise BadData(f"cannot read {file}", expected="a parquet file", got=str(error).splitlines()[0]) from error
+
+
+def _dataset(source: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise BadData(
+            f"no file {source}", expected="an existing file or folder", do="For datasets: pip install 'moe-interp[data]'"
+        ) from error
+    try:
+        found = datasets.load_from_disk(str(source)) if source.is_dir() else datasets.load_dataset(str(source))
+    except Exception as error:
+        raise BadData(
+            f"no data at {source}",
+            expected="an existing file or folder, or the id of a dataset",
+            got=str(error).strip().splitlines()[0],
+        ) from error
+    parts = found.values() if isinstance(found, dict) else [found]
+    yield from (dict(record) for part in parts for record in part)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+    ".jsonl": _jsonl,
+    ".txt": _text,
+    ".parquet": _parquet,
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents padded to one length.
+
+    Attributes:
+        inputs: ``input_ids`` and ``attention_mask``, [B, S].
+        documents: [B], their numbers in the corpus.
+        truncated: how many of them were cut to the longest length allowed.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    documents: np.ndarray
+    truncated: int
+
+
+def batches(
+    model: "MoEModel", corpus: Corpus, *, max_tokens: int | None = None, batch_tokens: int = 4096
+) -> list[Batch]:
+    """The documents of a corpus in right-padded batches of similar length.
+
+    The batches depend on the corpus alone, not on chance, so that results repeat bit for bit.
+
+    Args:
+        model: its tokenizer and context length are used.
+        corpus: what to run on.
+        max_tokens: longer documents are cut to so many tokens (None: to the model's context length).
+        batch_tokens: at most so many tokens, padding included, in a batch (a single document may have more).
+
+    Raises:
+        BadInput: the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise BadInput("a corpus needs a tokenizer", expected="moe.wrap(model, tokenizer)", got="no tokenizer")
+    limit = min(max_tokens or model.spec.context_length, model.spec.context_length)
+    ids = [model.tokenizer(text, verbose=False)["input_ids"] for text in corpus.texts]
+    order = sorted(range(len(ids)), key=lambda number: (-len(ids[number]), number))
+    groups: list[list[int]] = []
+    for number in order:
+        longest = min(len(ids[groups[-1][0]]), limit) if groups else 0
+        if not groups or longest * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(number)
+    return [_batch([ids[number] for number in group], group, limit) for group in groups]
+
+
+def _batch(rows: list[list[int]], numbers: list[int], limit: int) -> Batch:
+    kept = [row[:limit] for row in rows]
+    length = max(map(len, kept))
+    ids = torch.zeros(len(kept), length, dtype=torch.long)
+    mask = torch.zeros(len(kept), length, dtype=torch.long)
+    for number, row in enumerate(kept):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return Batch(
+        {"input_ids": ids, "attention_mask": mask}, np.array(numbers), sum(len(row) > limit for row in rows)
+    )

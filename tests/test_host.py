@@ -1,0 +1,139 @@
+"""Leaving a model as it was found, whatever happens in between."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import moe_interp as moe
+from tests.tiny import FAMILIES, build
+
+IDS = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(5))
+
+
+def logits(hf) -> torch.Tensor:
+    with torch.no_grad():
+        return hf(input_ids=IDS, use_cache=False).logits
+
+
+def traces(hf: nn.Module) -> dict[str, object]:
+    """Everything that instrumenting could leave behind."""
+    modules = dict(hf.named_modules())
+    return {
+        "modules": list(modules),
+        "state": list(hf.state_dict()),
+        "hooks": {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()},
+        "attributes": {name: sorted(vars(m)) for name, m in modules.items()},
+        "configs": {name: id(m.config) for name, m in modules.items() if hasattr(m, "config")},
+        "implementation": hf.get_experts_implementation(),
+        "top_k": {name: m.top_k for name, m in modules.items() if hasattr(m, "top_k")},
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_leaving_normally_restores_everything(family):
+    hf = build(family)
+    before, plain = traces(hf), logits(hf)
+    with moe.wrap(hf) as model:
+        assert traces(hf) != before
+        model.run(IDS, read=list(model.points), edit=[moe.ablate(layer=2, expert=1), moe.top_k(5)])
+        assert list(hf.state_dict()) == before["state"]
+    assert traces(hf) == before
+    assert torch.equal(logits(hf), plain)
+
+
+def test_an_exception_inside_the_block_or_an_edit_restores_everything():
+    hf = build("qwen2_moe")
+    before, plain = traces(hf), logits(hf)
+
+    def fail(value):
+        raise RuntimeError("inside an edit")
+
+    with pytest.raises(RuntimeError, match="inside an edit"), moe.wrap(hf) as model:
+        instrumented = traces(hf)
+        for point in ("router_logits", "expert_out", "shared_out", "resid_mid"):
+            with pytest.raises(RuntimeError, match="inside an edit"):
+                model.run(IDS, edit=[moe.top_k(6), moe.apply(point, fail, layers=2)])
+            assert traces(hf) == instrumented
+            assert torch.equal(model.run(IDS).logits, plain)
+        model.run(IDS, edit=moe.apply("embed", fail))
+    assert traces(hf) == before
+    assert torch.equal(logits(hf), plain)
+
+
+def test_wrapping_twice_is_undone_by_the_last_to_close():
+    hf = build("olmoe")
+    before = traces(hf)
+    outer = moe.wrap(hf)
+    with moe.wrap(hf) as inner:
+        assert torch.equal(inner.run(IDS).logits, outer.run(IDS).logits)
+    assert outer.run(IDS, read="expert_out")["expert_out", 0].abs().sum() > 0
+    outer.close()
+    outer.close()
+    assert traces(hf) == before
+    with pytest.raises(moe.MoEError, match="the model is closed"):
+        outer.run(IDS)
+
+
+def test_two_models_that_share_a_config_do_not_reach_each_other():
+    first = build("mixtral", seed=0)
+    second = copy.deepcopy(build("mixtral", seed=1))
+    for module in second.modules():
+        if hasattr(module, "config"):
+            module.config = first.config
+    plain = logits(second)
+    untouched = traces(second)
+    with moe.wrap(first) as one:
+        assert traces(second) == untouched
+        with moe.wrap(second) as two:
+            one.run(IDS, edit=moe.ablate(layer=0, expert=0))
+            assert torch.equal(two.run(IDS).logits, plain)
+            edited = two.run(IDS, edit=moe.ablate(layer=0, expert=0)).logits
+        assert traces(second) == untouched
+        assert torch.equal(logits(second), plain)
+        assert not torch.equal(edited, plain)
+        assert one.run(IDS, read="expert_out")["expert_out", 0].abs().sum() > 0
+
+
+def test_plain_hooks_see_the_points():
+    hf = build("olmoe")
+    with moe.wrap(hf) as model:
+        seen = []
+        handle = hf.model.layers[1].moe_points.expert_out.register_forward_hook(lambda m, a, out: seen.append(out))
+        run = model.run(IDS, read="expert_out")
+        handle.remove()
+    assert torch.equal(seen[0], run["expert_out", 1])
+
+
+def test_experts_run_any_input_and_weights_are_those_that_ran():
+    hf = build("gpt_oss")
+    with moe.wrap(hf) as model:
+        run = model.run(IDS, read=["moe_in", "expert_out", "expert_act"])
+        again = model.experts(2)(run["moe_in", 2], run.routing[2].ids)
+        assert torch.equal(again, run["expert_out", 2])
+        other = model.experts(2)(run["moe_in", 2][0], torch.full((8, 1), 5))[:, 0]
+        weights = model.weights(2, 5)
+        x = run["moe_in", 2][0]
+        gate = (x @ weights.gate.T + weights.gate_bias).clamp(max=1.5)
+        up = (x @ weights.up.T + weights.up_bias).clamp(-1.5, 1.5)
+        act = (up + 1) * gate * torch.sigmoid(gate * 1.3)
+        assert torch.allclose(act @ weights.down.T + weights.down_bias, other, atol=1e-5)
+
+
+def test_expert_values_by_id_and_by_rank():
+    hf = build("deepseek_v3")
+    with moe.wrap(hf) as model:
+        run = model.run(IDS, read="expert_out")
+    ids, weights, outputs = run.routing[2].ids, run.routing[2].weights, run["expert_out", 2]
+    values, used = run.expert(2, 3)
+    heaviest = run.heaviest(2)
+    lightest = run.heaviest(2, rank=2)
+    assert used.any() and not used.all()
+    for b in range(2):
+        for s in range(8):
+            slots = [k for k in range(3) if ids[b, s, k] == 3]
+            assert used[b, s] == bool(slots)
+            assert torch.equal(values[b, s], outputs[b, s, slots[0]] if slots else torch.zeros(64))
+            assert torch.equal(heaviest[b, s], outputs[b, s, weights[b, s].argmax()])
+            assert torch.equal(lightest[b, s], outputs[b, s, weights[b, s].argmin()])

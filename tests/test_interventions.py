@@ -1,0 +1,136 @@
+"""Named interventions, against the slow reference and against each other."""
+
+import pytest
+import torch
+
+import moe_interp as moe
+from tests.reference.model import forward
+from tests.tiny import FAMILIES, build
+
+IDS = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(6))
+LAYER = 2
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, clean: torch.Tensor) -> bool:
+    scale = max((expected - clean).abs().max().item(), clean.abs().max().item())
+    return (got - expected).abs().max().item() < 1e-5 * scale
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ablating_an_expert_zeroes_its_contribution_and_nothing_else(family):
+    hf = build(family)
+    clean = forward(hf, IDS)
+    ids = clean.points["expert_ids", LAYER]
+    expert = int(ids[0, 3, 1])
+
+    def zero(outputs: torch.Tensor) -> torch.Tensor:
+        return outputs * (ids != expert)[..., None]
+
+    expected = forward(hf, IDS, edits={("expert_out", LAYER): zero}).logits
+    with moe.wrap(hf) as model:
+        run = model.run(IDS, edit=moe.ablate(layer=LAYER, expert=expert))
+    assert run.touched == (int((ids == expert).sum()),)
+    assert (expected - clean.logits).abs().max() > 1e-3
+    assert close(run.logits, expected, clean.logits)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_top_k_keeps_the_heaviest(family, renormalise):
+    hf = build(family)
+    clean = forward(hf, IDS)
+
+    def heaviest_two(weights: torch.Tensor) -> torch.Tensor:
+        rows = []
+        for row in weights.flatten(0, 1):
+            kept = row.clone()
+            kept[row.argmin()] = 0.0
+            rows.append(kept * (row.sum() / kept.sum()) if renormalise else kept)
+        return torch.stack(rows).view_as(weights)
+
+    edits = {("gate_weights", layer): heaviest_two for point, layer in clean.points if point == "gate_weights"}
+    expected = forward(hf, IDS, edits=edits).logits
+    with moe.wrap(hf) as model:
+        got = model.run(IDS, edit=moe.top_k(2, renormalise=renormalise)).logits
+    assert (expected - clean.logits).abs().max() > 1e-3
+    assert close(got, expected, clean.logits)
+
+
+def test_more_experts_than_the_model_chooses_follow_its_own_recipe():
+    hf, wide = build("qwen3_moe"), build("qwen3_moe", num_experts_per_tok=5)
+    expected = forward(wide, IDS)
+    with moe.wrap(hf) as model:
+        run = model.run(IDS, edit=moe.top_k(5))
+        assert model.run(IDS).routing[LAYER].ids.shape[-1] == 3
+    assert run.routing[LAYER].ids.shape[-1] == 5
+    assert close(run.logits, expected.logits, expected.logits)
+
+
+def test_positions_count_real_tokens_from_either_end():
+    hf = build("olmoe")
+    row = torch.cat([torch.zeros(3, dtype=torch.long), IDS[1, :5]])
+    inputs = {
+        "input_ids": torch.stack([IDS[0], row]),
+        "attention_mask": torch.tensor([[1] * 8, [0, 0, 0, 1, 1, 1, 1, 1]]),
+    }
+    with moe.wrap(hf) as model:
+        clean = model.run(inputs, read="resid_post")
+        for position, columns in ((0, (0, 3)), (-1, (7, 7)), (2, (2, 5)), (-5, (3, 3))):
+            edit = moe.apply("resid_post", lambda value: value + 1.0, layers=3, positions=position)
+            run = model.run(inputs, read="resid_post", edit=edit)
+            moved = (run["resid_post", 3] - clean["resid_post", 3]).abs().amax(-1) > 0.5
+            expected = torch.zeros(2, 8, dtype=torch.bool)
+            expected[0, columns[0]] = expected[1, columns[1]] = True
+            assert torch.equal(moved, expected)
+            assert run.touched == (2,)
+
+
+def test_interventions_compose_in_the_order_given():
+    hf = build("mixtral")
+
+    def add(value: torch.Tensor) -> torch.Tensor:
+        return value + 1.0
+
+    def double(value: torch.Tensor) -> torch.Tensor:
+        return value * 2.0
+
+    with moe.wrap(hf) as model:
+        clean = model.run(IDS, read="moe_out")["moe_out", 1]
+        first, second = (moe.apply("moe_out", fn, layers=1) for fn in (add, double))
+        assert torch.equal(model.run(IDS, read="moe_out", edit=[first, second])["moe_out", 1], (clean + 1) * 2)
+        assert torch.equal(model.run(IDS, read="moe_out", edit=[second, first])["moe_out", 1], clean * 2 + 1)
+
+
+def test_scaling_by_one_is_the_identity_and_scales_compose():
+    hf = build("deepseek_v2")
+    with moe.wrap(hf) as model:
+        expert = int(model.run(IDS).routing[LAYER].ids[0, 0, 0])
+        clean = model.run(IDS).logits
+        assert torch.equal(model.run(IDS, edit=moe.scale(layer=LAYER, expert=expert, by=1.0)).logits, clean)
+        twice = [moe.scale(layer=LAYER, expert=expert, by=2.0)] * 2
+        four = moe.scale(layer=LAYER, expert=expert, by=4.0)
+        assert torch.equal(model.run(IDS, edit=twice).logits, model.run(IDS, edit=four).logits)
+        assert not torch.equal(model.run(IDS, edit=four).logits, clean)
+
+
+def test_an_edit_that_touched_nothing_says_so():
+    hf = build("mixtral")
+    with moe.wrap(hf) as model:
+        run = model.run(IDS[:1, :1])
+        unused = next(e for e in range(8) if e not in run.routing[0].ids)
+        edited = model.run(IDS[:1, :1], edit=moe.ablate(layer=0, expert=unused))
+    assert edited.touched == (0,)
+    assert torch.equal(edited.logits, run.logits)
+
+
+def test_json_round_trip_does_the_same_thing():
+    edits = [moe.ablate(layer=2, expert=1, positions=(-1, 0)), moe.scale(layer=0, expert=3, by=2.5), moe.top_k(2)]
+    assert moe.from_json(moe.to_json(edits)) == edits
+    with pytest.raises(moe.MoEError, match="cannot be written to JSON"):
+        moe.to_json([moe.apply("moe_out", torch.neg)])
+    with pytest.raises(moe.MoEError, match="unknown intervention 'explode'"):
+        moe.from_json('[{"kind": "explode"}]')
+    with pytest.raises(moe.MoEError, match="cannot read interventions"):
+        moe.from_json('[{"kind": "scale", "nonsense": 1}]')
+    with pytest.raises(moe.MoEError, match="cannot read interventions"):
+        moe.from_json("not json")

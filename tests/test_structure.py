@@ -1,0 +1,86 @@
+"""The house rules: imports run one way, and ``import moe_interp`` is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "moe_interp"
+# From the top of the house to its foundation: a room imports rooms of later floors, or of its own.
+FLOORS = (
+    ("cli", "zoo"),
+    ("views",),
+    ("scale",),
+    ("analyses",),
+    ("data", "stats", "results"),
+    ("audit",),
+    ("model",),
+    ("encode",),
+    ("hosts",),
+    ("interventions",),
+    ("adapters", "run"),
+    ("points",),
+    ("dims", "errors"),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+HEAVY = ("nnsight", "transformer_lens", "plotly", "ray", "transformers", "xarray", "datasets")
+
+
+def room(name: str) -> str | None:
+    """The room of ``moe_interp.room.…``; None for anything else."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "moe_interp" and len(parts) > 1 else None
+
+
+def imports(path: Path) -> list[str]:
+    """Rooms that a file imports when it is imported or when it runs, but not for type checking alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            found += [node.module or ""]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return [name for name in map(room, found) if name]
+
+
+def test_imports_run_one_way():
+    upwards = []
+    for path in PACKAGE.rglob("*.py"):
+        here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if here == "__init__":
+            continue
+        assert here in FLOOR, f"{path.name} has no floor"
+        lazy = {("model", "audit")}  # model.audit() is a door to a module that checks the model from outside
+        upwards += [
+            f"{path.relative_to(PACKAGE)} imports {target}"
+            for target in imports(path)
+            if FLOOR[target] < FLOOR[here] and (here, target) not in lazy
+        ]
+    assert not upwards
+
+
+def loaded(code: str) -> set[str]:
+    """Heavy modules that are loaded after running some code in a fresh interpreter."""
+    report = f"{code}\nimport sys\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
+    return set(subprocess.run([sys.executable, "-c", report], check=True, capture_output=True, text=True).stdout.split())
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert loaded("import moe_interp") == set()
+
+
+def test_the_check_above_can_fail():
+    assert loaded("import moe_interp, xarray") == {"xarray"}
+
+
+def test_opening_a_model_loads_no_other_host_and_no_plotting():
+    assert loaded("import moe_interp; moe_interp.wrap").isdisjoint({"nnsight", "transformer_lens", "plotly", "ray"})
