@@ -27,16 +27,34 @@ _HOME = {
     "apply": "interventions",
     "to_json": "interventions",
     "from_json": "interventions",
+    "Corpus": "data",
+    "read_corpus": "data",
+    "sample": "data",
+    "routing": "analyses.routing",
+    "routing_map": "analyses.routing",
+    "routing_from_counts": "analyses.recorded",
+    "expert_lens": "analyses.lens",
+    "logit_attribution": "analyses.lens",
+    "ensemble_similarity": "analyses.similarity",
+    "perplexity": "analyses.perplexity",
+    "report": "views.report",
     "MoEError": "errors",
 }
 __all__ = sorted([*_HOME, "__version__"])
 
 if TYPE_CHECKING:
+    from moe_interp.analyses.lens import expert_lens, logit_attribution
+    from moe_interp.analyses.perplexity import perplexity
+    from moe_interp.analyses.recorded import routing_from_counts
+    from moe_interp.analyses.routing import routing, routing_map
+    from moe_interp.analyses.similarity import ensemble_similarity
+    from moe_interp.data import Corpus, read_corpus, sample
     from moe_interp.errors import MoEError
     from moe_interp.interventions import Intervention, ablate, apply, from_json, scale, to_json, top_k
     from moe_interp.model import MoEModel, load, wrap
     from moe_interp.points import POINTS
     from moe_interp.run import Routing, Run, select
+    from moe_interp.views.report import report
 
 
 def __getattr__(name: str) -> Any:

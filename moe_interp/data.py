@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from moe_interp.encode import pad
 from moe_interp.errors import BadData, BadInput
 
 if TYPE_CHECKING:
@@ -253,13 +254,5 @@ def batches(
 
 
 def _batch(rows: list[list[int]], numbers: list[int], limit: int) -> Batch:
-    kept = [row[:limit] for row in rows]
-    length = max(map(len, kept))
-    ids = torch.zeros(len(kept), length, dtype=torch.long)
-    mask = torch.zeros(len(kept), length, dtype=torch.long)
-    for number, row in enumerate(kept):
-        ids[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
-    return Batch(
-        {"input_ids": ids, "attention_mask": mask}, np.array(numbers), sum(len(row) > limit for row in rows)
-    )
+    inputs = pad([row[:limit] for row in rows])
+    return Batch(inputs, np.array(numbers), sum(len(row) > limit for row in rows))

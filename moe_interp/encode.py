@@ -13,7 +13,7 @@ Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor 
 
 
 def encode(
-    inputs: Inputs, tokenizer: Any, spec: ModelSpec, device: torch.device, padding_side: str | None = None
+    inputs: Inputs, tokenizer: Any, spec: ModelSpec, device: torch.device, padding_side: str = "right"
 ) -> dict[str, Any]:
     """Model inputs of a text, texts, token ids [S] or [B, S], or a mapping of them.
 
@@ -31,7 +31,7 @@ def encode(
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in found.items()}
 
 
-def _tokenize(texts: list[Any], tokenizer: Any, padding_side: str | None) -> dict[str, Any]:
+def _tokenize(texts: list[Any], tokenizer: Any, padding_side: str) -> dict[str, Any]:
     for number, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise BadInput(f"text {number} is empty", expected="at least one character", got=repr(text))
@@ -39,11 +39,22 @@ def _tokenize(texts: list[Any], tokenizer: Any, padding_side: str | None) -> dic
         raise BadInput(
             "text needs a tokenizer", expected="token ids", got="text", do="Pass one to moe.wrap(model, tokenizer)."
         )
-    if len(texts) > 1 and tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    side = {"padding_side": padding_side} if padding_side else {}
-    found = tokenizer(texts, return_tensors="pt", padding=len(texts) > 1, **side)
-    return {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
+    return pad([tokenizer(text, verbose=False)["input_ids"] for text in texts], padding_side)
+
+
+def pad(rows: Sequence[Sequence[int]], side: str = "right") -> dict[str, Tensor]:
+    """Token ids of different lengths as ``input_ids`` and ``attention_mask``, both [B, S].
+
+    Padding is token 0 under mask 0, so that any tokenizer will do.
+    """
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for number, row in enumerate(rows):
+        where = slice(length - len(row), length) if side == "left" else slice(len(row))
+        ids[number, where] = torch.tensor(row, dtype=torch.long)
+        mask[number, where] = 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _ids(inputs: Any) -> Tensor:

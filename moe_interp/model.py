@@ -272,7 +272,8 @@ def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **o
     Args:
         name: None for the bundled model, which needs no network.
         trust_remote_code: whether code that lies beside the checkpoint may run.
-        options: as for ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ...
+        options: as for ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ... The bundled model computes in
+            float32 unless ``dtype`` says otherwise; others in the dtype of their checkpoint, as in transformers.
 
     Raises:
         UnsupportedModel: an unknown or dense architecture.
@@ -281,6 +282,8 @@ def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **o
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(REFERENCE if name is None else name)
+    if name is None:
+        options = {"dtype": "float32"} | options
     try:
         # Safetensors only: a pickled checkpoint could run anything.
         hf, report = AutoModelForCausalLM.from_pretrained(

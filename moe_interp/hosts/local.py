@@ -41,12 +41,18 @@ ATTRIBUTE = "moe_points"
 
 
 class HookPoint(nn.Module):
-    """Identity. What a forward hook on it returns goes on through the model in place of the value."""
+    """Identity. What a forward hook on it returns goes on through the model in place of the value.
+
+    Attributes:
+        exposed: values pass through even while nothing is hooked, for libraries that watch modules by other means.
+    """
+
+    exposed = False
 
     @property
     def live(self) -> bool:
-        """Whether anything is hooked here."""
-        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+        """Whether values must pass through here."""
+        return bool(self.exposed or self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
 
     def forward(self, value: Tensor) -> Tensor:
         """The value itself."""

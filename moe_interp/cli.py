@@ -1,0 +1,233 @@
+"""The commands: ``moe-interp report | routing | lens | similarity | perplexity | audit | models``.
+
+Everything they do is one call of the library. Errors of moe_interp are printed without a traceback; the exit status is
+then 2 (1 for an audit that failed).
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import moe_interp as moe
+from moe_interp.errors import MoEError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from moe_interp.data import Corpus
+
+app = typer.Typer(
+    help="Open up mixture-of-experts models.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+)
+console = Console()
+
+Model = Annotated[str | None, typer.Argument(help="Hub id or folder; the bundled reference model if left out.")]
+Data = Annotated[str | None, typer.Option(help="jsonl, txt or parquet file, folder, or dataset id; else the bundled sample.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many documents of each domain.")]
+MaxTokens = Annotated[int, typer.Option(min=2, help="Longer documents are cut to so many tokens.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the result (netCDF).")]
+DType = Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16.")]
+DeviceMap = Annotated[str | None, typer.Option(help="As for from_pretrained: auto, cpu, cuda, ...")]
+Trust = Annotated[bool, typer.Option(help="Let code beside the checkpoint run.")]
+
+
+def _load(model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool) -> moe.MoEModel:
+    options = {} if device_map is None else {"device_map": device_map}
+    if dtype != "auto":
+        options["dtype"] = dtype
+    return moe.load(model, trust_remote_code=trust_remote_code, **options)
+
+
+def _corpus(data: str | None, limit: int | None) -> "Corpus":
+    corpus = moe.sample() if data is None else moe.read_corpus(data)
+    return corpus if limit is None else corpus.take(limit)
+
+
+@app.command()
+def report(
+    model: Model = None,
+    data: Data = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+    text: Annotated[str | None, typer.Option(help="Text for the routing map and the lens.")] = None,
+    limit: Limit = None,
+    max_tokens: MaxTokens = 256,
+    dtype: DType = "auto",
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """The main job: four questions about a model, answered in one HTML file."""
+    from moe_interp.views.report import check_writable
+
+    check_writable(output)
+    corpus = _corpus(data, limit)
+    opened = _load(model, dtype, device_map, trust_remote_code)
+    written = moe.report(opened, corpus, output, text=text, max_tokens=max_tokens)
+    console.print(f"wrote {escape(str(written.resolve()))}", soft_wrap=True)
+
+
+@app.command()
+def routing(
+    model: Model = None,
+    data: Data = None,
+    output: Output = None,
+    limit: Limit = None,
+    max_tokens: MaxTokens = 256,
+    dtype: DType = "auto",
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Who is routed where."""
+    corpus = _corpus(data, limit)
+    result = moe.routing(_load(model, dtype, device_map, trust_remote_code), corpus, max_tokens=max_tokens)
+    _save(result, output)
+    columns = ("n50", "n90", "max_vio", "dead_experts", "load_balance")
+    table = Table("layer", *columns, "most specialised expert", title="Routing, all domains")
+    for layer in result["layer"].values:
+        at = result.sel(layer=layer)
+        values = [at["load_balance"] if name == "load_balance" else at[f"{name}_overall"] for name in columns]
+        table.add_row(str(layer), *(f"{float(value):.2f}" for value in values), _peak(at))
+    console.print(table)
+    console.print(f"Specialization under a uniform router: {100 * float(result['specialization_baseline']):.1f} %")
+
+
+def _peak(at: "xr.Dataset") -> str:
+    peak = at["specialization"].argmax(...)
+    here = {name: int(place) for name, place in peak.items()}
+    low, high = (100 * float(end) for end in at["specialization_interval"][here])
+    domain = escape(str(at["domain"].values[here["domain"]]))
+    share = 100 * float(at["specialization"][here])
+    return f"{here['expert']}: {share:.0f} % [{low:.0f}, {high:.0f}] of {domain}"
+
+
+@app.command()
+def lens(
+    text: Annotated[str, typer.Argument(help="The text to decode.")],
+    model: Annotated[str | None, typer.Option("--model", help="Hub id or folder.")] = None,
+    position: Annotated[int, typer.Option(help="Which token; -1 is the last.")] = -1,
+    output: Output = None,
+    dtype: DType = "auto",
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """What each expert writes, at one position of a text."""
+    from moe_interp.views.tokens import shown
+
+    opened = _load(model, dtype, device_map, trust_remote_code)
+    result = moe.expert_lens(opened, text, positions=position)
+    _save(result, output)
+    parts = [p for p in ("resid_mid", "c1", "resid_mid+c1", "shared", "resid_post") if p in result["part"].values]
+    table = Table("layer", "expert", "weight", *parts, title=f"Lens after {escape(shown(result['token'].item()))}")
+    for layer in result["layer"].values:
+        at = result.sel(layer=layer).isel(pos=0)
+        told = [" ".join(shown(str(token), 12) for token in at["top_token"].sel(part=part).values[:3]) for part in parts]
+        expert, weight = int(at["expert"].sel(rank=1)), float(at["gate_weight"].sel(rank=1))
+        table.add_row(str(layer), str(expert), f"{weight:.2f}", *map(escape, told))
+    console.print(table)
+
+
+@app.command()
+def similarity(
+    model: Model = None,
+    data: Data = None,
+    output: Output = None,
+    limit: Limit = None,
+    max_tokens: MaxTokens = 256,
+    dtype: DType = "auto",
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """How well one expert stands for all of them."""
+    corpus = _corpus(data, limit)
+    result = moe.ensemble_similarity(_load(model, dtype, device_map, trust_remote_code), corpus, max_tokens=max_tokens)
+    _save(result, output)
+    candidates = [str(name) for name in result["candidate"].values]
+    for residual in ("without", "with"):
+        table = Table("layer", *candidates, title=f"Cosine to the ensemble, {residual} the residual")
+        for layer in result["layer"].values:
+            at = result["cosine_overall"].sel(layer=layer, residual=residual, shared="without")
+            table.add_row(str(layer), *(f"{float(at.sel(candidate=name)):.3f}" for name in candidates))
+        console.print(table)
+
+
+@app.command()
+def perplexity(
+    model: Model = None,
+    data: Data = None,
+    output: Output = None,
+    renormalise: Annotated[bool, typer.Option(help="Rescale the kept weights to the total of all.")] = False,
+    limit: Limit = None,
+    max_tokens: MaxTokens = 256,
+    dtype: DType = "auto",
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """What fewer experts cost."""
+    corpus = _corpus(data, limit)
+    opened = _load(model, dtype, device_map, trust_remote_code)
+    result = moe.perplexity(opened, corpus, renormalise=renormalise, max_tokens=max_tokens)
+    _save(result, output)
+    at = result.sel(aggregate="token")
+    ks = [int(k) for k in at["k"].values]
+    table = Table("domain", "perplexity", *(f"k = {k}" for k in ks), title="Perplexity with k experts / of the model")
+    for domain in at["domain"].values:
+        one = at.sel(domain=domain)
+        ratios = (f"{float(ratio):.3f}" for ratio in one["ratio"].values)
+        table.add_row(escape(str(domain)), f"{float(one['perplexity_full']):.1f}", *ratios)
+    table.add_row("all", f"{float(at['perplexity_full_overall']):.1f}", *(f"{r:.3f}" for r in at["ratio_overall"].values))
+    table.add_row("random slots", "", *(f"{r:.3f}" for r in at["ratio_random_overall"].values), style="dim")
+    console.print(table)
+    console.print(f"Without any routed expert: × {float(at['ratio_none_overall']):.3f}")
+
+
+@app.command()
+def audit(
+    model: Model = None, dtype: DType = "auto", device_map: DeviceMap = None, trust_remote_code: Trust = False
+) -> None:
+    """Does it add up on this checkpoint?"""
+    result = _load(model, dtype, device_map, trust_remote_code).audit()
+    table = Table("check", "error", "limit", "", "", title=f"Audit of {escape(result.model)}")
+    for check in result.checks:
+        verdict = "[green]ok[/]" if check.passed else "[red]FAILED[/]"
+        table.add_row(escape(check.name), f"{check.error:.1e}", f"{check.limit:.0e}", verdict, escape(check.detail))
+    console.print(table)
+    console.print("passed" if result.passed else "[red]FAILED[/]")
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def models() -> None:
+    """What can be opened."""
+    from moe_interp.adapters import FAMILIES
+
+    table = Table("model type", "shared experts", "router scores", title="Architectures that open")
+    for name, family in sorted(FAMILIES.items()):
+        shared = "none" if family.shared is None else "gated" if family.shared_gate else "added"
+        table.add_row(name, shared, family.scores)
+    console.print(table)
+
+
+def _save(result: "xr.Dataset", output: Path | None) -> None:
+    if output is None:
+        return
+    from moe_interp.results import save
+
+    console.print(f"wrote {escape(str(save(result, output).resolve()))}", soft_wrap=True)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """The command line."""
+    try:
+        return app(arguments)
+    except MoEError as error:
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Figures of labelled results, one function a figure: a Dataset in, a plotly Figure out.
+
+Values are drawn in colour and solid; their controls in grey and dashed. Intervals are the 95 % ones of the Dataset.
+"""
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from plotly.subplots import make_subplots
+
+from moe_interp.views.tokens import escaped
+
+COLOURS = ("#2f6f9f", "#d1662b", "#3a8f5c", "#a8434f", "#7a5ea8", "#8a6d3b", "#c75a9b", "#5f7d1e", "#1d8f97", "#555e6b")
+CONTROL = "#9aa0a6"
+NAMES = {
+    "heaviest": "heaviest expert",
+    "lightest": "lightest expert",
+    "random_unselected": "random expert, not selected",
+    "other_token": "another token's heaviest",
+    "none": "no expert at all",
+}
+
+
+def _style(figure: go.Figure, height: int = 420, **layout: Any) -> go.Figure:
+    figure.update_layout(
+        template="simple_white",
+        height=height,
+        margin={"l": 70, "r": 20, "t": 40, "b": 60},
+        font={"family": "system-ui, sans-serif", "size": 13},
+        hovermode="closest",
+        **layout,
+    )
+    return figure
+
+
+def _line(x: Any, y: Any, name: str, colour: str, interval: Any = None, **line: Any) -> go.Scatter:
+    """A line with markers, and error bars from the ends [2, n] of an interval."""
+    bars = None
+    if interval is not None:
+        low, high = np.asarray(interval)
+        bars = {"type": "data", "array": high - y, "arrayminus": y - low, "thickness": 1.2, "width": 3}
+    return go.Scatter(
+        x=x, y=y, name=name, mode="lines+markers", error_y=bars, line={"color": colour, **line}, marker={"size": 6}
+    )
+
+
+def coverage(routing: xr.Dataset) -> go.Figure:
+    """Share of all decisions that the busiest experts take, one curve a layer; equal loads are the diagonal."""
+    load = -np.sort(-routing["utilisation_overall"].values, axis=-1)
+    experts = np.arange(load.shape[-1] + 1)
+    figure = go.Figure()
+    for index, layer in enumerate(routing["layer"].values):
+        taken = np.concatenate([[0.0], np.cumsum(load[index])])
+        figure.add_scatter(x=experts, y=taken, name=f"layer {layer}", line={"color": _shade(index, len(load))})
+    diagonal = experts / experts[-1]
+    figure.add_scatter(x=experts, y=diagonal, name="equal loads", line={"color": CONTROL, "dash": "dash"})
+    return _style(figure, xaxis_title="busiest experts", yaxis_title="share of decisions", yaxis_range=[0, 1.02])
+
+
+def _shade(index: int, count: int) -> str:
+    share = index / max(count - 1, 1)
+    return f"hsl({210 - 170 * share:.0f}, 60%, {42 + 8 * share:.0f}%)"
+
+
+def specialization(routing: xr.Dataset) -> go.Figure:
+    """Domain x expert, one layer at a time: specialization in per cent, white at the baseline of a uniform router."""
+    baseline = 100 * float(routing["specialization_baseline"])
+    figure = go.Figure()
+    for index, layer in enumerate(routing["layer"].values):
+        at = routing.sel(layer=layer)
+        low, high = 100 * at["specialization_interval"].values
+        figure.add_heatmap(
+            z=100 * at["specialization"].values,
+            x=routing["expert"].values,
+            y=[escaped(name, 40) for name in routing["domain"].values],
+            customdata=np.stack([low, high, at["specialization_p"].values], axis=-1),
+            hovertemplate="%{y}, expert %{x}: %{z:.1f} %<br>interval %{customdata[0]:.1f} – %{customdata[1]:.1f} %"
+            "<br>p = %{customdata[2]:.3f}<extra></extra>",
+            colorscale="RdBu_r",
+            zmid=baseline,
+            visible=index == 0,
+            colorbar={"title": "% of tokens"},
+        )
+    steps = [
+        {
+            "label": str(layer),
+            "method": "update",
+            "args": [{"visible": [other == index for other in range(routing.sizes["layer"])]}],
+        }
+        for index, layer in enumerate(routing["layer"].values)
+    ]
+    slider = {"active": 0, "steps": steps, "currentvalue": {"prefix": "layer "}, "pad": {"t": 40}}
+    height = 220 + 28 * routing.sizes["domain"]
+    return _style(figure, height, sliders=[slider], xaxis_title="expert", yaxis_autorange="reversed")
+
+
+def strongest(routing: xr.Dataset) -> go.Figure:
+    """The largest specialization of each domain by layer, with its interval; the uniform router's dashed."""
+    values = routing["specialization"].values
+    best = values.argmax(axis=-1)
+    layers = routing["layer"].values
+    figure = go.Figure()
+    for index, domain in enumerate(routing["domain"].values):
+        which = (np.arange(len(layers)), best[index])
+        ends = routing["specialization_interval"].values[(slice(None), index, *which)]
+        colour = COLOURS[index % len(COLOURS)]
+        line = _line(layers, 100 * values[(index, *which)], escaped(str(domain), 40), colour, 100 * ends)
+        line.customdata = best[index]
+        line.hovertemplate = "layer %{x}, expert %{customdata}: %{y:.1f} %"
+        figure.add_trace(line)
+    figure.add_hline(100 * float(routing["specialization_baseline"]), line={"color": CONTROL, "dash": "dash"})
+    return _style(figure, xaxis_title="layer", yaxis_title="% of the domain's tokens", yaxis_rangemode="tozero")
+
+
+def routing_map(result: xr.Dataset) -> go.Figure:
+    """Tokens x layers: the number of the heaviest expert, coloured by its share of the token's weight."""
+    tokens = [f"{number} {escaped(str(token))}" for number, token in enumerate(result["token"].values)]
+    figure = go.Figure(
+        go.Heatmap(
+            z=result["heaviest_share"].values.T,
+            x=tokens,
+            y=[f"layer {layer}" for layer in result["layer"].values],
+            text=result["heaviest_expert"].values.T,
+            texttemplate="%{text}",
+            hovertemplate="%{x}, %{y}: expert %{text}, %{z:.2f} of the weight<extra></extra>",
+            colorscale="Blues",
+            zmin=0,
+            zmax=1,
+            colorbar={"title": "share"},
+        )
+    )
+    return _style(figure, 160 + 34 * result.sizes["layer"], xaxis_tickangle=-50)
+
+
+def lens(result: xr.Dataset) -> go.Figure:
+    """Mean KL from the model's output to what a part alone would say, by layer; the control is the part without expert."""
+    shared = "+shared" if "resid_mid+shared" in result["part"].values else ""
+    parts = {
+        "resid_mid": ("no expert: resid_mid", CONTROL, "dash"),
+        f"resid_mid{shared}": ("no routed expert, shared ones only", CONTROL, "dot"),
+        f"resid_mid+c1{shared}": ("the heaviest expert and the shared ones" if shared else "the heaviest expert", 0, None),
+        "resid_post": ("all of it: resid_post", 1, None),
+        "c1": ("the heaviest expert's contribution alone", 2, None),
+    }
+    figure = go.Figure()
+    for part, (name, colour, dash) in parts.items():
+        mean = result["kl"].sel(part=part).mean("pos").values
+        shade = colour if isinstance(colour, str) else COLOURS[colour]
+        figure.add_trace(_line(result["layer"].values, mean, name, shade, dash=dash))
+    return _style(figure, xaxis_title="layer", yaxis_title="KL(final ‖ part), nats", yaxis_rangemode="tozero")
+
+
+def similarity(result: xr.Dataset) -> go.Figure:
+    """Cosine between one candidate and the ensemble by layer, without and with the residual, controls in grey."""
+    titles = {"without": "contributions alone", "with": "with the residual"}
+    figure = make_subplots(1, 2, subplot_titles=list(titles.values()), shared_yaxes=True)
+    dashes = {"random_unselected": "dash", "other_token": "dot", "none": "dashdot", "lightest": "longdash"}
+    for column, residual in enumerate(titles, start=1):
+        at = result.sel(residual=residual, shared="without")
+        for candidate in result["candidate"].values:
+            mean = at["cosine_overall"].sel(candidate=candidate).values
+            if np.isnan(mean).all():
+                continue
+            ends = at["cosine_overall_interval"].sel(candidate=candidate).transpose("bound", "layer").values
+            colour = COLOURS[0] if candidate == "heaviest" else CONTROL
+            line = _line(result["layer"].values, mean, NAMES[str(candidate)], colour, ends, dash=dashes.get(candidate))
+            line.update(legendgroup=str(candidate), showlegend=column == 2)
+            figure.add_trace(line, row=1, col=column)
+        figure.update_xaxes(title="layer", row=1, col=column)
+    figure.update_yaxes(title="cosine", row=1, col=1)
+    return _style(figure, 440)
+
+
+def distance(result: xr.Dataset) -> go.Figure:
+    """How far the sum of k experts is from the sum of all, by k: heaviest first, and random slots as control."""
+    figure = go.Figure()
+    for kept, colour, dash, name in (
+        ("heaviest", COLOURS[0], None, "the k heaviest"),
+        ("random", CONTROL, "dash", "k of the K at random"),
+    ):
+        mean = result["error_overall"].sel(kept=kept).mean("layer").values
+        figure.add_trace(_line(result["k"].values, mean, name, colour, dash=dash))
+    title = "‖y_k − y_K‖ / ‖y_K‖, mean over layers"
+    return _style(figure, 360, xaxis_title="experts kept, k", yaxis_title=title, yaxis_rangemode="tozero")
+
+
+def perplexity(result: xr.Dataset, aggregate: str = "token") -> go.Figure:
+    """Perplexity with k experts over that of the whole model, by domain; random slots and no expert as controls."""
+    at = result.sel(aggregate=aggregate)
+    at = at.sel(renormalise="no") if "renormalise" in at.dims else at
+    ks = result["k"].values
+    figure = go.Figure()
+    for index, domain in enumerate(result["domain"].values):
+        one = at.sel(domain=domain)
+        colour = COLOURS[index % len(COLOURS)]
+        ends = one["ratio_interval"].transpose("bound", "k").values
+        figure.add_trace(_line(ks, one["ratio"].values, escaped(str(domain), 40), colour, ends))
+    random = at["ratio_random_overall"].values
+    figure.add_trace(_line(ks, random, "k of the K at random, all domains", CONTROL, dash="dash"))
+    figure.add_hline(float(at["ratio_none_overall"]), line={"color": CONTROL, "dash": "dot"}, annotation_text="none routed")
+    return _style(figure, 460, xaxis_title="experts kept, k", yaxis_title="perplexity / perplexity of the model", yaxis_type="log")

@@ -1,0 +1,295 @@
+"""The report: the main job's four questions answered for one model, as one self-contained HTML file.
+
+Figures bring their library along in the file and nothing is fetched; a content security policy in the page forbids it.
+Tokens, names and domains are untrusted: the template escapes everything that it is given, and figures get escaped text.
+"""
+
+import json
+import os
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jinja2 import Environment, StrictUndefined
+
+from moe_interp.analyses.lens import expert_lens
+from moe_interp.analyses.perplexity import perplexity
+from moe_interp.analyses.routing import routing, routing_map
+from moe_interp.analyses.similarity import ensemble_similarity
+from moe_interp.data import Corpus
+from moe_interp.errors import BadOutput
+from moe_interp.model import MoEModel
+from moe_interp.views import figures
+from moe_interp.views.tokens import shown
+
+
+@dataclass(frozen=True)
+class Results:
+    """The labelled results that a report shows."""
+
+    routing: xr.Dataset
+    routing_map: xr.Dataset
+    lens: xr.Dataset
+    similarity: xr.Dataset
+    perplexity: xr.Dataset
+
+
+def report(
+    model: MoEModel,
+    corpus: Corpus,
+    path: str | Path = "report.html",
+    *,
+    text: str | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    max_tokens: int | None = 256,
+) -> Path:
+    """Run the four analyses and write the report.
+
+    Args:
+        model: any opened model with a tokenizer.
+        corpus: documents with domains.
+        path: the HTML file to write, whole or not at all.
+        text: a text for the routing map and the lens (None: the start of the corpus' first document).
+        resamples: for intervals and permutation tests.
+        seed: of these, and of random controls.
+        max_tokens: longer documents are cut to so many tokens (None: to the model's context length).
+
+    Raises:
+        BadOutput: the file cannot be written, found out before anything is measured.
+    """
+    target = Path(path)
+    check_writable(target)
+    options: dict[str, Any] = {"resamples": resamples, "seed": seed, "max_tokens": max_tokens}
+    shown_text = text or opening(model, corpus)
+    results = Results(
+        routing=routing(model, corpus, **options),
+        routing_map=routing_map(model, shown_text),
+        lens=expert_lens(model, shown_text),
+        similarity=ensemble_similarity(model, corpus, **options),
+        perplexity=perplexity(model, corpus, renormalise="both", **options),
+    )
+    return write(render(model, corpus, results), target)
+
+
+def opening(model: MoEModel, corpus: Corpus, tokens: int = 24) -> str:
+    """The first words of a corpus' first document: about so many tokens, cut between words."""
+    words = corpus.texts[0].split(" ")
+    kept = 1
+    while kept < len(words) and len(model.tokenizer(" ".join(words[: kept + 1]))["input_ids"]) <= tokens:
+        kept += 1
+    return " ".join(words[:kept])
+
+
+def check_writable(target: Path) -> None:
+    """Refuse a file that could not be written, before the work is done.
+
+    Raises:
+        BadOutput: the folder is missing or not writable, or the path is a folder.
+    """
+    folder = target.parent
+    if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise BadOutput(
+            f"cannot write {target}",
+            expected="a file in a folder that exists and is writable",
+            got="a folder" if target.is_dir() else f"folder {folder}" + ("" if folder.is_dir() else ", which is not there"),
+        )
+
+
+def write(page: str, target: Path) -> Path:
+    """Write a page in one piece.
+
+    Raises:
+        BadOutput: it cannot be written; nothing is left behind.
+    """
+    part: str | None = None
+    try:
+        handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(page)
+        os.chmod(part, 0o644)
+        os.replace(part, target)
+    except OSError as error:
+        raise BadOutput(f"cannot write {target}", expected="a writable file", got=error.strerror or str(error)) from error
+    finally:
+        if part is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(part)
+    return target
+
+
+def render(model: MoEModel, corpus: Corpus, results: Results) -> str:
+    """The page of these results."""
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"shown": shown, "fixed": lambda value, digits=2: _number(value, digits)}
+    template = environment.from_string(
+        files("moe_interp.views").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
+    )
+    return template.render(
+        model=model,
+        corpus=corpus,
+        plotly=get_plotlyjs(),
+        figures=_figures(results),
+        headlines=headlines(results),
+        experts=_experts(results.routing),
+        load=_load(results.routing),
+        lens=results.lens,
+        lens_parts=_lens_parts(results.lens),
+        aggregates=_aggregates(results.perplexity),
+        provenance=json.dumps(json.loads(results.routing.attrs["provenance"]), indent=2, ensure_ascii=False),
+    )
+
+
+def _figures(results: Results) -> dict[str, str]:
+    drawn = {
+        "coverage": figures.coverage(results.routing),
+        "specialization": figures.specialization(results.routing),
+        "strongest": figures.strongest(results.routing),
+        "routing_map": figures.routing_map(results.routing_map),
+        "lens": figures.lens(results.lens),
+        "similarity": figures.similarity(results.similarity),
+        "distance": figures.distance(results.similarity),
+        "perplexity": figures.perplexity(results.perplexity),
+    }
+    return {
+        name: figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False})
+        for name, figure in drawn.items()
+    }
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One question, the number that answers it, and its control."""
+
+    question: str
+    value: str
+    control: str
+
+
+def headlines(results: Results) -> list[Headline]:
+    """The four questions in four lines."""
+    routed, similar, quality = results.routing, results.similarity, results.perplexity
+    peak = routed["specialization"].argmax(...)
+    domain, layer, expert = (int(peak[name]) for name in ("domain", "layer", "expert"))
+    at = {"domain": domain, "layer": layer, "expert": expert}
+    share, (low, high) = routed["specialization"][at], routed["specialization_interval"][at].values
+    alone = similar["cosine_overall"].sel(residual="without", shared="without").mean("layer")
+    joined = similar["cosine_overall"].sel(residual="with", shared="without").mean("layer")
+    ratios = quality.sel(aggregate="token", renormalise="no")
+    one = ratios.sel(k=1)
+    ends = one["ratio_overall_interval"].values
+    no_expert = results.lens["kl"].sel(part="resid_mid").mean()
+    heaviest = results.lens["kl"].sel(part="resid_mid+c1").mean()
+    return [
+        Headline(
+            "Who is routed where: the most specialised expert",
+            f"expert {int(routed['expert'][expert])} of layer {int(routed['layer'][layer])} takes "
+            f"{100 * float(share):.0f} % [{100 * low:.0f}, {100 * high:.0f}] of {routed['domain'].values[domain]} tokens",
+            f"{100 * float(routed['specialization_baseline']):.1f} % under a uniform router",
+        ),
+        Headline(
+            "What each expert writes: how much the heaviest expert moves the lens towards the output",
+            f"KL to the output {float(heaviest):.2f} nats with it, mean over layers and tokens of the text",
+            f"{float(no_expert):.2f} nats with no expert",
+        ),
+        Headline(
+            "How well one expert stands for all: cosine to the ensemble",
+            f"{float(alone.sel(candidate='heaviest')):.2f} alone, "
+            f"{float(joined.sel(candidate='heaviest')):.3f} with the residual",
+            f"{float(alone.sel(candidate='random_unselected')):.2f} for a random expert alone, "
+            f"{float(joined.sel(candidate='none')):.3f} for the residual with no expert at all",
+        ),
+        Headline(
+            "What fewer experts cost: perplexity with one expert",
+            f"× {float(one['ratio_overall']):.2f} [{ends[0]:.2f}, {ends[1]:.2f}]",
+            f"× {float(one['ratio_random_overall']):.2f} with a random one of the chosen, "
+            f"× {float(ratios['ratio_none_overall']):.2f} with none",
+        ),
+    ]
+
+
+def _experts(routed: xr.Dataset, per_domain: int = 3) -> list[dict[str, Any]]:
+    """The most specialised experts of every domain, over all layers."""
+    rows = []
+    for domain in routed["domain"].values:
+        at = routed.sel(domain=domain).stack(where=("layer", "expert"))
+        for place in np.argsort(-at["specialization"].values)[:per_domain]:
+            one = at.isel(where=int(place))
+            low, high = one["specialization_interval"].values
+            rows.append(
+                {
+                    "domain": str(domain),
+                    "layer": int(one["layer"]),
+                    "expert": int(one["expert"]),
+                    "share": 100 * float(one["specialization"]),
+                    "low": 100 * low,
+                    "high": 100 * high,
+                    "p": float(one["specialization_p"]),
+                }
+            )
+    return rows
+
+
+def _load(routed: xr.Dataset) -> list[dict[str, int | float]]:
+    """Load and confidence of every layer, over all domains (per-token means weighted by tokens)."""
+    weights = routed["tokens"] / routed["tokens"].sum()
+    rows = []
+    for layer in routed["layer"].values:
+        at = routed.sel(layer=layer)
+        rows.append(
+            {"layer": int(layer)}
+            | {
+                name: float(at[f"{name}_overall"])
+                for name in ("n50", "n90", "gini", "load_entropy", "max_vio", "dead_experts")
+            }
+            | {name: float((at[name] * weights).sum()) for name in ("entropy", "heaviest_weight", "weight_sum", "z_loss")}
+            | {"load_balance": float(at["load_balance"])}
+        )
+    return rows
+
+
+def _lens_parts(result: xr.Dataset) -> list[str]:
+    """The parts worth a column at every position; the whole list is shown for the last one."""
+    wanted = ("resid_pre", "resid_mid", "c1", "resid_mid+c1", "resid_mid+c1+shared", "shared", "resid_post")
+    return [part for part in wanted if part in result["part"].values]
+
+
+def _aggregates(result: xr.Dataset) -> list[dict[str, Any]]:
+    """Perplexity of every domain and of all, for every k, by both aggregates and with weights renormalised or not."""
+    rows = []
+    for aggregate in result["aggregate"].values:
+        for renormalise in result["renormalise"].values:
+            at = result.sel(aggregate=aggregate, renormalise=renormalise)
+            rows += [
+                {
+                    "aggregate": str(aggregate),
+                    "renormalise": str(renormalise),
+                    "domain": str(domain),
+                    "full": float(at["perplexity_full"].sel(domain=domain)),
+                    "ratios": at["ratio"].sel(domain=domain).values.tolist(),
+                }
+                for domain in result["domain"].values
+            ]
+            rows.append(
+                {
+                    "aggregate": str(aggregate),
+                    "renormalise": str(renormalise),
+                    "domain": "all",
+                    "full": float(at["perplexity_full_overall"]),
+                    "ratios": at["ratio_overall"].values.tolist(),
+                }
+            )
+    return rows
+
+
+def _number(value: Any, digits: int = 2) -> str:
+    number = float(value)
+    return "–" if np.isnan(number) else f"{number:.{digits}f}"
+

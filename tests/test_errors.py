@@ -1,0 +1,203 @@
+"""Bad input: every refusal names what, expected, got and the next step, and leaves nothing behind."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import moe_interp as moe
+from moe_interp import errors
+from moe_interp.model import _listed
+from tests.stub_tokenizer import StubTokenizer
+from tests.tiny import build
+
+IDS = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture(scope="module")
+def model():
+    with moe.wrap(build("qwen3_moe")) as opened:
+        yield opened
+
+
+def test_a_message_reads_what_expected_got_and_what_to_do():
+    error = errors.BadInput("no such thing", expected="this", got="that", do="Do so.")
+    assert str(error) == "no such thing: expected this, got that. Do so."
+    assert (error.what, error.expected, error.got, error.do) == ("no such thing", "this", "that", "Do so.")
+    assert issubclass(errors.BadInput, moe.MoEError)
+
+
+def test_unknown_model_type():
+    hf = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20))
+    with pytest.raises(errors.UnsupportedModel, match=r"cannot open model type 'gpt2': expected one of .*olmoe.*transformer"):
+        moe.wrap(hf)
+    assert not hasattr(hf, "moe_points")
+
+
+def test_dense_model_of_a_known_type():
+    config = Qwen3MoeConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=20,
+        intermediate_size=16, mlp_only_layers=[0, 1],
+    )  # fmt: skip
+    with pytest.raises(errors.UnsupportedModel, match="qwen3_moe model without experts: expected at least one mixture"):
+        moe.wrap(Qwen3MoeForCausalLM(config))
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        ("expert_output", "unknown point 'expert_output': expected one of embed, .*expert_out"),
+        ("shared_out", "qwen3_moe has no point 'shared_out': expected one of"),
+        (moe.select("expert_out", layers=9), "unknown layer 9: expected a layer from 0 to 3"),
+        (moe.select("expert_out", layers=1), r"no point 'expert_out' at layer 1: expected a layer of \[0, 2, 3\]"),
+        (["moe_in", moe.select("moe_in", layers=2)], "'moe_in' is read twice at layer 2"),
+        (moe.select("moe_in", positions=8), "no position 8 in text 0: expected a position from -8 to 7"),
+    ],
+)
+def test_reads_that_cannot_be(model, read, message):
+    with pytest.raises(moe.MoEError, match=message):
+        model.run(IDS, read=read)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda: moe.ablate(layer=2, expert=8), "unknown expert 8 at layer 2: expected an expert from 0 to 7"),
+        (lambda: moe.ablate(layer=1, expert=0), r"layer 1 has no experts: expected one of the MoE layers \[0, 2, 3\]"),
+        (lambda: moe.ablate(layer=7, expert=0), "unknown layer 7"),
+        (lambda: moe.top_k(0), "cannot keep fewer than one expert"),
+        (lambda: moe.top_k(9), "unknown expert 8"),
+        (lambda: moe.apply("router_scores", torch.neg), "point 'router_scores' cannot be edited.*Edit 'router_logits'"),
+        (lambda: moe.apply("moe_out", lambda v: v[:1]), r"returned the wrong thing: expected a torch.float32 tensor of shape"),
+        (lambda: moe.apply("moe_out", lambda v: v.double()), "got a torch.float64 tensor"),
+        (lambda: moe.apply("moe_out", lambda v: None), "got NoneType"),
+        (lambda: moe.apply("expert_ids", lambda v: v + 100), "not expert ids: expected integers from 0 to 7"),
+        (lambda: moe.ablate(layer=2, expert=0, positions=20), "an edit can never touch anything.*within the 8 tokens"),
+    ],
+)
+def test_edits_that_cannot_be(model, edit, message):
+    clean = model.run(IDS).logits
+    with pytest.raises(moe.MoEError, match=message):
+        model.run(IDS, edit=edit())
+    assert torch.equal(model.run(IDS).logits, clean)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ("hello", r"text needs a tokenizer: expected token ids, got text. Pass one to moe.wrap"),
+        (torch.zeros(2, 3), "not token ids: expected integers"),
+        (torch.zeros(1, 0, dtype=torch.long), "not token ids"),
+        (torch.tensor([[96]]), "token id out of the vocabulary: expected ids from 0 to 95, got 96 to 96"),
+        (torch.zeros(1, 129, dtype=torch.long), "text over the context length: expected at most 128 tokens, got 129"),
+        ([[1, 2], [3]], "not model inputs"),
+        ({"input_ids": IDS, "attention_mask": torch.zeros(2, 8)}, "a text without a real token"),
+    ],
+)
+def test_inputs_that_cannot_be(model, inputs, message):
+    with pytest.raises(errors.BadInput, match=message):
+        model.run(inputs)
+
+
+def test_empty_texts():
+    with moe.wrap(build("olmoe"), StubTokenizer()) as opened:
+        for text in ("", "  \n"):
+            with pytest.raises(errors.BadInput, match="text 0 is empty"):
+                opened.run(text)
+
+
+def test_what_is_neither_a_read_nor_an_edit():
+    with pytest.raises(errors.BadInput, match="interventions such as moe.ablate"):
+        _listed(["ablate"], moe.Intervention)
+
+
+def test_a_run_says_what_it_holds(model):
+    run = model.run(IDS, read="moe_in")
+    with pytest.raises(errors.UnknownName, match=r"run holds no 'expert_out' at layer 2.*moe_in.*read=\[...\]"):
+        run["expert_out", 2]
+
+
+def test_weights_with_nan(tmp_path):
+    hf = build("olmoe")
+    hf.model.layers[1].mlp.experts.down_proj.data[3, 0, 0] = torch.nan
+    with moe.wrap(hf) as opened, pytest.raises(errors.BadCheckpoint, match=r"1 NaN or infinite values in model\.layers\.1"):
+        opened.run(torch.arange(3, 90)[None])
+    hf.save_pretrained(tmp_path)
+    with pytest.raises(errors.BadCheckpoint, match="cannot load|weights are not finite"):
+        moe.load(tmp_path)
+
+
+def test_checkpoints_that_are_not_there(tmp_path):
+    with pytest.raises(errors.BadCheckpoint, match="cannot load .*: expected a hub id, or a folder with config.json"):
+        moe.load(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(errors.BadCheckpoint, match="cannot load"):
+        moe.load(tmp_path)
+
+
+def test_data_that_cannot_be_read(tmp_path):
+    with pytest.raises(errors.BadData, match="no file .*missing.jsonl"):
+        moe.read_corpus(tmp_path / "missing.jsonl")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine", "domain": "a"}\n{"text": \n')
+    with pytest.raises(errors.BadData, match="cannot read line 2 of .*broken.jsonl: expected a JSON object"):
+        moe.read_corpus(broken)
+    broken.write_text('{"text": "fine"}\n{"txt": "no"}\n')
+    with pytest.raises(errors.BadData, match="record 2 of .* has no text"):
+        moe.read_corpus(broken)
+    broken.write_bytes(b'{"text": "\xff\xfe"}\n')
+    with pytest.raises(errors.BadData, match="expected UTF-8 text"):
+        moe.read_corpus(broken)
+    (tmp_path / "table.parquet").write_bytes(b"not parquet")
+    with pytest.raises(errors.BadData, match="expected a parquet file"):
+        moe.read_corpus(tmp_path / "table.parquet")
+    (tmp_path / "picture.png").write_bytes(b"")
+    with pytest.raises(errors.BadData, match="expected a file of type .jsonl, .txt, .parquet"):
+        moe.read_corpus(tmp_path / "picture.png")
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(errors.BadData, match="no documents in"):
+        moe.read_corpus(tmp_path / "empty.txt")
+
+
+def test_data_that_can_be_read(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    records = [{"text": "one", "domain": "a", "name": "x"}, {"text": "two", "domain": "b", "name": "y"}]
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, records)))
+    parquet.write_table(pa.Table.from_pylist(records), tmp_path / "some.parquet")
+    (tmp_path / "letters.txt").write_text("first text\nsame text\n\n\nsecond text\n")
+    for name in ("some.jsonl", "some.parquet"):
+        corpus = moe.read_corpus(tmp_path / name)
+        assert [(d.text, d.domain, d.name) for d in corpus.documents] == [("one", "a", "x"), ("two", "b", "y")]
+        assert moe.read_corpus(tmp_path / name, domain="all", limit=1).domains == ("all",)
+    corpus = moe.read_corpus(tmp_path / "letters.txt")
+    assert [d.text.strip() for d in corpus.documents] == ["first text\nsame text", "second text"]
+    assert corpus.domains == ("letters",)
+    assert len(moe.read_corpus(tmp_path)) == 6
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moe_interp.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["audit", "nowhere/at-all"], "cannot load 'nowhere/at-all'"),
+        (["report", "--data", "missing.jsonl"], "no file missing.jsonl"),
+        (["report", "-o", "no/such/folder/report.html"], "cannot write no/such/folder/report.html"),
+    ],
+)
+def test_commands_exit_with_2_and_no_traceback(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = cli(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not list(tmp_path.iterdir())

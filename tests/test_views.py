@@ -1,0 +1,133 @@
+"""The report: self-contained, whole or not at all, and safe with hostile tokens, domains and names."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import moe_interp as moe
+from moe_interp import errors
+from moe_interp.views import figures
+from moe_interp.views import report as page
+from moe_interp.views.tokens import escaped, shown
+from tests.stub_tokenizer import StubTokenizer
+from tests.tiny import build
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+class HostileTokenizer(StubTokenizer):
+    """Every token's text is an attack."""
+
+    def decode(self, ids, skip_special_tokens=False):
+        return HOSTILE * len(ids)
+
+
+class Seen(HTMLParser):
+    """What a browser would load, and the scripts it would run."""
+
+    def __init__(self):
+        super().__init__()
+        self.loads, self.scripts = [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.scripts += tag == "script"
+        self.loads += [value for name, value in attrs if name in ("src", "href") and value]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    texts = {
+        f"{HOSTILE}a": ["first text of one domain", "another text of that domain"],
+        "b&b": ["SOMETHING ELSE HERE 1234", "MORE OF THE SAME KIND 99"],
+    }
+    target = tmp_path_factory.mktemp("report") / "report.html"
+    with moe.wrap(build("deepseek_v3"), HostileTokenizer(), name=HOSTILE) as model:
+        corpus = moe.Corpus.from_texts(texts)
+        options = {"resamples": 20, "seed": 0, "max_tokens": 20}
+        results = page.Results(
+            moe.routing(model, corpus, **options),
+            moe.routing_map(model, "first text"),
+            moe.expert_lens(model, "first text"),
+            moe.ensemble_similarity(model, corpus, **options),
+            moe.perplexity(model, corpus, renormalise="both", **options),
+        )
+        moe.report(model, corpus, target, text="first text", resamples=20, max_tokens=20)
+    return target.read_text(encoding="utf-8"), results
+
+
+def without_library(html: str) -> str:
+    from plotly.offline import get_plotlyjs
+
+    return html.replace(get_plotlyjs(), "")
+
+
+def test_nothing_is_fetched_and_nothing_untrusted_is_run(made):
+    html, _ = made
+    seen = Seen()
+    seen.feed(without_library(html))
+    assert seen.loads == []
+    assert "default-src 'none'" in html
+    assert HOSTILE not in without_library(html)
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    drawings = html.count("Plotly.newPlot(")
+    assert seen.scripts == 1 + drawings
+
+
+def test_the_four_questions_are_answered_by_the_datasets_own_numbers(made):
+    html, results = made
+    text = re.sub(r"\s+", " ", without_library(html))
+    share = 100 * float(results.routing["specialization"].max())
+    assert f"takes {share:.0f} %" in text
+    one = results.perplexity.sel(aggregate="token", renormalise="no", k=1)
+    assert f"× {float(one['ratio_overall']):.2f} [" in text
+    assert f"× {float(one['ratio_random_overall']):.2f} with a random one" in text
+    cosine = results.similarity["cosine_overall"].sel(residual="without", shared="without", candidate="heaviest")
+    assert f"{float(cosine.mean('layer')):.2f} alone" in text
+    for row in page._aggregates(results.perplexity):
+        assert f"<td>{row['full']:.1f}</td>" in text
+
+
+def test_figures_show_the_values_and_their_controls(made):
+    _, results = made
+    drawn = figures.perplexity(results.perplexity)
+    expected = results.perplexity["ratio"].sel(aggregate="token", renormalise="no", domain="b&b").values
+    assert [trace.name for trace in drawn.data[:2]] == [escaped(f"{HOSTILE}a", 40), "b&amp;b"]
+    assert np.allclose(drawn.data[1].y, expected)
+    assert "random" in drawn.data[-1].name
+    curve = figures.coverage(results.routing).data[0].y
+    assert np.isclose(curve[-1], 1.0)
+    assert np.all(np.diff(np.diff(curve)) <= 1e-12)
+    bars = figures.strongest(results.routing).data[0]
+    best = results.routing["specialization"].values[0, 0].argmax()
+    ends = 100 * results.routing["specialization_interval"].values[:, 0, 0, best]
+    assert np.isclose(bars.y[0] - bars.error_y.arrayminus[0], ends[0])
+    assert np.isclose(bars.y[0] + bars.error_y.array[0], ends[1])
+
+
+def test_tokens_are_made_visible_and_cut():
+    assert shown(" the\n") == "·the↵"
+    assert shown("\x00\x1b") == "\\x00\\x1b"
+    assert shown("") == "∅"
+    assert shown("x" * 50, 10) == "x" * 9 + "…"
+    assert escaped("<b>") == "&lt;b&gt;"
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        corpus = moe.Corpus.from_texts({"a": ["some text"]})
+        for target in (tmp_path / "no" / "report.html", tmp_path):
+            with pytest.raises(errors.BadOutput, match="cannot write"):
+                moe.report(model, corpus, target)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    target = tmp_path / "report.html"
+    page.write("old", target)
+    monkeypatch.setattr(page.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(errors.BadOutput, match="disk full"):
+        page.write("new", target)
+    assert target.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
