@@ -30,8 +30,8 @@ def olmoe() -> OlmoeForCausalLM:
     """Hidden 512, expert width 256, vocabulary 1,000, 8 layers, 64 experts, top-8; random."""
     torch.manual_seed(0)
     config = OlmoeConfig(
-        vocab_size=1000, eos_token_id=1, hidden_size=512, intermediate_size=256, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=8, num_experts=64, num_experts_per_tok=8, norm_topk_prob=False,
+        vocab_size=1000, eos_token_id=1, hidden_size=512, intermediate_size=256, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=8, num_experts=64, num_experts_per_tok=8, norm_topk_prob=False,
     )  # fmt: skip
     hf = OlmoeForCausalLM(config).eval()
     hf.set_experts_implementation("grouped_mm")

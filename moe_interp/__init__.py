@@ -1,10 +1,10 @@
 """Read, edit and understand mixture-of-experts models: every expert, gate weight and residual by name.
 
-    import moe_interp as moe
+import moe_interp as moe
 
-    model = moe.load()
-    run = model.run("The capital of France is", read=["expert_out", "gate_weights"])
-    run["expert_out", 5]
+model = moe.load()
+run = model.run("The capital of France is", read=["expert_out", "gate_weights"])
+run["expert_out", 5]
 """
 
 import importlib
@@ -12,35 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "MoEModel": "model",
-    "load": "model",
-    "wrap": "model",
-    "Run": "run",
-    "Routing": "run",
-    "select": "run",
-    "POINTS": "points",
-    "Intervention": "interventions",
-    "ablate": "interventions",
-    "scale": "interventions",
-    "top_k": "interventions",
-    "apply": "interventions",
-    "to_json": "interventions",
-    "from_json": "interventions",
-    "Corpus": "data",
-    "read_corpus": "data",
-    "sample": "data",
-    "routing": "analyses.routing",
-    "routing_map": "analyses.routing",
-    "routing_from_counts": "analyses.recorded",
-    "expert_lens": "analyses.lens",
-    "logit_attribution": "analyses.lens",
-    "ensemble_similarity": "analyses.similarity",
-    "perplexity": "analyses.perplexity",
-    "report": "views.report",
-    "MoEError": "errors",
+_HOMES = {
+    "model": ("MoEModel", "load", "wrap"),
+    "run": ("Routing", "Run", "select"),
+    "points": ("POINTS",),
+    "interventions": ("Intervention", "ablate", "apply", "from_json", "scale", "to_json", "top_k"),
+    "data": ("Corpus", "read_corpus", "sample"),
+    "analyses.routing": ("routing", "routing_map"),
+    "analyses.recorded": ("routing_from_counts",),
+    "analyses.lens": ("expert_lens", "logit_attribution"),
+    "analyses.similarity": ("ensemble_similarity",),
+    "analyses.perplexity": ("perplexity",),
+    "views.report": ("report",),
+    "errors": ("MoEError",),
 }
-__all__ = sorted([*_HOME, "__version__"])
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
     from moe_interp.analyses.lens import expert_lens, logit_attribution
@@ -56,6 +42,35 @@ if TYPE_CHECKING:
     from moe_interp.run import Routing, Run, select
     from moe_interp.views.report import report
 
+__all__ = [
+    "POINTS",
+    "Corpus",
+    "Intervention",
+    "MoEError",
+    "MoEModel",
+    "Routing",
+    "Run",
+    "ablate",
+    "apply",
+    "ensemble_similarity",
+    "expert_lens",
+    "from_json",
+    "load",
+    "logit_attribution",
+    "perplexity",
+    "read_corpus",
+    "report",
+    "routing",
+    "routing_from_counts",
+    "routing_map",
+    "sample",
+    "scale",
+    "select",
+    "to_json",
+    "top_k",
+    "wrap",
+]
+
 
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are first used, so that ``import moe_interp`` is light."""
@@ -67,4 +82,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "__version__"]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from moe_interp.errors import BadCheckpoint
-from moe_interp.model import MoEModel, check_weights
 from moe_interp.interventions import apply
+from moe_interp.model import MoEModel, check_weights
 from moe_interp.points import POINTS
 from moe_interp.run import Run
 
@@ -157,9 +157,7 @@ def audit(model: MoEModel, inputs: Any = None) -> Audit:
     clean = model.run(inputs, read=list(model.points))
     checks = [Check("weights are finite", 0.0, 0.0), _bit_equal(model, inputs), _complete(model, clean)]
     checks += [_holds(relation, model, clean) for relation in RELATIONS]
-    checks += [
-        _edit_takes(point, model, inputs, clean) for point in model.points if POINTS[point].editable
-    ]
+    checks += [_edit_takes(point, model, inputs, clean) for point in model.points if POINTS[point].editable]
     return Audit(model.name, tuple(checks), model.provenance())
 
 

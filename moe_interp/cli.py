@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     from moe_interp.data import Corpus
 
 app = typer.Typer(
-    help="Open up mixture-of-experts models.", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+    help="Open up mixture-of-experts models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
 )
 console = Console()
 
 Model = Annotated[str | None, typer.Argument(help="Hub id or folder; the bundled reference model if left out.")]
-Data = Annotated[str | None, typer.Option(help="jsonl, txt or parquet file, folder, or dataset id; else the bundled sample.")]
+Data = Annotated[
+    str | None, typer.Option(help="jsonl, txt or parquet file, folder, or dataset id; else the bundled sample.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many documents of each domain.")]
 MaxTokens = Annotated[int, typer.Option(min=2, help="Longer documents are cut to so many tokens.")]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the result (netCDF).")]
@@ -124,7 +129,9 @@ def lens(
     table = Table("layer", "expert", "weight", *parts, title=f"Lens after {escape(shown(result['token'].item()))}")
     for layer in result["layer"].values:
         at = result.sel(layer=layer).isel(pos=0)
-        told = [" ".join(shown(str(token), 12) for token in at["top_token"].sel(part=part).values[:3]) for part in parts]
+        told = [
+            " ".join(shown(str(token), 12) for token in at["top_token"].sel(part=part).values[:3]) for part in parts
+        ]
         expert, weight = int(at["expert"].sel(rank=1)), float(at["gate_weight"].sel(rank=1))
         table.add_row(str(layer), str(expert), f"{weight:.2f}", *map(escape, told))
     console.print(table)
@@ -178,7 +185,9 @@ def perplexity(
         one = at.sel(domain=domain)
         ratios = (f"{float(ratio):.3f}" for ratio in one["ratio"].values)
         table.add_row(escape(str(domain)), f"{float(one['perplexity_full']):.1f}", *ratios)
-    table.add_row("all", f"{float(at['perplexity_full_overall']):.1f}", *(f"{r:.3f}" for r in at["ratio_overall"].values))
+    table.add_row(
+        "all", f"{float(at['perplexity_full_overall']):.1f}", *(f"{r:.3f}" for r in at["ratio_overall"].values)
+    )
     table.add_row("random slots", "", *(f"{r:.3f}" for r in at["ratio_random_overall"].values), style="dim")
     console.print(table)
     console.print(f"Without any routed expert: × {float(at['ratio_none_overall']):.3f}")

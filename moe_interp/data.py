@@ -89,16 +89,16 @@ class Corpus:
 
 
 def sample() -> Corpus:
-    """The bundled documents: 24 short ones for each of the reference model's nine domains, written for this project."""
+    """The bundled documents: 24 short ones for each domain of the reference model, written for this project."""
     return read_corpus(SAMPLE)
 
 
 def read_corpus(path: str | Path, *, domain: str | None = None, limit: int | None = None) -> Corpus:
     """Documents from a file, a folder of files, or a Hugging Face dataset.
 
-    ``.jsonl`` and ``.parquet`` have a ``text`` field, and may have ``domain`` and ``name``; ``.txt`` is one document for
-    each block of lines between blank lines. A folder is read file by file. Anything that is no path is taken for the
-    id of a dataset on the hub. Where nothing names a domain it is the file's name.
+    ``.jsonl`` and ``.parquet`` have a ``text`` field, and may have ``domain`` and ``name``; ``.txt`` is one document
+    for each block of lines between blank lines. A folder is read file by file. Anything that is no path is taken for
+    the id of a dataset on the hub. Where nothing names a domain it is the file's name.
 
     Args:
         path: where to read.
@@ -187,7 +187,9 @@ def _dataset(source: Path) -> Iterator[dict[str, Any]]:
         import datasets
     except ImportError as error:
         raise BadData(
-            f"no file {source}", expected="an existing file or folder", do="For datasets: pip install 'moe-interp[data]'"
+            f"no file {source}",
+            expected="an existing file or folder",
+            do="For datasets: pip install 'moe-interp[data]'",
         ) from error
     try:
         found = datasets.load_from_disk(str(source)) if source.is_dir() else datasets.load_dataset(str(source))

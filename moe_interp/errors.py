@@ -1,12 +1,12 @@
 """Every error moe_interp raises, as one tree.
 
-    MoEError            what went wrong, what was expected, what was got, what to do next
-    ├── UnsupportedModel  the architecture cannot be opened correctly, so it is not opened at all
-    ├── UnknownName       no such point, layer, expert, domain or intervention; the message lists what there is
-    ├── BadInput          a text, token id, tensor shape or dtype, or option that cannot be right
-    ├── BadData           a file or a line of data that cannot be read
-    ├── BadCheckpoint     weights that are missing or not finite
-    └── BadOutput         a result that cannot be written where it was asked to go
+MoEError            what went wrong, what was expected, what was got, what to do next
+├── UnsupportedModel  the architecture cannot be opened correctly, so it is not opened at all
+├── UnknownName       no such point, layer, expert, domain or intervention; the message lists what there is
+├── BadInput          a text, token id, tensor shape or dtype, or option that cannot be right
+├── BadData           a file or a line of data that cannot be read
+├── BadCheckpoint     weights that are missing or not finite
+└── BadOutput         a result that cannot be written where it was asked to go
 """
 
 

@@ -76,12 +76,12 @@ class MoEModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.hf.get_submodule(self.spec.embed).weight.device  # type: ignore[union-attr,return-value]
+        return self.hf.get_submodule(self.spec.embed).weight.device  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.hf.get_submodule(self.spec.embed).weight.dtype  # type: ignore[union-attr,return-value]
+        return self.hf.get_submodule(self.spec.embed).weight.dtype  # type: ignore[return-value]
 
     def run(self, inputs: Inputs, *, read: Reads | str | Read = (), edit: Edits = (), grad: bool = False) -> Run:
         """One forward pass: read points, make edits.
@@ -279,17 +279,18 @@ def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **o
         UnsupportedModel: an unknown or dense architecture.
         BadCheckpoint: nothing there, not readable, or weights that are missing or not finite.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
+    loader: Any = transformers.AutoModelForCausalLM
     source = str(REFERENCE if name is None else name)
     if name is None:
         options = {"dtype": "float32"} | options
     try:
         # Safetensors only: a pickled checkpoint could run anything.
-        hf, report = AutoModelForCausalLM.from_pretrained(
+        hf, report = loader.from_pretrained(
             source, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError) as error:
         raise BadCheckpoint(
             f"cannot load {source!r}",
@@ -302,5 +303,3 @@ def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **o
         )
     check_weights(hf)
     return MoEModel(hf.eval(), tokenizer, name="reference" if name is None else str(name))
-
-

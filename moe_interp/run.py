@@ -118,7 +118,7 @@ class Routing:
     """Who was routed where at one layer.
 
     Attributes:
-        ids, weights: [B, S, K], experts and combine weights, in the model's own slot order (which may not be by weight).
+        ids, weights: [B, S, K], experts and combine weights, in the order of the model (not always by weight).
         mask: [B, S], True at real tokens.
         logits, scores: [B, S, E], if ``router_logits`` or ``router_scores`` were read at all positions.
     """

@@ -24,6 +24,14 @@ def points_of(family: str) -> list[str]:
     return [name for name in POINTS if name not in absent | dense]
 
 
+# Switches that the tiny models leave one way: renormalised weights off, groups of experts on.
+VARIANTS = (
+    ("olmoe", {"norm_topk_prob": False}),
+    ("qwen2_moe", {"norm_topk_prob": False}),
+    ("qwen3_moe", {"norm_topk_prob": False}),
+    ("deepseek_v3", {"norm_topk_prob": False}),
+    ("deepseek_v2", {"topk_method": "group_limited_greedy"}),
+)
 CASES = [(family, point) for family in FAMILIES for point in points_of(family)]
 
 
@@ -84,6 +92,22 @@ def test_a_run_without_edits_is_bit_equal_to_the_plain_one(family, dtype):
     with moe.wrap(hf) as model:
         assert torch.equal(model.run(ids).logits, plain)
         assert torch.equal(model.run(ids, read=list(model.points)).logits, plain)
+
+
+@pytest.mark.parametrize(("family", "switch"), VARIANTS)
+def test_switches_of_the_router_are_the_models_own(family, switch):
+    hf = build(family, **switch)
+    ids = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(1))
+    reference, usual = forward(hf, ids), forward(build(family), ids)
+    with moe.wrap(hf) as model:
+        run = model.run(ids, read=["router_logits", "gate_weights"])
+        edited = model.run(ids, edit=moe.apply("router_logits", change_of("router_logits"), layers=LAYER)).logits
+    predicted = forward(hf, ids, edits={("router_logits", LAYER): change_of("router_logits")}).logits
+    assert torch.equal(run.routing[LAYER].ids, reference.points["expert_ids", LAYER])
+    assert error(run["gate_weights", LAYER], reference.points["gate_weights", LAYER]) < TOLERANCE
+    assert error(run.logits, reference.logits) < TOLERANCE
+    assert error(edited, predicted) < TOLERANCE
+    assert error(usual.logits, reference.logits) > 1e-2
 
 
 def change_of(point: str, wrong_slot: bool = False):

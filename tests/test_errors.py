@@ -33,7 +33,9 @@ def test_a_message_reads_what_expected_got_and_what_to_do():
 
 def test_unknown_model_type():
     hf = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20))
-    with pytest.raises(errors.UnsupportedModel, match=r"cannot open model type 'gpt2': expected one of .*olmoe.*transformer"):
+    with pytest.raises(
+        errors.UnsupportedModel, match=r"cannot open model type 'gpt2': expected one of .*olmoe.*transformer"
+    ):
         moe.wrap(hf)
     assert not hasattr(hf, "moe_points")
 
@@ -72,7 +74,10 @@ def test_reads_that_cannot_be(model, read, message):
         (lambda: moe.top_k(0), "cannot keep fewer than one expert"),
         (lambda: moe.top_k(9), "unknown expert 8"),
         (lambda: moe.apply("router_scores", torch.neg), "point 'router_scores' cannot be edited.*Edit 'router_logits'"),
-        (lambda: moe.apply("moe_out", lambda v: v[:1]), r"returned the wrong thing: expected a torch.float32 tensor of shape"),
+        (
+            lambda: moe.apply("moe_out", lambda v: v[:1]),
+            r"returned the wrong thing: expected a torch.float32 tensor of shape",
+        ),
         (lambda: moe.apply("moe_out", lambda v: v.double()), "got a torch.float64 tensor"),
         (lambda: moe.apply("moe_out", lambda v: None), "got NoneType"),
         (lambda: moe.apply("expert_ids", lambda v: v + 100), "not expert ids: expected integers from 0 to 7"),
@@ -124,7 +129,10 @@ def test_a_run_says_what_it_holds(model):
 def test_weights_with_nan(tmp_path):
     hf = build("olmoe")
     hf.model.layers[1].mlp.experts.down_proj.data[3, 0, 0] = torch.nan
-    with moe.wrap(hf) as opened, pytest.raises(errors.BadCheckpoint, match=r"1 NaN or infinite values in model\.layers\.1"):
+    with (
+        moe.wrap(hf) as opened,
+        pytest.raises(errors.BadCheckpoint, match=r"1 NaN or infinite values in model\.layers\.1"),
+    ):
         opened.run(torch.arange(3, 90)[None])
     hf.save_pretrained(tmp_path)
     with pytest.raises(errors.BadCheckpoint, match="cannot load|weights are not finite"):

@@ -71,7 +71,9 @@ def test_imports_run_one_way():
 def loaded(code: str) -> set[str]:
     """Heavy modules that are loaded after running some code in a fresh interpreter."""
     report = f"{code}\nimport sys\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
-    return set(subprocess.run([sys.executable, "-c", report], check=True, capture_output=True, text=True).stdout.split())
+    return set(
+        subprocess.run([sys.executable, "-c", report], check=True, capture_output=True, text=True).stdout.split()
+    )
 
 
 def test_importing_the_package_loads_nothing_heavy():

@@ -3,4 +3,4 @@
 from moe_interp.adapters.families import FAMILIES, Family, describe
 from moe_interp.adapters.spec import LayerSpec, ModelSpec, MoESpec
 
-__all__ = ["FAMILIES", "Family", "LayerSpec", "ModelSpec", "MoESpec", "describe"]
+__all__ = ["FAMILIES", "Family", "LayerSpec", "MoESpec", "ModelSpec", "describe"]

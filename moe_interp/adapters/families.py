@@ -64,7 +64,9 @@ def describe(hf: nn.Module) -> ModelSpec:
             got=f"{type(hf).__name__} with modules {_outline(hf)}",
             do="See the points an adapter needs in moe_interp/adapters/families.py.",
         )
-    layers = tuple(_layer(hf, index, FAMILIES[model_type]) for index in range(len(hf.get_submodule("model.layers"))))
+    config: Any = hf.config
+    stack = hf.get_submodule("model.layers")
+    layers = tuple(_layer(hf, index, FAMILIES[model_type]) for index, _ in enumerate(stack.children()))
     if not any(layer.moe for layer in layers):
         raise UnsupportedModel(
             f"{model_type} model without experts",
@@ -72,7 +74,6 @@ def describe(hf: nn.Module) -> ModelSpec:
             got=f"{len(layers)} dense layers",
             do="Open a checkpoint whose config has sparse layers.",
         )
-    config: Any = hf.config
     return ModelSpec(
         model_type=model_type,
         layers=layers,

@@ -177,5 +177,7 @@ class ModelSpec:
         count = self.moe(layer).num_experts
         if not 0 <= expert < count:
             raise UnknownName(
-                f"unknown expert {expert} at layer {layer}", expected=f"an expert from 0 to {count - 1}", got=str(expert)
+                f"unknown expert {expert} at layer {layer}",
+                expected=f"an expert from 0 to {count - 1}",
+                got=str(expert),
             )

@@ -132,7 +132,7 @@ class LocalHost:
         for handle in self.handles:
             handle.remove()
         for experts, config in self.configs.items():
-            experts.config = config  # type: ignore[assignment]
+            experts.config = config
             del experts._moe_taps
         for owner in [self.hf, *(taps.owner for taps in self.taps.values())]:
             owner._modules.pop(ATTRIBUTE, None)

@@ -63,9 +63,7 @@ class Session:
             name: value if value is not None and value.shape[1] == context.ids.shape[1] else None
             for name, value in whole.items()
         }
-        return Routing(
-            context.ids, context.weights, context.tokens.mask, full["router_logits"], full["router_scores"]
-        )
+        return Routing(context.ids, context.weights, context.tokens.mask, full["router_logits"], full["router_scores"])
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before every forward pass: which tokens are real, and a fresh context for every layer."""
@@ -86,8 +84,8 @@ class Session:
         for layer in self.spec.moe_layers:
             yield "expert_ids", layer, self._context_hook(layer, "ids")
             yield "gate_weights", layer, self._context_hook(layer, "weights")
-        for (point, layer), read in self.reads.items():
-            yield point, layer, self._read_hook(point, layer, read)
+        for (point, at), read in self.reads.items():
+            yield point, at, self._read_hook(point, at, read)
 
     def _edit_hook(self, number: int, edit: Edit) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor:

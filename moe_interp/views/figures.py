@@ -135,12 +135,16 @@ def routing_map(result: xr.Dataset) -> go.Figure:
 
 
 def lens(result: xr.Dataset) -> go.Figure:
-    """Mean KL from the model's output to what a part alone would say, by layer; the control is the part without expert."""
+    """Mean KL from the output of the model to what a part alone would say; the control is the part without expert."""
     shared = "+shared" if "resid_mid+shared" in result["part"].values else ""
-    parts = {
+    parts: dict[str, tuple[str, Any, str | None]] = {
         "resid_mid": ("no expert: resid_mid", CONTROL, "dash"),
         f"resid_mid{shared}": ("no routed expert, shared ones only", CONTROL, "dot"),
-        f"resid_mid+c1{shared}": ("the heaviest expert and the shared ones" if shared else "the heaviest expert", 0, None),
+        f"resid_mid+c1{shared}": (
+            "the heaviest expert and the shared ones" if shared else "the heaviest expert",
+            0,
+            None,
+        ),
         "resid_post": ("all of it: resid_post", 1, None),
         "c1": ("the heaviest expert's contribution alone", 2, None),
     }
@@ -156,17 +160,22 @@ def similarity(result: xr.Dataset) -> go.Figure:
     """Cosine between one candidate and the ensemble by layer, without and with the residual, controls in grey."""
     titles = {"without": "contributions alone", "with": "with the residual"}
     figure = make_subplots(1, 2, subplot_titles=list(titles.values()), shared_yaxes=True)
-    dashes = {"random_unselected": "dash", "other_token": "dot", "none": "dashdot", "lightest": "longdash"}
+    dashes: dict[str, str] = {
+        "random_unselected": "dash",
+        "other_token": "dot",
+        "none": "dashdot",
+        "lightest": "longdash",
+    }
     for column, residual in enumerate(titles, start=1):
         at = result.sel(residual=residual, shared="without")
-        for candidate in result["candidate"].values:
+        for candidate in map(str, result["candidate"].values):
             mean = at["cosine_overall"].sel(candidate=candidate).values
             if np.isnan(mean).all():
                 continue
             ends = at["cosine_overall_interval"].sel(candidate=candidate).transpose("bound", "layer").values
             colour = COLOURS[0] if candidate == "heaviest" else CONTROL
-            line = _line(result["layer"].values, mean, NAMES[str(candidate)], colour, ends, dash=dashes.get(candidate))
-            line.update(legendgroup=str(candidate), showlegend=column == 2)
+            line = _line(result["layer"].values, mean, NAMES[candidate], colour, ends, dash=dashes.get(candidate))
+            line.update(legendgroup=candidate, showlegend=column == 2)
             figure.add_trace(line, row=1, col=column)
         figure.update_xaxes(title="layer", row=1, col=column)
     figure.update_yaxes(title="cosine", row=1, col=1)
@@ -199,5 +208,9 @@ def perplexity(result: xr.Dataset, aggregate: str = "token") -> go.Figure:
         figure.add_trace(_line(ks, one["ratio"].values, escaped(str(domain), 40), colour, ends))
     random = at["ratio_random_overall"].values
     figure.add_trace(_line(ks, random, "k of the K at random, all domains", CONTROL, dash="dash"))
-    figure.add_hline(float(at["ratio_none_overall"]), line={"color": CONTROL, "dash": "dot"}, annotation_text="none routed")
-    return _style(figure, 460, xaxis_title="experts kept, k", yaxis_title="perplexity / perplexity of the model", yaxis_type="log")
+    figure.add_hline(
+        float(at["ratio_none_overall"]), line={"color": CONTROL, "dash": "dot"}, annotation_text="none routed"
+    )
+    return _style(
+        figure, 460, xaxis_title="experts kept, k", yaxis_title="perplexity / perplexity of the model", yaxis_type="log"
+    )

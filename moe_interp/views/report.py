@@ -97,7 +97,9 @@ def check_writable(target: Path) -> None:
         raise BadOutput(
             f"cannot write {target}",
             expected="a file in a folder that exists and is writable",
-            got="a folder" if target.is_dir() else f"folder {folder}" + ("" if folder.is_dir() else ", which is not there"),
+            got="a folder"
+            if target.is_dir()
+            else f"folder {folder}" + ("" if folder.is_dir() else ", which is not there"),
         )
 
 
@@ -115,7 +117,9 @@ def write(page: str, target: Path) -> Path:
         os.chmod(part, 0o644)
         os.replace(part, target)
     except OSError as error:
-        raise BadOutput(f"cannot write {target}", expected="a writable file", got=error.strerror or str(error)) from error
+        raise BadOutput(
+            f"cannot write {target}", expected="a writable file", got=error.strerror or str(error)
+        ) from error
     finally:
         if part is not None:
             with suppress(FileNotFoundError):
@@ -191,7 +195,8 @@ def headlines(results: Results) -> list[Headline]:
         Headline(
             "Who is routed where: the most specialised expert",
             f"expert {int(routed['expert'][expert])} of layer {int(routed['layer'][layer])} takes "
-            f"{100 * float(share):.0f} % [{100 * low:.0f}, {100 * high:.0f}] of {routed['domain'].values[domain]} tokens",
+            f"{100 * float(share):.0f} % [{100 * low:.0f}, {100 * high:.0f}] of the tokens of "
+            f"{routed['domain'].values[domain]}",
             f"{100 * float(routed['specialization_baseline']):.1f} % under a uniform router",
         ),
         Headline(
@@ -249,7 +254,10 @@ def _load(routed: xr.Dataset) -> list[dict[str, int | float]]:
                 name: float(at[f"{name}_overall"])
                 for name in ("n50", "n90", "gini", "load_entropy", "max_vio", "dead_experts")
             }
-            | {name: float((at[name] * weights).sum()) for name in ("entropy", "heaviest_weight", "weight_sum", "z_loss")}
+            | {
+                name: float((at[name] * weights).sum())
+                for name in ("entropy", "heaviest_weight", "weight_sum", "z_loss")
+            }
             | {"load_balance": float(at["load_balance"])}
         )
     return rows
@@ -292,4 +300,3 @@ def _aggregates(result: xr.Dataset) -> list[dict[str, Any]]:
 def _number(value: Any, digits: int = 2) -> str:
     number = float(value)
     return "–" if np.isnan(number) else f"{number:.{digits}f}"
-

@@ -1,0 +1,1 @@
+"""Slow, obvious references that the package is tested against; nothing here imports the package."""
