@@ -8,8 +8,8 @@
 import json
 import os
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -105,16 +105,17 @@ def _storable(name: str, values: ArrayLike) -> np.ndarray:
     return array
 
 
-def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
-    """Writes a result to one netCDF-4 file, whole or not at all.
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write to in place of ``path``, which it becomes at the end of the ``with``, whole or not at all.
 
     Raises:
-        BadOutput: the folder does not exist or cannot be written.
+        BadOutput: the folder does not exist or cannot be written, or the disk is full; nothing is left behind.
     """
     target = Path(path)
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
-        dataset.to_netcdf(part, engine=ENGINE)
+        yield part
         os.replace(part, target)
     except OSError as error:
         raise BadOutput(
@@ -123,7 +124,17 @@ def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     finally:
         with suppress(OSError):
             part.unlink()
-    return target
+
+
+def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
+    """Writes a result to one netCDF-4 file, whole or not at all.
+
+    Raises:
+        BadOutput: the folder does not exist or cannot be written.
+    """
+    with whole_file(path) as part:
+        dataset.to_netcdf(part, engine=ENGINE)
+    return Path(path)
 
 
 def load(path: str | os.PathLike[str]) -> xr.Dataset:

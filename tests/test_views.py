@@ -121,13 +121,3 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
             with pytest.raises(errors.BadOutput, match="cannot write"):
                 moe.report(model, corpus, target)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    target = tmp_path / "report.html"
-    page.write("old", target)
-    monkeypatch.setattr(page.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(errors.BadOutput, match="disk full"):
-        page.write("new", target)
-    assert target.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]

@@ -6,8 +6,6 @@ Tokens, names and domains are untrusted: the template escapes everything that it
 
 import json
 import os
-import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +22,7 @@ from moe_interp.analyses.similarity import ensemble_similarity
 from moe_interp.data import Corpus
 from moe_interp.errors import BadOutput
 from moe_interp.model import MoEModel
+from moe_interp.results import whole_file
 from moe_interp.views import figures
 from moe_interp.views.tokens import shown
 
@@ -74,7 +73,10 @@ def report(
         similarity=ensemble_similarity(model, corpus, **options),
         perplexity=perplexity(model, corpus, renormalise="both", **options),
     )
-    return write(render(model, corpus, results), target)
+    page = render(model, corpus, results)
+    with whole_file(target) as part:
+        part.write_text(page, encoding="utf-8")
+    return target
 
 
 def opening(model: MoEModel, corpus: Corpus, tokens: int = 24) -> str:
@@ -101,30 +103,6 @@ def check_writable(target: Path) -> None:
             if target.is_dir()
             else f"folder {folder}" + ("" if folder.is_dir() else ", which is not there"),
         )
-
-
-def write(page: str, target: Path) -> Path:
-    """Write a page in one piece.
-
-    Raises:
-        BadOutput: it cannot be written; nothing is left behind.
-    """
-    part: str | None = None
-    try:
-        handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        os.chmod(part, 0o644)
-        os.replace(part, target)
-    except OSError as error:
-        raise BadOutput(
-            f"cannot write {target}", expected="a writable file", got=error.strerror or str(error)
-        ) from error
-    finally:
-        if part is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(part)
-    return target
 
 
 def render(model: MoEModel, corpus: Corpus, results: Results) -> str:

@@ -1,0 +1,138 @@
+"""Labelled results: what goes in comes back from a file, dtypes and attrs too; nothing is half-written."""
+
+import json
+
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_interp import __version__
+from moe_interp.errors import BadData, BadInput, BadOutput
+from moe_interp.results import Variable, labelled, load, provenance_of, save
+
+PROVENANCE = {"model": "tiny/é", "tokens": 12, "level": 0.95}
+
+
+def example() -> xr.Dataset:
+    """Every dtype that is allowed, a NaN, a scalar, an empty axis, and strings that are hard to keep."""
+    numbers = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
+    variables = {
+        name: Variable(
+            ("domain",), np.array([0, np.iinfo(name).max if "int" in name else np.nan], name), "1", "x"
+        )
+        for name in numbers
+    }
+    variables["share"] = Variable(
+        ("domain", "layer"), [[0.1, np.nan, 1e-300], [np.inf, -0.0, 1.0]], "1", "a share"
+    )
+    variables["token"] = Variable(("pos",), ["<b>", "", " é▁", "\n", "☕" * 40], "text", "tokens")
+    variables["nothing"] = Variable(("empty",), np.zeros(0), "nats", "an empty axis")
+    variables["loss"] = Variable((), np.float64(0.1), "nats", "a scalar")
+    coords = {"domain": ["arXiv", "Français"], "layer": np.array([1, 3, 27])}
+    return labelled(variables, coords, analysis="example", provenance=PROVENANCE)
+
+
+def assert_same(left: xr.Dataset, right: xr.Dataset) -> None:
+    xr.testing.assert_identical(left, right)
+    assert {name: left[name].dtype for name in left.variables} == {
+        name: right[name].dtype for name in right.variables
+    }
+
+
+def test_attrs_say_what_it_is():
+    dataset = example()
+    assert dataset.attrs == {
+        "analysis": "example",
+        "provenance": json.dumps(PROVENANCE, ensure_ascii=False, sort_keys=True),
+        "moe_interp": __version__,
+    }
+    assert provenance_of(dataset) == PROVENANCE
+    assert dataset["share"].attrs == {"units": "1", "description": "a share"}
+    assert dataset["share"].sel(domain="arXiv", layer=27) == 1e-300
+
+
+def test_survives_save_and_load(tmp_path):
+    assert_same(load(save(example(), tmp_path / "result.nc")), example())
+
+
+def test_survives_plain_to_netcdf(tmp_path):
+    example().to_netcdf(tmp_path / "result.nc", engine="h5netcdf")
+    assert_same(xr.load_dataset(tmp_path / "result.nc", engine="h5netcdf"), example())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=1))
+def test_any_string_without_nul_survives(tmp_path_factory, texts):
+    dataset = labelled({"token": Variable(("pos",), texts, "text", "t")}, {}, analysis="a", provenance={})
+    found = load(save(dataset, tmp_path_factory.getbasetemp() / "strings.nc"))
+    assert found["token"].values.tolist() == texts
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (np.array([True]), "bool"),
+        (np.array([1j]), "complex128"),
+        (np.array([1.0], np.float16), "float16"),
+        (np.array([None]), "object"),
+        (np.array(["2020-01-01"], "datetime64[D]"), "datetime64"),
+        (["a\0b"], "a NUL"),
+        (["a\0"], "a NUL"),
+    ],
+)
+def test_what_a_file_does_not_keep_is_refused(values, said):
+    with pytest.raises(BadInput, match=rf"result 'odd' cannot be stored: expected .*, got {said}"):
+        labelled({"odd": Variable(("pos",), values, "1", "odd")}, {}, analysis="a", provenance={})
+    with pytest.raises(BadInput, match="result 'odd' cannot be stored"):
+        labelled({}, {"odd": values}, analysis="a", provenance={})
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        (Variable(("layer",), [1.0], "", "a share"), "is not described: expected units and meaning"),
+        (Variable(("layer",), [1.0], "1", ""), "is not described: expected units and meaning"),
+        (Variable(("layer",), [[1.0]], "1", "x"), r"expected 1 axes \(layer\), got shape \(1, 1\)"),
+        (Variable(("layer",), [1.0, 2.0, 3.0], "1", "x"), "a result's dims do not fit"),
+    ],
+)
+def test_undescribed_and_misfitting_variables_are_refused(variable, said):
+    with pytest.raises(BadInput, match=said):
+        labelled({"share": variable}, {"layer": [0, 1]}, analysis="a", provenance={})
+
+
+def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    for target in (tmp_path / "missing" / "result.nc", tmp_path / "file" / "result.nc"):
+        with pytest.raises(BadOutput, match="cannot write .*: expected a file in a writable folder, got"):
+            save(example(), target)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(BadOutput, match="cannot write"):
+        save(example(), tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_an_interrupted_save_keeps_the_file_that_was_there(tmp_path, monkeypatch):
+    target = save(example(), tmp_path / "result.nc")
+    before = target.read_bytes()
+
+    def full(self, path, **_):
+        with open(path, "wb") as half:
+            half.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(xr.Dataset, "to_netcdf", full)
+    with pytest.raises(BadOutput, match="No space left on device"):
+        save(example(), target)
+    assert target.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["result.nc"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\x89HDF\r\n\x1a\nbroken"])
+def test_a_corrupt_or_missing_file_is_an_error(tmp_path, content):
+    (tmp_path / "bad.nc").write_bytes(content)
+    for name in ("bad.nc", "missing.nc"):
+        with pytest.raises(BadData, match=f"cannot read .*{name}: expected a result saved as netCDF-4, got"):
+            load(tmp_path / name)
