@@ -47,6 +47,7 @@ def report(
     resamples: int = 1000,
     seed: int = 0,
     max_tokens: int | None = 256,
+    scored: int | None = 12,
 ) -> Path:
     """Run the four analyses and write the report.
 
@@ -58,6 +59,8 @@ def report(
         resamples: for intervals and permutation tests.
         seed: of these, and of random controls.
         max_tokens: longer documents are cut to so many tokens (None: to the model's context length).
+        scored: perplexity, which takes a forward pass for every k and control, is measured on at most so many
+            documents of each domain (None: all).
 
     Raises:
         BadOutput: the file cannot be written, found out before anything is measured.
@@ -71,7 +74,7 @@ def report(
         routing_map=routing_map(model, shown_text),
         lens=expert_lens(model, shown_text),
         similarity=ensemble_similarity(model, corpus, **options),
-        perplexity=perplexity(model, corpus, renormalise="both", **options),
+        perplexity=perplexity(model, corpus if scored is None else corpus.take(scored), renormalise="both", **options),
     )
     page = render(model, corpus, results)
     with whole_file(target) as part:
@@ -122,8 +125,10 @@ def render(model: MoEModel, corpus: Corpus, results: Results) -> str:
         headlines=headlines(results),
         experts=_experts(results.routing),
         load=_load(results.routing),
-        lens=results.lens,
-        lens_parts=_lens_parts(results.lens),
+        lens_layers=results.lens["layer"].values.tolist(),
+        lens_columns=_columns(results.lens),
+        positions=_positions(results.lens),
+        scored=int(results.perplexity["documents"].sum()),
         aggregates=_aggregates(results.perplexity),
         provenance=json.dumps(json.loads(results.routing.attrs["provenance"]), indent=2, ensure_ascii=False),
     )
@@ -241,7 +246,60 @@ def _load(routed: xr.Dataset) -> list[dict[str, int | float]]:
     return rows
 
 
-def _lens_parts(result: xr.Dataset) -> list[str]:
+@dataclass(frozen=True)
+class Cell:
+    """What one part says at one layer and position: its first tokens with their probabilities in per cent."""
+
+    tokens: list[tuple[str, float]]
+    kl: float
+    agrees: bool
+
+
+@dataclass(frozen=True)
+class Position:
+    """The lens after one token: what the model says, the heaviest expert by layer, and cells by part and layer."""
+
+    pos: int
+    token: str
+    final: list[tuple[str, float]]
+    heaviest: list[tuple[int, float]]
+    parts: dict[str, list[Cell]]
+
+
+def _positions(result: xr.Dataset, top: int = 3) -> list[Position]:
+    return [_position(result.isel(pos=index), top) for index in range(result.sizes["pos"])]
+
+
+def _position(at: xr.Dataset, top: int) -> Position:
+    tokens, chances = at["top_token"].values, 100 * at["top_probability"].values
+    kl, agrees = at["kl"].values.tolist(), at["agreement"].values.tolist()
+    layers = range(at.sizes["layer"])
+    parts = {
+        str(part): [
+            Cell(
+                _pairs(tokens[layer, number], chances[layer, number], top),
+                kl[layer][number],
+                agrees[layer][number] == 1,
+            )
+            for layer in layers
+        ]
+        for number, part in enumerate(at["part"].values)
+    }
+    first = at.sel(rank=1)
+    return Position(
+        pos=int(at["pos"]),
+        token=str(at["token"].item()),
+        final=_pairs(at["final_token"].values, 100 * at["final_probability"].values, top),
+        heaviest=[(int(e), float(w)) for e, w in zip(first["expert"].values, first["gate_weight"].values, strict=True)],
+        parts=parts,
+    )
+
+
+def _pairs(tokens: np.ndarray, chances: np.ndarray, top: int) -> list[tuple[str, float]]:
+    return [(str(token), float(chance)) for token, chance in zip(tokens[:top], chances[:top], strict=True)]
+
+
+def _columns(result: xr.Dataset) -> list[str]:
     """The parts worth a column at every position; the whole list is shown for the last one."""
     wanted = ("resid_pre", "resid_mid", "c1", "resid_mid+c1", "resid_mid+c1+shared", "shared", "resid_post")
     return [part for part in wanted if part in result["part"].values]
