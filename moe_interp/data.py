@@ -168,11 +168,9 @@ def _text(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _parquet(file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise BadData("parquet needs pyarrow", do="pip install 'moe-interp[data]'") from error
+    import pyarrow
+    from pyarrow import parquet
+
     try:
         table = parquet.ParquetFile(file)
         wanted = [name for name in ("text", "domain", "name") if name in table.schema_arrow.names]
@@ -183,14 +181,8 @@ def _parquet(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _dataset(source: Path) -> Iterator[dict[str, Any]]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise BadData(
-            f"no file {source}",
-            expected="an existing file or folder",
-            do="For datasets: pip install 'moe-interp[data]'",
-        ) from error
+    import datasets
+
     try:
         found = datasets.load_from_disk(str(source)) if source.is_dir() else datasets.load_dataset(str(source))
     except Exception as error:

@@ -189,6 +189,18 @@ def test_data_that_can_be_read(tmp_path):
     assert len(moe.read_corpus(tmp_path)) == 6
 
 
+def test_datasets_saved_to_disk_can_be_read(tmp_path):
+    import datasets
+
+    records = [{"text": "one", "domain": "a"}, {"text": "two", "domain": "b"}]
+    datasets.Dataset.from_list(records).save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(records)}).save_to_disk(tmp_path / "parts")
+    for name in ("one", "parts"):
+        corpus = moe.read_corpus(tmp_path / name)
+        assert corpus.texts == ["one", "two"]
+        assert corpus.domains == ("a", "b")
+
+
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "moe_interp.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})

@@ -19,14 +19,10 @@ def example() -> xr.Dataset:
     """Every dtype that is allowed, a NaN, a scalar, an empty axis, and strings that are hard to keep."""
     numbers = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
     variables = {
-        name: Variable(
-            ("domain",), np.array([0, np.iinfo(name).max if "int" in name else np.nan], name), "1", "x"
-        )
+        name: Variable(("domain",), np.array([0, np.iinfo(name).max if "int" in name else np.nan], name), "1", "x")
         for name in numbers
     }
-    variables["share"] = Variable(
-        ("domain", "layer"), [[0.1, np.nan, 1e-300], [np.inf, -0.0, 1.0]], "1", "a share"
-    )
+    variables["share"] = Variable(("domain", "layer"), [[0.1, np.nan, 1e-300], [np.inf, -0.0, 1.0]], "1", "a share")
     variables["token"] = Variable(("pos",), ["<b>", "", " é▁", "\n", "☕" * 40], "text", "tokens")
     variables["nothing"] = Variable(("empty",), np.zeros(0), "nats", "an empty axis")
     variables["loss"] = Variable((), np.float64(0.1), "nats", "a scalar")
@@ -36,9 +32,7 @@ def example() -> xr.Dataset:
 
 def assert_same(left: xr.Dataset, right: xr.Dataset) -> None:
     xr.testing.assert_identical(left, right)
-    assert {name: left[name].dtype for name in left.variables} == {
-        name: right[name].dtype for name in right.variables
-    }
+    assert {name: left[name].dtype for name in left.variables} == {name: right[name].dtype for name in right.variables}
 
 
 def test_attrs_say_what_it_is():
@@ -50,6 +44,7 @@ def test_attrs_say_what_it_is():
     }
     assert provenance_of(dataset) == PROVENANCE
     assert dataset["share"].attrs == {"units": "1", "description": "a share"}
+    assert dataset["loss"].attrs == {"units": "nats", "description": "a scalar"}
     assert dataset["share"].sel(domain="arXiv", layer=27) == 1e-300
 
 

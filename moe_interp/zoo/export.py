@@ -84,7 +84,7 @@ def export(corpus: Path, work_dir: Path, out: Path, documents: int | None = None
     """Write everything that ships to `out`; `documents` limits the validation documents of each domain."""
     out.mkdir(parents=True, exist_ok=True)
     done = save_model(work_dir, out)
-    model = DeepseekV2ForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    model = DeepseekV2ForCausalLM.from_pretrained(out, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     held_out = read_texts(corpus, "validation")
     validation = {d: [ids[:CONTEXT] for ids in encode(tokenizer, held_out[d][:documents])] for d in held_out}
