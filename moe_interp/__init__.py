@@ -1,10 +1,12 @@
 """Read, edit and understand mixture-of-experts models: every expert, gate weight and residual by name.
 
-import moe_interp as moe
+For example::
 
-model = moe.load()
-run = model.run("The capital of France is", read=["expert_out", "gate_weights"])
-run["expert_out", 5]
+    import moe_interp as moe
+
+    model = moe.load()
+    run = model.run("The capital of France is", read=["expert_out", "gate_weights"])
+    run["expert_out", 5]
 """
 
 import importlib
