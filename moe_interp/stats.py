@@ -287,8 +287,9 @@ def cv2(counts: Num[np.ndarray, "*rest E"]) -> Float[np.ndarray, "*rest"]:
 
 def dead_experts(counts: Num[np.ndarray, "*rest E"]) -> Float[np.ndarray, "*rest"]:
     """How many experts get less than a tenth of the mean load, 0 ... E - 1; NaN where there is no load."""
-    parts = shares(counts)
-    return np.where(np.isnan(parts[..., 0]), np.nan, (parts < 0.1 / counts.shape[-1]).sum(axis=-1))
+    total = counts.sum(axis=-1)
+    dead = 10 * counts.shape[-1] * counts < total[..., None]  # exact, where shares would be rounded
+    return np.where(total == 0, np.nan, dead.sum(axis=-1))
 
 
 def jensen_shannon(

@@ -1,0 +1,586 @@
+"""The expert lens: what every part of a mixture-of-experts layer says about the next token.
+
+The logit lens decodes the residual stream between layers as if it were the last one: decode(h) = W_U norm(h),
+with the model's own final norm, scale and soft-cap. MoE-Lens (Chaudhari et al., 2025) extends it to what
+experts add. Let r be resid_mid, s the shared experts as added, f_j the unweighted output of a token's j-th
+heaviest expert and c_j = w_j f_j its contribution. At every MoE layer and position, `expert_lens` decodes
+
+1. resid_pre; r, the layer without any expert, which is the control of all that follows; resid_post;
+2. each expert: r + c_j, c_j, f_j;
+3. the partial sums r + c_1 + ... + c_k for k = 1 ... K;
+4. r, 2. and 3. with s added, and s alone.
+
+`decode_top` takes rows some at a time and keeps only what is reported of them, so that memory grows with the
+chunk times the vocabulary and never with parts or positions times the vocabulary.
+
+`logit_attribution` splits one logit: with its scale frozen at the whole residual the final norm is linear,
+and everything that was ever added to the residual has its exact share.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_interp.encode import Inputs, encode
+from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.model import MoEModel
+from moe_interp.results import Variable, labelled
+from moe_interp.run import Read, Run, positions_of
+
+Definition = Literal["paper", "as_coded"]
+Decode = Callable[[Tensor], Tensor]
+
+# Rows decoded at a time: enough for the matrix product to run at full speed.
+CHUNK = 512
+# Logits described at a time on a CPU: few enough to stay in its caches while they are passed over again and again.
+TILE = 2**20
+
+
+class Decoded(NamedTuple):
+    """What is kept of decoded rows, N positions of P parts each.
+
+    Attributes:
+        ids, probabilities: [N, P, top], the most probable tokens.
+        true_rank: [N, P], rank of the true next token, 1 for the first, NaN where there is none.
+        final_rank: [N, P], rank of the model's own prediction.
+        kl: [N, P], KL(final || row) in nats.
+    """
+
+    ids: Int[Tensor, "N P top"]
+    probabilities: Float[Tensor, "N P top"]
+    true_rank: Float[Tensor, "N P"]
+    final_rank: Int[Tensor, "N P"]
+    kl: Float[Tensor, "N P"]
+
+
+@torch.no_grad()
+def expert_lens(
+    model: MoEModel,
+    text: Inputs,
+    *,
+    layers: int | Iterable[int] | None = None,
+    positions: int | Iterable[int] | None = None,
+    top: int = 5,
+    definition: Definition = "paper",
+    chunk: int = CHUNK,
+) -> xr.Dataset:
+    """Decode every part of every MoE layer at every position of one text.
+
+    ``definition="as_coded"`` is for comparison with the released MoE-Lens notebooks. Rows are brought to unit
+    root mean square in place of the learned final norm (the notebooks do so with experts alone, and leave
+    rows with the residual as they are; ranks are the same). Single experts are unweighted, also beside r;
+    only sums are weighted. r is the *normed* input of the MoE block (as in the cosine notebook; the lens
+    notebooks themselves add resid_mid). Shared experts are left out.
+
+    Args:
+        model: any opened model; without a tokenizer tokens are shown by their ids.
+        text: one text, or its token ids.
+        layers: MoE layers, as the checkpoint numbers them (None: all).
+        positions: of real tokens, negative ones from the end (None: all).
+        top: how many of the most probable tokens to keep.
+        definition: "paper" or "as_coded".
+        chunk: how many rows to decode at a time; beyond rounding the result does not depend on it.
+
+    Returns:
+        Dims layer, part, pos, top (1: the most probable) and rank (1: the heaviest expert).
+
+        Of a part: ``top_id``, ``top_token``, ``top_probability`` (layer, part, pos, top); ``true_rank`` of
+        the true next token (1 is first; NaN at the last token), ``final_rank`` of the model's own prediction,
+        ``agreement`` (1 where that comes first), ``kl``, KL(final || part) in nats (layer, part, pos).
+        Of an expert: ``expert``, ``gate_weight`` (layer, pos, rank).
+        Of the model's output: ``final_id``, ``final_token``, ``final_probability`` (pos, top),
+        ``final_true_rank``.
+        Of the text: ``token_id``, ``token``, ``next_id`` (pos; -1 at the last token).
+
+        A part is named for what it is the sum of: "resid_mid+c1..3+shared", "c2", "f2", "resid_post".
+        ``part_rank``: the rank of its expert if it holds just one, else 0. ``part_sum``: k for r + c_1 + ...
+        + c_k (0 for r), else -1. ``part_shared``: 1 if "shared" is in its name.
+
+    Raises:
+        BadInput: several texts, an empty or too long one, no such position, an option out of range.
+        UnknownName: a layer that is no MoE layer, or a model without resid_mid.
+        UnsupportedModel: a layer whose parts do not add up to its output.
+    """
+    chosen = _layers(model, layers)
+    _check_options(model, top, definition, chunk)
+    slots = model.spec.moe(chosen[0]).top_k
+    shared = "shared_out" in model.spec.layer(chosen[0]).sites
+    parts = part_terms(slots, shared and definition == "paper", definition)
+    run, at = _run(model, text, _points(shared, definition), chosen, positions_of(positions))
+    targets = _following(run)[at.numbers]
+    final = run.logits[0, at.columns].log_softmax(-1, dtype=torch.float32)
+    decode = model.decode if definition == "paper" else _unit_decode(model)
+    decoded = [
+        decode_top(decode, _rows(model, run, layer, at, parts), final, targets, top=top, chunk=chunk)
+        for layer in chosen
+    ]
+    variables = _part_variables(parts) | _lens_variables(model, decoded) | _expert_variables(run, chosen, at)
+    coords: dict[str, ArrayLike] = {
+        "layer": list(chosen),
+        "part": list(parts),
+        "pos": at.numbers.tolist(),
+        "top": list(range(1, top + 1)),
+        "rank": list(range(1, slots + 1)),
+    }
+    return labelled(
+        variables | _text_variables(model, run, at, _describe(final[:, None], final, targets, top)),
+        coords,
+        analysis="expert_lens",
+        provenance={**run.provenance, "definition": definition},
+    )
+
+
+@torch.no_grad()
+def logit_attribution(
+    model: MoEModel, text: Inputs, tokens: int | str | Sequence[int | str], *, position: int = -1
+) -> xr.Dataset:
+    """Direct logit attribution: what everything that was added to the residual gave to a token's logit.
+
+    Args:
+        model: any opened model.
+        text: one text, or its token ids.
+        tokens: whose logits to split: ids, or texts of exactly one token.
+        position: of a real token, negative ones from the end; the logits are those that follow it.
+
+    Returns:
+        Dims part, token (ids). ``attribution`` (part, token); ``logit`` (token), before any soft-cap, which
+        is not linear; ``remainder`` (token): logit less the sum of its parts, which is rounding, and largest
+        where the model adds up its residual in 16 bits. All in logits.
+
+        Parts are "embed", "3.attn_out", "3.mlp_out" (if layer 3 is dense), "3.c1" (the contribution of its
+        heaviest expert), "3.shared_out", and "bias" (of final norm and unembedding; 0 where they have none).
+        ``part_kind``: "embed", "attn_out", ..., "expert", "bias". ``part_layer``: -1 for embed and bias.
+        ``part_rank``, ``part_expert``, ``gate_weight``: of an expert; otherwise 0, -1, NaN.
+
+    Raises:
+        BadInput: several texts, an empty or too long one, no such position or token.
+        UnsupportedModel: parts that do not add up to the residual, a final norm that is neither a
+            root-mean-square nor a layer norm, or an unembedding that is not linear.
+    """
+    ids = _token_ids(model, tokens)
+    points = ["embed", "attn_out", "mlp_out", "expert_out", "shared_out", "resid_post"]
+    run, at = _run(model, text, [point for point in points if point in model.points], None, (position,))
+    parts = _residual_parts(model, run, at)
+    values = torch.stack([part.value for part in parts])
+    residual = run["resid_post", model.spec.num_layers - 1][0, 0].to(values.device)
+    _check_adds_up("the last resid_post", "embedding and all outputs", values.sum(0), residual.float(), model.dtype)
+    split, logit = _split_logits(model, residual, values, ids)
+    variables = {
+        "attribution": Variable(("part", "token"), split.cpu().numpy(), "logits", "the part's share in the logit"),
+        "logit": Variable(("token",), logit.cpu().numpy(), "logits", "the model's logit, before any soft-cap"),
+        "remainder": Variable(
+            ("token",),
+            (logit - split.sum(0)).cpu().numpy(),
+            "logits",
+            "logit less the sum of its parts: rounding",
+        ),
+        "token_text": Variable(("token",), _texts(model, ids), "text", "the tokens whose logits are split"),
+    }
+    listed = [*parts, _ResidualPart("bias", "bias", values[0])]
+    return labelled(
+        variables | _attributed_variables(listed),
+        {"part": [part.name for part in listed], "token": ids.tolist()},
+        analysis="logit_attribution",
+        provenance={**run.provenance, "position": int(at.numbers)},
+    )
+
+
+def part_terms(slots: int, shared: bool, definition: Definition = "paper") -> dict[str, tuple[str, ...]]:
+    """What each part is the sum of, by the part's name, in the order of the result.
+
+    Args:
+        slots: K, experts of a token.
+        shared: whether to repeat the parts with the shared experts added.
+        definition: see `expert_lens`.
+    """
+    ranks = range(1, slots + 1)
+    contributions, outputs = tuple(f"c{j}" for j in ranks), tuple(f"f{j}" for j in ranks)
+    base, single = ("resid_mid", contributions) if definition == "paper" else ("moe_in", outputs)
+    parts: dict[str, tuple[str, ...]] = {base: (base,)}
+    parts.update((f"{base}+{one}", (base, one)) for one in single)
+    parts.update((one, (one,)) for one in single + outputs)
+    parts.update((f"{base}+c1" + f"..{k}" * (k > 1), (base, *contributions[:k])) for k in ranks)
+    if shared:
+        parts.update([(f"{name}+shared", (*terms, "shared")) for name, terms in parts.items()])
+        parts["shared"] = ("shared",)
+    return {"resid_pre": ("resid_pre",), **parts, "resid_post": ("resid_post",)}
+
+
+def decode_top(
+    decode: Decode,
+    rows: Float[Tensor, "N P D"],
+    final: Float[Tensor, "N V"],
+    targets: Int[Tensor, " N"],
+    *,
+    top: int = 5,
+    chunk: int = CHUNK,
+) -> Decoded:
+    """Decode rows, ``chunk`` at a time, and keep what a lens reports of them.
+
+    Args:
+        decode: from [n, p, D] to logits [n, p, V], such as ``model.decode``.
+        rows: N positions of P parts each.
+        final: log-probabilities of the model's own output at each position, in float32.
+        targets: the true next token at each position, -1 where there is none.
+        top: how many of the most probable tokens to keep.
+        chunk: at most so many rows are decoded at a time.
+    """
+    parts = rows.shape[1]
+    positions = max(1, chunk // parts)
+    blocks = zip(rows.split(positions), final.split(positions), targets.split(positions), strict=True)
+    return _joined(
+        [
+            _joined([_decode(decode, some, own, true, top) for some in block.split(min(chunk, parts), 1)], dim=1)
+            for block, own, true in blocks
+        ]
+    )
+
+
+def _decode(decode: Decode, rows: Tensor, final: Tensor, targets: Tensor, top: int) -> Decoded:
+    logits = decode(rows).to(rows.device)
+    positions = max(1, TILE // logits[0].numel()) if logits.device.type == "cpu" else len(logits)
+    tiles = zip(logits.split(positions), final.split(positions), targets.split(positions), strict=True)
+    return _joined([_describe(tile.log_softmax(-1, dtype=torch.float32), own, true, top) for tile, own, true in tiles])
+
+
+def _describe(
+    log_p: Float[Tensor, "N P V"], final: Float[Tensor, "N V"], targets: Int[Tensor, " N"], top: int
+) -> Decoded:
+    best = log_p.topk(top, dim=-1)
+    scratch = torch.empty_like(log_p)
+    true_rank = _rank(log_p, targets.clamp(min=0), scratch)
+    p = final.exp()
+    cross = torch.mul(log_p, p[:, None], out=scratch).sum(-1)
+    return Decoded(
+        ids=best.indices,
+        probabilities=best.values.exp(),
+        true_rank=true_rank.where(targets[:, None] >= 0, torch.nan),
+        final_rank=_rank(log_p, final.argmax(-1), scratch).long(),
+        # Rounding can leave a distribution that equals the final one just below zero.
+        kl=((final * p).sum(-1, keepdim=True) - cross).clamp(min=0.0),
+    )
+
+
+def _rank(log_p: Tensor, ids: Tensor, scratch: Tensor) -> Tensor:
+    """1 + how many tokens are more probable."""
+    threshold = log_p.gather(-1, ids[:, None, None].expand(-1, log_p.shape[1], 1))
+    # Counted in floats, exact up to 2^24 tokens: summing booleans takes three to ten times as long on a CPU.
+    return torch.gt(log_p, threshold, out=scratch).sum(-1) + 1
+
+
+def _joined(pieces: Sequence[Decoded], dim: int = 0) -> Decoded:
+    return Decoded(*(torch.cat(values, dim) for values in zip(*pieces, strict=True)))
+
+
+def _unit_decode(model: MoEModel) -> Decode:
+    unembed = model.hf.get_submodule(model.spec.unembed)
+    return lambda hidden: unembed(functional.rms_norm(hidden, hidden.shape[-1:], eps=1e-6))
+
+
+class _At(NamedTuple):
+    """The positions looked at.
+
+    Attributes:
+        numbers: [N], counted in real tokens.
+        columns: [N], where they are in the padded text.
+        only: whether the points were read at these positions only.
+    """
+
+    numbers: Tensor
+    columns: Tensor
+    only: bool
+
+    def of(self, values: Tensor, only: bool = False) -> Tensor:
+        """[N, ...] of [1, S, ...], or of [1, N, ...] if ``only`` these were read."""
+        there = values[0].to(self.columns.device)
+        return there if only else there[self.columns]
+
+
+def _run(
+    model: MoEModel,
+    text: Inputs,
+    points: Sequence[str],
+    layers: tuple[int, ...] | None,
+    positions: tuple[int, ...] | None,
+) -> tuple[Run, _At]:
+    """One forward pass over one text that reads ``points`` at the selected positions."""
+    if positions == ():
+        raise BadInput("no positions", expected="at least one, or None for all", got="none")
+    inputs = encode(text, model.tokenizer, model.spec, model.device)
+    if "input_ids" not in inputs or len(inputs["input_ids"]) != 1:
+        got = f"{len(inputs['input_ids'])} texts" if "input_ids" in inputs else ", ".join(inputs)
+        raise BadInput("the lens looks at one text", expected="a text or its token ids", got=got)
+    run = model.run(inputs, read=[Read(point, layers, positions) for point in points])
+    columns = run.mask[0].nonzero().flatten() if positions is None else run.tokens.columns(positions)[0]
+    return run, _At(run.tokens.index[0, columns], columns, positions is not None)
+
+
+def _points(shared: bool, definition: Definition) -> list[str]:
+    points = ["resid_pre", "resid_mid", "expert_out", "resid_post"]
+    return points + ["shared_out"] * shared + ["moe_in"] * (definition == "as_coded")
+
+
+def _rows(model: MoEModel, run: Run, layer: int, at: _At, parts: Mapping[str, Sequence[str]]) -> Float[Tensor, "N P D"]:
+    """Every part of a layer as the sum of its terms, in the model's dtype."""
+    terms = {
+        point.replace("shared_out", "shared"): at.of(value, at.only).float()
+        for (point, where), value in run.values.items()
+        if where == layer and point != "expert_out"
+    }
+    outputs, contributions = _expert_terms(run, layer, at)
+    whole = terms["resid_mid"] + contributions.sum(1) + terms.get("shared", 0.0)
+    expected = "resid_mid + contributions + shared experts"
+    _check_adds_up(f"resid_post of layer {layer}", expected, whole, terms["resid_post"], model.dtype)
+    terms |= {f"f{j}": value for j, value in enumerate(outputs.unbind(1), start=1)}
+    terms |= {f"c{j}": value for j, value in enumerate(contributions.unbind(1), start=1)}
+    values = torch.stack(list(terms.values()), dim=1)
+    sums = values.new_tensor([[name in part for name in terms] for part in parts.values()])
+    return (sums @ values).to(model.dtype)
+
+
+def _expert_terms(run: Run, layer: int, at: _At) -> tuple[Float[Tensor, "N K D"], Float[Tensor, "N K D"]]:
+    """Unweighted outputs and contributions, heaviest first, in float32."""
+    _, weights, order = _by_rank(run, layer, at)
+    outputs = at.of(run["expert_out", layer], at.only).float()
+    outputs = outputs.gather(1, order[..., None].expand_as(outputs))
+    return outputs, outputs * weights[..., None]
+
+
+def _by_rank(run: Run, layer: int, at: _At) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"], Int[Tensor, "N K"]]:
+    """Expert ids, weights and slots, heaviest first."""
+    routing = run.routing[layer]
+    order = at.of(routing.by_rank())
+    return at.of(routing.ids).gather(1, order), at.of(routing.weights).gather(1, order).float(), order
+
+
+def _following(run: Run) -> Int[Tensor, " S"]:
+    """The true next token of every real token, -1 for the last."""
+    real = run.token_ids[0][run.mask[0]]  # type: ignore[index]
+    return torch.cat([real[1:], real.new_tensor([-1])])
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """How far, relative to the largest value, a sum of parts may be from what was added up in ``dtype``."""
+    return max(1e-4, 8 * torch.finfo(dtype).eps)
+
+
+def _check_adds_up(what: str, expected: str, parts: Tensor, whole: Tensor, dtype: torch.dtype) -> None:
+    error = ((parts - whole).abs().max() / whole.abs().max()).item()
+    if not error <= _tolerance(dtype):
+        raise UnsupportedModel(
+            f"{what} is not the sum of its parts", expected=expected, got=f"a relative error of {error:.2g}"
+        )
+
+
+def _layers(model: MoEModel, layers: int | Iterable[int] | None) -> tuple[int, ...]:
+    given = positions_of(layers)
+    chosen = model.layers if given is None else given
+    if not chosen:
+        raise BadInput("no layers", expected=f"some of {list(model.layers)}, or None for all", got="none")
+    kinds = {(model.spec.moe(layer).top_k, "shared_out" in model.spec.layer(layer).sites) for layer in chosen}
+    if len(kinds) > 1:
+        raise BadInput(
+            "layers with different parts",
+            expected="as many slots in each, and all with or all without shared experts",
+            got=f"(slots, shared experts): {sorted(kinds)}",
+            do="Ask for them apart: layers=[...].",
+        )
+    return chosen
+
+
+def _check_options(model: MoEModel, top: int, definition: str, chunk: int) -> None:
+    if definition not in ("paper", "as_coded"):
+        raise BadInput("unknown definition", expected="'paper' or 'as_coded'", got=repr(definition))
+    if not 1 <= top <= model.spec.vocab_size:
+        raise BadInput("top out of range", expected=f"1 to {model.spec.vocab_size} tokens", got=str(top))
+    if chunk < 1:
+        raise BadInput("chunk out of range", expected="at least one row", got=str(chunk))
+
+
+def _texts(model: MoEModel, ids: Tensor) -> np.ndarray:
+    """Readable strings of token ids, in their shape; the id itself where nothing decodes it."""
+    unique, inverse = np.unique(ids.cpu().numpy(), return_inverse=True)
+    return np.array([_readable(model.tokenizer, int(token)) for token in unique])[inverse.reshape(ids.shape)]
+
+
+def _readable(tokenizer: Any, token: int) -> str:
+    text = "" if tokenizer is None else str(tokenizer.decode([token]))
+    return text.replace("\0", "\N{SYMBOL FOR NULL}") or str(token)  # a stored string cannot hold NUL
+
+
+def _part_variables(parts: Mapping[str, Sequence[str]]) -> dict[str, Variable]:
+    experts = [[term for term in terms if term[0] in "cf"] for terms in parts.values()]
+    ranks = [int(held[0][1:]) if len(held) == 1 else 0 for held in experts]
+    sums = [
+        len(held) if terms[0] in ("resid_mid", "moe_in") and held == [f"c{j + 1}" for j in range(len(held))] else -1
+        for held, terms in zip(experts, parts.values(), strict=True)
+    ]
+    shared = ["shared" in terms for terms in parts.values()]
+    return {
+        "part_rank": Variable(("part",), np.array(ranks, "int32"), "rank", "rank of a part's only expert, else 0"),
+        "part_sum": Variable(("part",), np.array(sums, "int32"), "experts", "k of r + c_1 + ... + c_k, else -1"),
+        "part_shared": Variable(("part",), np.array(shared, "int8"), "1", "1 where shared experts are added"),
+    }
+
+
+def _lens_variables(model: MoEModel, decoded: Sequence[Decoded]) -> dict[str, Variable]:
+    ids, probabilities, true_rank, final_rank, kl = (
+        torch.stack(values).transpose(1, 2).cpu() for values in zip(*decoded, strict=True)
+    )
+    row, best = ("layer", "part", "pos"), ("layer", "part", "pos", "top")
+    agreement, by_chance = (final_rank == 1).to(torch.int8), "1 for the first, half the vocabulary by chance"
+    return {
+        "top_id": Variable(best, ids.int().numpy(), "token id", "the part's most probable tokens"),
+        "top_token": Variable(best, _texts(model, ids), "text", "the part's most probable tokens"),
+        "top_probability": Variable(best, probabilities.numpy(), "1", "their probabilities, 0 to 1"),
+        "true_rank": Variable(row, true_rank.numpy(), "rank", f"rank of the true next token, {by_chance}; or NaN"),
+        "final_rank": Variable(row, final_rank.int().numpy(), "rank", f"rank of the model's prediction, {by_chance}"),
+        "agreement": Variable(row, agreement.numpy(), "1", "1 where the model's own prediction comes first"),
+        "kl": Variable(row, kl.numpy(), "nats", "KL(final || part); 0 where the part says all that the model says"),
+    }
+
+
+def _expert_variables(run: Run, layers: Sequence[int], at: _At) -> dict[str, Variable]:
+    ranked = [_by_rank(run, layer, at) for layer in layers]
+    ids, weights, _ = (torch.stack(values).cpu() for values in zip(*ranked, strict=True))
+    dims = ("layer", "pos", "rank")
+    return {
+        "expert": Variable(dims, ids.int().numpy(), "expert", "experts chosen, heaviest first"),
+        "gate_weight": Variable(dims, weights.numpy(), "1", "their combine weights"),
+    }
+
+
+def _text_variables(model: MoEModel, run: Run, at: _At, final: Decoded) -> dict[str, Variable]:
+    ids, following = at.of(run.token_ids).cpu(), _following(run)[at.numbers].cpu()  # type: ignore[arg-type]
+    best_ids, best, true_rank = (
+        final.ids[:, 0].cpu(),
+        final.probabilities[:, 0].cpu(),
+        final.true_rank[:, 0].cpu(),
+    )
+    pos, top = ("pos",), ("pos", "top")
+    return {
+        "token_id": Variable(pos, ids.int().numpy(), "token id", "the text"),
+        "token": Variable(pos, _texts(model, ids), "text", "the text"),
+        "next_id": Variable(pos, following.int().numpy(), "token id", "the true next token, -1 at the last token"),
+        "final_id": Variable(top, best_ids.int().numpy(), "token id", "the model's most probable tokens"),
+        "final_token": Variable(top, _texts(model, best_ids), "text", "the model's most probable tokens"),
+        "final_probability": Variable(top, best.numpy(), "1", "their probabilities, 0 to 1"),
+        "final_true_rank": Variable(pos, true_rank.numpy(), "rank", "the model's rank of the true next token; or NaN"),
+    }
+
+
+class _ResidualPart(NamedTuple):
+    """Something that was added to the residual: [D], in float32."""
+
+    name: str
+    kind: str
+    value: Tensor
+    layer: int = -1
+    rank: int = 0
+    expert: int = -1
+    weight: float = float("nan")
+
+
+def _residual_parts(model: MoEModel, run: Run, at: _At) -> list[_ResidualPart]:
+    """All that was added to the residual at the one selected position, in the order in which it was."""
+    parts = [_ResidualPart("embed", "embed", at.of(run["embed"], at.only)[0].float())]
+    for layer in range(model.spec.num_layers):
+        outputs = [
+            _ResidualPart(f"{layer}.{point}", point, at.of(run[point, layer], at.only)[0].float(), layer)
+            for point in ("attn_out", "mlp_out", "shared_out")
+            if (point, layer) in run.values
+        ]
+        parts += [
+            *outputs[:1],
+            *(_expert_parts(run, layer, at) if layer in model.layers else ()),
+            *outputs[1:],
+        ]
+    return parts
+
+
+def _expert_parts(run: Run, layer: int, at: _At) -> list[_ResidualPart]:
+    values = _expert_terms(run, layer, at)[1][0]
+    experts, weights, _ = (found[0].tolist() for found in _by_rank(run, layer, at))
+    return [
+        _ResidualPart(f"{layer}.c{rank}", "expert", value, layer, rank, expert, weight)
+        for rank, (value, expert, weight) in enumerate(zip(values, experts, weights, strict=True), start=1)
+    ]
+
+
+def _split_logits(
+    model: MoEModel, residual: Float[Tensor, " D"], parts: Float[Tensor, "P D"], ids: Int[Tensor, " N"]
+) -> tuple[Float[Tensor, "P1 N"], Float[Tensor, " N"]]:
+    """The share of every part, and last of the biases, in the logits of some tokens; and these logits."""
+    norm, unembed = (model.hf.get_submodule(path) for path in (model.spec.final_norm, model.spec.unembed))
+    if not isinstance(unembed, nn.Linear):
+        raise UnsupportedModel("the unembedding is not linear", expected="nn.Linear", got=type(unembed).__name__)
+    rows = unembed.weight[ids].float()
+    bias = rows.new_zeros(len(ids)) if unembed.bias is None else unembed.bias[ids].float()
+    frozen, constant = _frozen(norm, residual)
+    split = torch.cat([frozen(parts) @ rows.T, (constant @ rows.T + bias)[None]])
+    return split * model.spec.logit_scale, unembed(norm(residual))[ids].float() * model.spec.logit_scale
+
+
+def _frozen(norm: nn.Module, residual: Float[Tensor, " D"]) -> tuple[Decode, Float[Tensor, " D"]]:
+    """A norm with its scale frozen at that of ``residual``, which makes it affine: linear part and constant.
+
+    Its gain is found by a probe of alternating signs, which has unit root mean square and no mean. One
+    number, the scale, is then fitted to the norm of the residual itself, and a norm of another form does not
+    fit.
+    """
+    signs = torch.ones_like(residual)
+    signs[1::2] = -1
+    constant = norm(torch.zeros_like(residual)).float()
+    gain = (norm(signs).float() - constant) * signs
+    target = norm(residual).float() - constant
+    for centred in (False, True):
+        direction = _gained(gain, centred)(residual.float())
+        scale = (target @ direction) / (direction @ direction)
+        if (target - scale * direction).abs().max() <= _tolerance(residual.dtype) * target.abs().max():
+            return _gained(scale * gain, centred), constant
+    raise UnsupportedModel(
+        "the final norm cannot be frozen",
+        expected="a root-mean-square or layer norm",
+        got=type(norm).__name__,
+    )
+
+
+def _gained(gain: Tensor, centred: bool) -> Decode:
+    return lambda rows: gain * (rows - rows.mean(-1, keepdim=True) if centred else rows)
+
+
+def _token_ids(model: MoEModel, tokens: int | str | Sequence[int | str]) -> Int[Tensor, " N"]:
+    listed = [tokens] if isinstance(tokens, int | str) else list(tokens)
+    ids = [_token_id(model, token) if isinstance(token, str) else int(token) for token in listed]
+    if not ids or min(ids) < 0 or max(ids) >= model.spec.vocab_size:
+        raise BadInput("no such tokens", expected=f"one id or more, 0 to {model.spec.vocab_size - 1}", got=str(ids))
+    return torch.tensor(ids, device=model.device)
+
+
+def _token_id(model: MoEModel, text: str) -> int:
+    if model.tokenizer is None:
+        raise BadInput("text needs a tokenizer", expected="token ids", got=repr(text))
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise BadInput(f"{text!r} is not one token", expected="the text of one token", got=f"token ids {ids}")
+    return int(ids[0])
+
+
+def _attributed_variables(parts: Sequence[_ResidualPart]) -> dict[str, Variable]:
+    kinds = np.array([part.kind for part in parts])
+    layers, ranks, experts = np.array([(part.layer, part.rank, part.expert) for part in parts], "int32").T
+    weights = np.array([part.weight for part in parts], "float32")
+    return {
+        "part_kind": Variable(("part",), kinds, "text", "what kind of part it is"),
+        "part_layer": Variable(("part",), layers, "layer", "the layer that added it, -1 for none"),
+        "part_rank": Variable(("part",), ranks, "rank", "1 for a layer's heaviest expert, 0 for no expert"),
+        "part_expert": Variable(("part",), experts, "expert", "the expert that wrote it, -1 for none"),
+        "gate_weight": Variable(("part",), weights, "1", "that expert's combine weight, NaN for none"),
+    }

@@ -1,0 +1,235 @@
+"""Routing statistics by plain loops over tokens, slots, experts and documents, straight from definitions.
+
+A *choice* is what one token did at one layer: a dict of document, layer, ids, weights, logits, scores.
+"""
+
+import math
+from itertools import combinations
+
+
+def count(choices, document, layer, expert):
+    """Tokens of a document that chose the expert at the layer."""
+    return sum(
+        1
+        for choice in choices
+        if choice["document"] == document and choice["layer"] == layer and expert in choice["ids"]
+    )
+
+
+def tokens(choices, document, layer):
+    """Tokens of a document."""
+    return sum(1 for choice in choices if choice["document"] == document and choice["layer"] == layer)
+
+
+def specialization(choices, documents, layer, expert):
+    """Tokens of these documents that chose the expert / tokens of these documents."""
+    chose = sum(count(choices, document, layer, expert) for document in documents)
+    return chose / sum(tokens(choices, document, layer) for document in documents)
+
+
+def weight_share(choices, documents, layer, expert):
+    """Combine weight that goes to the expert / all combine weight, of these documents."""
+    own = total = 0.0
+    for choice in choices:
+        if choice["document"] in documents and choice["layer"] == layer:
+            for slot, weight in zip(choice["ids"], choice["weights"], strict=True):
+                own += weight if slot == expert else 0.0
+                total += weight
+    return own / total
+
+
+def entropy(choice):
+    return -sum(p * math.log(p) for p in choice["scores"] if p > 0)
+
+
+def margin(choice):
+    chosen = [p for expert, p in enumerate(choice["scores"]) if expert in choice["ids"]]
+    others = [p for expert, p in enumerate(choice["scores"]) if expert not in choice["ids"]]
+    return min(chosen) - max(others, default=0.0)
+
+
+def heaviest_weight(choice):
+    return max(choice["weights"])
+
+
+def weight_sum(choice):
+    return math.fsum(choice["weights"])
+
+
+def z_loss(choice):
+    return math.log(math.fsum(math.exp(logit) for logit in choice["logits"])) ** 2
+
+
+PER_TOKEN = {
+    "entropy": entropy,
+    "margin": margin,
+    "heaviest_weight": heaviest_weight,
+    "weight_sum": weight_sum,
+    "z_loss": z_loss,
+}
+
+
+def mean_per_token(name, choices, documents, layer):
+    values = [
+        PER_TOKEN[name](choice) for choice in choices if choice["document"] in documents and choice["layer"] == layer
+    ]
+    return math.fsum(values) / len(values)
+
+
+def load_balance(choices, layer, experts):
+    """Switch eq. 4: E sum_e f_e P_e at one layer."""
+    here = [choice for choice in choices if choice["layer"] == layer]
+    slots = sum(len(choice["ids"]) for choice in here)
+    total = 0.0
+    for expert in range(experts):
+        share = sum(choice["ids"].count(expert) for choice in here) / slots
+        score = math.fsum(choice["scores"][expert] for choice in here) / len(here)
+        total += share * score
+    return experts * total
+
+
+def load_balance_as_coded(choices, experts):
+    """As transformers has it: the tokens of all layers in one row, a one-hot mask per slot, means, sum."""
+    top_k = len(choices[0]["ids"])
+    total = 0.0
+    for expert in range(experts):
+        score = math.fsum(choice["scores"][expert] for choice in choices) / len(choices)
+        for slot in range(top_k):
+            mask = [1.0 if choice["ids"][slot] == expert else 0.0 for choice in choices]
+            total += sum(mask) / len(mask) * score
+    return experts * total
+
+
+def coverage(load, share):
+    """Take experts from the busiest on until they have the share."""
+    left, taken, used = sorted(load), 0, 0
+    while taken < share * sum(load) - 1e-9:
+        taken, used = taken + left.pop(), used + 1
+    return used
+
+
+def gini(load):
+    """Half of the mean absolute difference over all pairs, relative to the mean."""
+    pairs = sum(abs(one - other) for one in load for other in load) / len(load) ** 2
+    return pairs / (2 * sum(load) / len(load))
+
+
+def load_entropy(load):
+    shares = [one / sum(load) for one in load]
+    return -sum(share * math.log(share) for share in shares if share > 0) / math.log(len(load))
+
+
+def max_vio(load):
+    return max(load) / (sum(load) / len(load)) - 1
+
+
+def cv2(load):
+    mean = sum(load) / len(load)
+    return sum((one - mean) ** 2 for one in load) / len(load) / mean**2
+
+
+def dead_experts(load):
+    return sum(1 for one in load if 10 * len(load) * one < sum(load))
+
+
+LOAD = {
+    "n50": lambda load: coverage(load, 0.5),
+    "n90": lambda load: coverage(load, 0.9),
+    "gini": gini,
+    "load_entropy": load_entropy,
+    "max_vio": max_vio,
+    "cv2": cv2,
+    "dead_experts": dead_experts,
+}
+
+
+def jensen_shannon(left, right):
+    """Mean Kullback-Leibler divergence of two loads from their middle."""
+    p, q = [one / sum(left) for one in left], [one / sum(right) for one in right]
+    total = 0.0
+    for a, b in zip(p, q, strict=True):
+        middle = (a + b) / 2
+        total += sum(one / 2 * math.log(one / middle) for one in (a, b) if one > 0)
+    return total
+
+
+def divergence_from_rest(loads):
+    """By group: the divergence of its load from the summed load of the others."""
+    found = []
+    for group, load in enumerate(loads):
+        rest = [sum(column) for column in zip(*(loads[:group] + loads[group + 1 :]), strict=True)]
+        found.append(jensen_shannon(load, rest))
+    return found
+
+
+def summed(rows, documents):
+    return [sum(rows[document][column] for document in documents) for column in range(len(rows[0]))]
+
+
+def jackknife(statistic, rows, groups, num_groups):
+    """theta - sum over groups of (n - 1) (mean of theta without one of the group - theta)."""
+
+    def theta(kept):
+        return statistic([summed(rows, [i for i in kept if groups[i] == g]) for g in range(num_groups)])
+
+    everyone = list(range(len(rows)))
+    whole = theta(everyone)
+    corrected = list(whole)
+    for group in range(num_groups):
+        own = [i for i in everyone if groups[i] == group]
+        without = [theta([i for i in everyone if i != left_out]) for left_out in own]
+        for g in range(num_groups):
+            mean = sum(values[g] for values in without) / len(own)
+            corrected[g] -= (len(own) - 1) * (mean - whole[g])
+    return corrected
+
+
+def quantile(values, level):
+    """Linear interpolation between order statistics."""
+    ordered = sorted(values)
+    place = level * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def bootstrap_interval(top, bottom, draws, level):
+    """Quantiles of sum/sum over resamples, each given by how often it draws each document."""
+    ratios = []
+    for drawn in draws:
+        documents = [document for document, times in enumerate(drawn) for _ in range(round(times))]
+        ratios.append(sum(top[d] for d in documents) / sum(bottom[d] for d in documents))
+    return quantile(ratios, (1 - level) / 2), quantile(ratios, (1 + level) / 2)
+
+
+def max_statistic_p(rows):
+    """Single-step p: how often the largest standardised statistic of a row reaches the one of row 0."""
+    tests = range(len(rows[0]))
+    scaled = [[0.0 for _ in tests] for _ in rows]
+    for test in tests:
+        column = [row[test] for row in rows]
+        mean = sum(column) / len(column)
+        spread = math.sqrt(sum((value - mean) ** 2 for value in column) / len(column))
+        for number, value in enumerate(column):
+            scaled[number][test] = (value - mean) / spread if spread > 0 else 0.0
+    largest = [max(row) for row in scaled]
+    return [sum(1 for one in largest if one >= scaled[0][test] - 1e-12) / len(rows) for test in tests]
+
+
+def exhaustive_p(rows, members):
+    """p of the share difference for one group, over every choice of as many documents, max statistic."""
+
+    def difference(chosen):
+        inside = summed(rows, chosen)
+        outside = summed(rows, [i for i in range(len(rows)) if i not in chosen])
+        return [a / sum(inside) - b / sum(outside) for a, b in zip(inside, outside, strict=True)]
+
+    splits = [split for split in combinations(range(len(rows)), len(members)) if split != tuple(members)]
+    return max_statistic_p([difference(split) for split in (tuple(members), *splits)])
+
+
+def mean_log_ratio(left, right):
+    """exp of the mean difference of logarithms."""
+    return math.exp(
+        math.fsum(math.log(one) - math.log(other) for one, other in zip(left, right, strict=True)) / len(left)
+    )

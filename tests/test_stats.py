@@ -1,0 +1,286 @@
+"""Intervals, debiasing and permutation tests: against loops, and on simulations whose answer is known.
+
+Simulated documents are clustered (each has preferences of its own): what tokens taken as independent miss.
+"""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from moe_interp import stats
+from moe_interp.errors import BadInput
+from tests.reference import routing as slow
+
+
+def clustered(rng, documents, layers, share, *, length=200, alike=30.0):
+    """Counts [N, L, E]: every document draws its own shares around ``share`` at every layer."""
+    own = rng.dirichlet(np.asarray(share) * alike, size=(documents, layers))
+    return rng.multinomial(length, own)
+
+
+# Against loops
+
+RNG = np.random.default_rng(0)
+COUNTS = RNG.poisson(RNG.gamma(0.5, 12.0, size=(11, 3, 6)))
+GROUPS = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 0])
+
+
+@pytest.mark.parametrize("strata", [None, GROUPS])
+def test_bootstrap_ratio_is_the_quantiles_of_resampled_ratios(strata):
+    tokens = COUNTS.sum(axis=(1, 2))
+    ends = stats.bootstrap_ratio(COUNTS, tokens, strata=strata, resamples=60, seed=3, level=0.9)
+    draws = stats.resampling_weights(np.zeros(11, int) if strata is None else strata, 60, 3)
+    for layer, expert in np.ndindex(3, 6):
+        expected = slow.bootstrap_interval(COUNTS[:, layer, expert].tolist(), tokens.tolist(), draws, 0.9)
+        np.testing.assert_allclose(ends[:, layer, expert], expected, rtol=1e-12)
+
+
+def test_bootstrap_ratio_with_a_denominator_per_layer_and_bootstrap_mean():
+    draws = stats.resampling_weights(np.zeros(11, int), 40, 0)
+    per_layer = stats.bootstrap_ratio(COUNTS, COUNTS.sum(axis=2), resamples=40)
+    top, bottom = COUNTS[:, 1, 2].tolist(), COUNTS.sum(axis=2)[:, 1].tolist()
+    np.testing.assert_allclose(per_layer[:, 1, 2], slow.bootstrap_interval(top, bottom, draws, 0.95), rtol=1e-12)
+    mean = stats.bootstrap_mean(COUNTS[:, 1, 2], resamples=40)
+    np.testing.assert_allclose(mean, slow.bootstrap_interval(top, [1] * 11, draws, 0.95), rtol=1e-12)
+
+
+def test_resamples_keep_the_size_of_each_stratum_and_repeat_with_the_seed():
+    draws = stats.resampling_weights(GROUPS, 200, 5)
+    for group in range(3):
+        assert (draws[:, GROUPS == group].sum(axis=1) == (GROUPS == group).sum()).all()
+    np.testing.assert_array_equal(draws, stats.resampling_weights(GROUPS, 200, 5))
+    assert (draws != stats.resampling_weights(GROUPS, 200, 6)).any()
+
+
+def test_jackknife_is_the_textbook_formula():
+    found = stats.jackknife(stats.divergence_from_rest, COUNTS, GROUPS, 3)
+    for layer in range(3):
+        expected = slow.jackknife(slow.divergence_from_rest, COUNTS[:, layer].tolist(), GROUPS, 3)
+        np.testing.assert_allclose(found[:, layer], expected, rtol=1e-9)
+
+
+def test_jackknife_in_chunks_is_the_same(monkeypatch):
+    whole = stats.jackknife(stats.divergence_from_rest, COUNTS, GROUPS, 3)
+    monkeypatch.setattr(stats, "_CHUNK", 4)
+    np.testing.assert_allclose(stats.jackknife(stats.divergence_from_rest, COUNTS, GROUPS, 3), whole, rtol=1e-12)
+
+
+def test_bootstrap_debias_takes_off_the_mean_of_the_resampled_statistic():
+    found = stats.bootstrap_debias(partial(stats.coverage, share=0.5), COUNTS, GROUPS, 3, resamples=30, seed=1)
+    draws = stats.resampling_weights(GROUPS, 30, 1)
+    for group, layer in np.ndindex(3, 3):
+        own = np.flatnonzero(GROUPS == group)
+        rows = COUNTS[own, layer].tolist()
+        resampled = [
+            slow.coverage(
+                [sum(round(t) * row[e] for t, row in zip(drawn[own], rows, strict=True)) for e in range(6)],
+                0.5,
+            )
+            for drawn in draws
+        ]
+        plug_in = slow.coverage(slow.summed(rows, range(len(rows))), 0.5)
+        assert found[group, layer] == pytest.approx(2 * plug_in - sum(resampled) / 30)
+
+
+def test_max_statistic_p_against_loops():
+    rows = np.random.default_rng(1).normal(size=(41, 2, 5))
+    rows[0, 1, 3] = 3.5
+    rows[:, 0, 2] = 1.0  # never varies: cannot be tested
+    found = stats.max_statistic_p(rows)
+    for family in range(2):
+        np.testing.assert_allclose(found[family], slow.max_statistic_p(rows[:, family].tolist()))
+    assert found[0, 2] == 1.0
+    assert found[1, 3] == found.min() < 0.1
+
+
+def test_permutation_max_agrees_with_every_permutation():
+    counts = np.array([[9, 3, 2], [8, 2, 3], [2, 5, 1], [1, 8, 2], [7, 3, 1], [4, 4, 3], [3, 5, 6]])[:, None]
+    groups = np.array([0, 0, 0, 1, 1, 1, 1])
+    p, control = stats.permutation_max(stats.share_difference, counts, groups, 2, permutations=20_000)
+    np.testing.assert_allclose(p[0, 0], slow.exhaustive_p(counts[:, 0].tolist(), [0, 1, 2]), atol=0.02)
+    np.testing.assert_allclose(p[1, 0], slow.exhaustive_p(counts[:, 0].tolist(), [3, 4, 5, 6]), atol=0.02)
+    np.testing.assert_allclose(control, 0, atol=0.01)
+
+
+def test_permutation_max_controls_over_layers_for_one_value_per_layer():
+    p, control = stats.permutation_max(stats.jensen_shannon, COUNTS, GROUPS, 3, permutations=99)
+    assert p.shape == control.shape == (3, 3)
+    labels = np.tile(GROUPS, (100, 1))
+    np.random.default_rng(0).permuted(labels[1:], axis=1, out=labels[1:])
+    for group in range(3):
+        table = [
+            [
+                slow.jensen_shannon(
+                    slow.summed(COUNTS[:, layer].tolist(), np.flatnonzero(row == group)),
+                    slow.summed(COUNTS[:, layer].tolist(), np.flatnonzero(row != group)),
+                )
+                for layer in range(3)
+            ]
+            for row in labels
+        ]
+        np.testing.assert_allclose(p[group], slow.max_statistic_p(table))
+        np.testing.assert_allclose(control[group], np.mean(table[1:], axis=0))
+
+
+@given(
+    arrays.arrays(np.int64, st.tuples(st.integers(1, 3), st.integers(2, 9)), elements=st.integers(0, 40)).filter(
+        lambda counts: (counts.sum(axis=1) > 0).all()
+    )
+)
+def test_concentration_against_loops(counts):
+    found = {
+        "n50": stats.coverage(counts, 0.5),
+        "n90": stats.coverage(counts, 0.9),
+        "gini": stats.gini(counts),
+        "load_entropy": stats.load_entropy(counts),
+        "max_vio": stats.max_vio(counts),
+        "cv2": stats.cv2(counts),
+        "dead_experts": stats.dead_experts(counts),
+    }
+    for name, values in found.items():
+        expected = [slow.LOAD[name](row) for row in counts.tolist()]
+        np.testing.assert_allclose(values, expected, atol=1e-12, err_msg=name)
+
+
+@given(arrays.arrays(np.int64, (2, 6), elements=st.integers(0, 9)).filter(lambda pair: pair.sum(axis=1).all()))
+def test_jensen_shannon_against_loops_symmetric_and_bounded(pair):
+    left, right = pair[:1], pair[1:]
+    found = stats.jensen_shannon(left, right)
+    np.testing.assert_allclose(found, slow.jensen_shannon(left[0].tolist(), right[0].tolist()), atol=1e-12)
+    np.testing.assert_allclose(found, stats.jensen_shannon(right, left), atol=1e-12)
+    assert -1e-12 <= found[0] <= np.log(2) + 1e-12
+
+
+def test_an_expert_with_a_tenth_of_the_mean_load_is_not_dead():
+    assert stats.dead_experts(np.array([[1, 13, 13, 13], [0, 13, 13, 14]])).tolist() == [0, 1]
+    assert stats.dead_experts(np.array([[10, 40, 40, 2, 16, 16, 16]])).tolist() == [0]  # 2 of 140: to the last bit
+
+
+def test_disjoint_loads_are_ln_2_apart_and_no_load_has_no_statistics():
+    assert stats.jensen_shannon(np.array([[1, 0]]), np.array([[0, 3]])) == pytest.approx(np.log(2))
+    nothing = np.zeros((1, 4), int)
+    for statistic in (
+        partial(stats.coverage, share=0.5),
+        stats.gini,
+        stats.load_entropy,
+        stats.max_vio,
+        stats.cv2,
+    ):
+        assert np.isnan(statistic(nothing)).all()
+    assert np.isnan(stats.dead_experts(nothing)).all()
+
+
+# Where there is nothing to say
+
+
+def test_a_stratum_of_one_document_has_no_interval_and_no_bias():
+    groups = np.array([0, 0, 1])
+    assert np.isnan(stats.bootstrap_ratio(COUNTS[:3], COUNTS[:3].sum(axis=(1, 2)), strata=groups)).all()
+    assert np.isnan(stats.bootstrap_ratio(COUNTS[:1], COUNTS[:1].sum(axis=(1, 2)))).all()
+    assert np.isnan(stats.jackknife(stats.divergence_from_rest, COUNTS[:3], groups, 2)).all()
+    assert np.isnan(stats.bootstrap_debias(stats.gini, COUNTS[:3], groups, 2)).all()
+
+
+def test_a_single_group_has_nothing_to_be_compared_with():
+    p, control = stats.permutation_max(stats.share_difference, COUNTS, np.zeros(11, int), 1, permutations=9)
+    assert np.isnan(p).all()
+    assert np.isnan(control).all()
+
+
+def test_no_resamples_is_an_error():
+    with pytest.raises(BadInput, match="too few resamples: expected at least 1, got 0"):
+        stats.bootstrap_mean(np.arange(3.0), resamples=0)
+
+
+# On simulations
+
+
+def test_intervals_cover_clustered_documents_where_independent_tokens_would_not():
+    rng, repeats, documents = np.random.default_rng(2), 600, 40
+    length = rng.integers(50, 400, size=(documents, repeats))
+    chose = rng.binomial(length, rng.beta(2.0, 8.0, size=length.shape))
+    low, high = stats.bootstrap_ratio(chose[:, :, None], length, resamples=400)[..., 0]
+    covered = ((low <= 0.2) & (high >= 0.2)).mean()
+    assert 0.90 <= covered <= 0.97
+    share = chose.sum(axis=0) / length.sum(axis=0)
+    half = 1.96 * np.sqrt(share * (1 - share) / length.sum(axis=0))
+    assert (np.abs(share - 0.2) <= half).mean() < 0.4
+
+
+def test_stratified_intervals_are_shorter_when_domains_differ_and_still_cover():
+    rng, repeats = np.random.default_rng(3), 300
+    groups = np.repeat([0, 1], 20)
+    rate = np.where(groups[:, None] == 0, 0.1, 0.6) + rng.uniform(-0.05, 0.05, size=(40, repeats))
+    chose = rng.binomial(100, rate)[:, :, None]
+    tokens = np.full(40, 100)
+    low, high = stats.bootstrap_ratio(chose, tokens, strata=groups, resamples=400)[..., 0]
+    assert 0.89 <= ((low <= 0.35) & (high >= 0.35)).mean() <= 0.98
+    loose = stats.bootstrap_ratio(chose, tokens, resamples=400)[..., 0]
+    assert (high - low).mean() < 0.3 * (loose[1] - loose[0]).mean()
+
+
+def test_jackknife_removes_most_of_the_bias_of_the_divergence():
+    rng = np.random.default_rng(4)
+    share = rng.dirichlet(np.full(16, 0.8))
+    other = 0.8 * share + 0.2 * rng.dirichlet(np.full(16, 0.8))
+    truth = slow.jensen_shannon(share.tolist(), other.tolist())
+    counts = np.concatenate([clustered(rng, 20, 300, share), clustered(rng, 20, 300, other)])
+    groups = np.repeat([0, 1], 20)
+    plug_in = stats.divergence_from_rest(stats.group_totals(counts, groups, 2).swapaxes(0, 1))
+    biased = plug_in.mean() - truth
+    left = stats.jackknife(stats.divergence_from_rest, counts, groups, 2).mean() - truth
+    assert biased > 0.3 * truth
+    assert abs(left) < 0.2 * biased
+
+
+def test_bootstrap_debias_removes_most_of_the_bias_of_n90():
+    rng = np.random.default_rng(5)
+    share = rng.dirichlet(np.full(64, 0.8))
+    truth = slow.coverage(share.tolist(), 0.9)
+    counts = clustered(rng, 20, 200, share)
+    one = np.zeros(20, int)
+    plug_in = stats.coverage(counts.sum(axis=0), 0.9).mean() - truth
+    left = stats.bootstrap_debias(partial(stats.coverage, share=0.9), counts, one, 1, resamples=200)
+    assert plug_in < -1.0
+    assert abs(left.mean() - truth) < 0.5 * abs(plug_in)
+
+
+def test_permutation_rejects_at_its_level_where_independent_tokens_reject_nearly_always():
+    from scipy.stats import chi2_contingency
+
+    rng = np.random.default_rng(6)
+    counts = clustered(rng, 45, 400, np.full(8, 1 / 8))
+    groups = np.repeat([0, 1, 2], 15)
+    p, _ = stats.permutation_max(stats.share_difference, counts, groups, 3, permutations=199)
+    rejected = (p.min(axis=2) <= 0.05).mean()  # any expert of a layer: the family-wise rate
+    assert 0.03 <= rejected <= 0.075
+    totals = stats.group_totals(counts, groups, 3)
+    naive = [chi2_contingency(totals[:, layer]).pvalue <= 0.05 for layer in range(400)]
+    assert np.mean(naive) > 0.95
+
+
+def test_permutation_of_the_divergence_rejects_at_its_level_over_layers():
+    rng = np.random.default_rng(7)
+    rejected = []
+    for _ in range(150):
+        counts = clustered(rng, 24, 4, np.full(6, 1 / 6), length=60)
+        p, _ = stats.permutation_max(stats.jensen_shannon, counts, np.repeat([0, 1], 12), 2, permutations=99)
+        rejected.append(p[0].min() <= 0.05)
+    assert 0.01 <= np.mean(rejected) <= 0.1
+
+
+def test_a_planted_specialist_is_found_and_its_neighbours_are_not():
+    rng = np.random.default_rng(8)
+    usual = np.full(16, 1 / 16)
+    special = usual + np.where(np.arange(16) == 5, 0.15, -0.01)
+    counts = np.concatenate([clustered(rng, 20, 3, usual), clustered(rng, 20, 3, usual)])
+    counts[20:, 1] = clustered(rng, 20, 1, special)[:, 0]
+    p, _ = stats.permutation_max(stats.share_difference, counts, np.repeat([0, 1], 20), 2, permutations=499)
+    assert p[1, 1, 5] == 1 / 500
+    others = np.delete(p[1, 1], 5)
+    assert (others > 0.05).all()
+    assert (p[:, [0, 2]] > 0.01).all()
