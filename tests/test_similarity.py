@@ -49,9 +49,7 @@ def reference_tokens(model: moe.MoEModel, text: str, layer: int, everyone: bool)
     return tokens_of(model.hf, tuple(StubTokenizer()(text)["input_ids"]), layer, everyone)
 
 
-def expected(
-    model: moe.MoEModel, corpus: Corpus, layer: int, definition: str, measure: str
-) -> list[list[np.ndarray]]:
+def expected(model: moe.MoEModel, corpus: Corpus, layer: int, definition: str, measure: str) -> list[list[np.ndarray]]:
     """For each document the means over draws of each measured token, where the measure is defined."""
     rows = []
     for text in corpus.texts:
@@ -266,9 +264,7 @@ def test_one_document_has_no_interval() -> None:
 def test_batches_and_memory_do_not_matter(definition: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("deepseek_v3")
     whole = ensemble_similarity(model, CORPUS, definition=definition, resamples=20)
-    xr.testing.assert_identical(
-        whole, ensemble_similarity(model, CORPUS, definition=definition, resamples=20)
-    )
+    xr.testing.assert_identical(whole, ensemble_similarity(model, CORPUS, definition=definition, resamples=20))
     single = ensemble_similarity(model, CORPUS, definition=definition, resamples=20, batch_tokens=1)
     part = ensemble_similarity(model, CORPUS, definition=definition, resamples=20, layers=[3, 1])
     xr.testing.assert_allclose(whole, single, rtol=1e-4, atol=1e-5)
@@ -277,12 +273,8 @@ def test_batches_and_memory_do_not_matter(definition: Any, monkeypatch: pytest.M
         np.testing.assert_array_equal(part[name], whole.sel(layer=[3, 1])[name])
     monkeypatch.setattr(similarity, "_HELD", 1)
     runs = []
-    monkeypatch.setattr(
-        model, "run", lambda *args, run=model.run, **options: runs.append(1) or run(*args, **options)
-    )
-    xr.testing.assert_identical(
-        whole, ensemble_similarity(model, CORPUS, definition=definition, resamples=20)
-    )
+    monkeypatch.setattr(model, "run", lambda *args, run=model.run, **options: runs.append(1) or run(*args, **options))
+    xr.testing.assert_identical(whole, ensemble_similarity(model, CORPUS, definition=definition, resamples=20))
     assert len(runs) == len(model.layers)  # one batch, one layer at a time
 
 
@@ -316,9 +308,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
     model = model_of("deepseek_v3")
     with pytest.raises(BadInput, match="unknown definition: expected 'paper' or 'as_coded', got 'coded'"):
         ensemble_similarity(model, CORPUS, definition="coded")  # type: ignore[arg-type]
-    with pytest.raises(
-        UnknownName, match="layer 0 has no experts: expected one of the MoE layers \\[1, 2, 3\\]"
-    ):
+    with pytest.raises(UnknownName, match="layer 0 has no experts: expected one of the MoE layers \\[1, 2, 3\\]"):
         ensemble_similarity(model, CORPUS, layers=0)
     with pytest.raises(UnknownName, match="unknown layer 9"):
         ensemble_similarity(model, CORPUS, layers=[1, 9])

@@ -63,9 +63,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
 
 
-def build(
-    family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
-) -> PreTrainedModel:
+def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """A tiny random model of `family` in eval mode on the CPU; the same seed gives the same weights.
 
     `overrides` are fields of the family's config. Parameters are cast to `dtype`; buffers stay in fp32, as

@@ -139,8 +139,7 @@ def _edits(model: MoEModel, arm: Arm, order: Int[Tensor, "L B S K"]) -> list[Int
         return [top_k(arm.k, renormalise=arm.renormalise, layers=layers)]
     drop = partial(_keep, k=arm.k, renormalise=arm.renormalise)
     return [
-        apply("gate_weights", partial(drop, order=order[model.layers.index(layer)]), layers=layer)
-        for layer in layers
+        apply("gate_weights", partial(drop, order=order[model.layers.index(layer)]), layers=layer) for layer in layers
     ]
 
 
@@ -290,10 +289,7 @@ def _log_perplexity(
     """Nats per token by both aggregates, by domain and over all, with intervals."""
     by_token = nll, counted.tokens
     by_document = ratio(nll, counted.tokens), np.ones(len(nll))
-    parts = [
-        _by_domain_and_overall(top, bottom, counted, resamples, seed)
-        for top, bottom in (by_token, by_document)
-    ]
+    parts = [_by_domain_and_overall(top, bottom, counted, resamples, seed) for top, bottom in (by_token, by_document)]
     interval = ", 95 % bootstrap interval over documents"
     told = {
         "": ("", ("aggregate", "domain")),
@@ -403,6 +399,5 @@ def _amounts(counted: _Counted) -> dict[str, Variable]:
         "bytes": (counted.bytes, "UTF-8 bytes that the scored tokens stand for"),
     }
     return {
-        name: Variable(("domain",), counted.by_domain(values), name, said)
-        for name, (values, said) in amounts.items()
+        name: Variable(("domain",), counted.by_domain(values), name, said) for name, (values, said) in amounts.items()
     }

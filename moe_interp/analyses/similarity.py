@@ -244,9 +244,7 @@ def _of_other(values: Float[Tensor, "T D"], rng: np.random.Generator) -> Float[T
     return values[torch.from_numpy(other).to(values.device)]
 
 
-def _backgrounds(
-    residual: Float[Tensor, "T D"], shared: Float[Tensor, "T D"] | None
-) -> Float[Tensor, "R H T D"]:
+def _backgrounds(residual: Float[Tensor, "T D"], shared: Float[Tensor, "T D"] | None) -> Float[Tensor, "R H T D"]:
     """What is added on both sides: with and without the residual, with and without shared experts."""
     residuals = torch.stack([residual, torch.zeros_like(residual)])[:, None]
     if shared is None:
@@ -258,9 +256,7 @@ def _similarities(
     candidates: Float[Tensor, "C T D"], ensemble: Float[Tensor, "T D"], backgrounds: Float[Tensor, "R H T D"]
 ) -> dict[str, Float[Tensor, "T C R H"]]:
     """Cosines over every background, and their gain over the last candidate, no expert."""
-    cosines = [
-        [_cosine(background + candidates, background + ensemble) for background in row] for row in backgrounds
-    ]
+    cosines = [[_cosine(background + candidates, background + ensemble) for background in row] for row in backgrounds]
     cosine = torch.stack([torch.stack(row, dim=-1) for row in cosines], dim=-2).transpose(0, 1)
     return {"cosine": cosine, "gain": cosine - cosine[:, -1:]}
 

@@ -72,8 +72,7 @@ def read_texts(folder: Path, split: str) -> dict[str, list[str]]:
     """Domain -> its texts, in file order."""
     files = corpus_files(folder, split)
     return {
-        domain: [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
-        for domain, path in files.items()
+        domain: [json.loads(line)["text"] for line in path.open(encoding="utf-8")] for domain, path in files.items()
     }
 
 

@@ -32,9 +32,7 @@ def expert_lens(model: PreTrainedModel, ids: Tensor, reference: Reference) -> di
     return _rows(model, ids, reference, _parts, _decode)
 
 
-def expert_lens_as_coded(
-    model: PreTrainedModel, ids: Tensor, reference: Reference
-) -> dict[tuple[int, str, int], Row]:
+def expert_lens_as_coded(model: PreTrainedModel, ids: Tensor, reference: Reference) -> dict[tuple[int, str, int], Row]:
     """The same without the final norm's weight, with unweighted experts beside the block's normed input."""
     return _rows(model, ids, reference, _parts_as_coded, _decode_as_coded)
 

@@ -52,14 +52,10 @@ def tokens_of(model: Any, ids: tuple[int, ...], layer: int, everyone: bool) -> l
     """The tokens of one document at one layer, with what all experts write on them if ``everyone`` (slow)."""
     inputs = torch.tensor([ids])
     with torch.no_grad():
-        points = {
-            name: value[0] for (name, at), value in forward(model, inputs).points.items() if at == layer
-        }
+        points = {name: value[0] for (name, at), value in forward(model, inputs).points.items() if at == layer}
         experts = points["router_scores"].shape[-1] if everyone else 0
         written = [
-            forward(
-                model, inputs, edits={("expert_ids", layer): lambda value, e=e: torch.full_like(value, e)}
-            )
+            forward(model, inputs, edits={("expert_ids", layer): lambda value, e=e: torch.full_like(value, e)})
             .points["expert_out", layer][0, :, 0]
             .double()
             .numpy()
