@@ -1,7 +1,7 @@
 """What the expert lens costs: rows (tokens x parts) decoded a second, as a share of the bare product.
 
 A random OLMoE-shaped model: hidden 512, top-8, so 34 parts a token. The bare product is ``rows @ W_U.T`` on the
-same rows, 512 at a time, with nothing kept; it stands there twice, so that the second (A/A) shows the noise.
+same rows, 1,024 at a time, with nothing kept; it stands there twice, so that the second (A/A) shows the noise.
 Each round times all steps once, in an order that is shuffled anew; a share is that of one round.
 
     python benchmarks/lens.py                          vocabularies of 1,000 and 50,304
@@ -29,7 +29,7 @@ import moe_interp as moe
 from moe_interp.analyses.lens import CHUNK, decode_top, expert_lens, part_terms
 
 BARE = "bare product"
-CHUNKS = (32, 64, 128, 256, 512, 1024)
+CHUNKS = (64, 256, 512, 1024, 2048)
 SLOTS = 8
 Step = Callable[[], object]
 

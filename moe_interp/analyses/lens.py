@@ -38,7 +38,7 @@ Definition = Literal["paper", "as_coded"]
 Decode = Callable[[Tensor], Tensor]
 
 # Rows decoded at a time: enough for the matrix product to run at full speed.
-CHUNK = 512
+CHUNK = 1024
 # Logits described at a time on a CPU: few enough to stay in its caches while they are passed over again and again.
 TILE = 2**20
 
@@ -183,7 +183,7 @@ def logit_attribution(
         ),
         "token_text": Variable(("token",), _texts(model, ids), "text", "the tokens whose logits are split"),
     }
-    listed = [*parts, _ResidualPart("bias", "bias", values[0])]
+    listed = [*parts, _ResidualPart("bias", "bias", residual.new_zeros(0))]
     return labelled(
         variables | _attributed_variables(listed),
         {"part": [part.name for part in listed], "token": ids.tolist()},

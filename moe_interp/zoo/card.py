@@ -82,7 +82,7 @@ expert of a layer had {max_load:.1f} times its even share of a batch, and {dead:
 no token of a batch.
 
     python -m moe_interp.zoo.train --corpus CORPUS --work-dir WORK {options}
-    python -m moe_interp.zoo.export --corpus CORPUS --work-dir WORK --out moe_interp/zoo/reference
+    python -m moe_interp.zoo.export --corpus CORPUS --work-dir WORK --out moe_interp/zoo/reference{limit}
 
 Training loss, in nats per token:
 
@@ -153,6 +153,7 @@ def model_card(log: dict[str, Any]) -> str:
         max_load=tail["max_over_mean_load"],
         dead=tail["dead_experts"],
         options=" ".join(f"--{name.replace('_', '-')} {value}" for name, value in plan.items()),
+        limit=f" --documents {log['documents']}" if log["documents"] else "",
         figure=loss_figure(curve),
         snapshots=", ".join(f"{step:,}" for step in log["routing_steps"]),
         sources="\n".join(f"| {name} | {texts} | {licence} |" for name, (texts, licence) in SOURCES.items()),

@@ -96,6 +96,7 @@ def export(corpus: Path, work_dir: Path, out: Path, documents: int | None = None
         "tokens_seen": done["step"] * plan["batch"] * plan["length"],
         "training_seconds": round(done["seconds"]),
         "data_sha256": corpus_hash(corpus),
+        "documents": documents,
         "parameters": parameter_counts(model),
         "versions": versions() | {"moe_interp": __version__},
         "validation": validate(model, tokenizer, corpus, validation),
