@@ -22,7 +22,8 @@ _HOMES = {
     "data": ("Corpus", "read_corpus", "sample"),
     "analyses.routing": ("routing", "routing_map"),
     "analyses.recorded": ("routing_from_counts",),
-    "analyses.lens": ("expert_lens", "logit_attribution"),
+    "analyses.lens": ("expert_lens",),
+    "analyses.attribution": ("logit_attribution",),
     "analyses.similarity": ("ensemble_similarity",),
     "analyses.perplexity": ("perplexity",),
     "views.report": ("report",),
@@ -31,7 +32,8 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from moe_interp.analyses.lens import expert_lens, logit_attribution
+    from moe_interp.analyses.attribution import logit_attribution
+    from moe_interp.analyses.lens import expert_lens
     from moe_interp.analyses.perplexity import perplexity
     from moe_interp.analyses.recorded import routing_from_counts
     from moe_interp.analyses.routing import routing, routing_map

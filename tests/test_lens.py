@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 import moe_interp as moe
 from moe_interp.analyses import lens
-from moe_interp.analyses.lens import decode_top, expert_lens, logit_attribution
+from moe_interp.analyses.attribution import logit_attribution
+from moe_interp.analyses.lens import decode_top, expert_lens
 from moe_interp.errors import BadInput, UnknownName, UnsupportedModel
 from moe_interp.results import load, save
 from tests.reference import lens as reference

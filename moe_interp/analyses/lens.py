@@ -12,9 +12,6 @@ heaviest expert and c_j = w_j f_j its contribution. At every MoE layer and posit
 
 `decode_top` takes rows some at a time and keeps only what is reported of them, so that memory grows with the
 chunk times the vocabulary and never with parts or positions times the vocabulary.
-
-`logit_attribution` splits one logit: with its scale frozen at the whole residual the final norm is linear,
-and everything that was ever added to the residual has its exact share.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +22,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from moe_interp.encode import Inputs, encode
@@ -113,7 +110,7 @@ def expert_lens(
     slots = model.spec.moe(chosen[0]).top_k
     shared = "shared_out" in model.spec.layer(chosen[0]).sites
     parts = part_terms(slots, shared and definition == "paper", definition)
-    run, at = _run(model, text, _points(shared, definition), chosen, positions_of(positions))
+    run, at = run_text(model, text, _points(shared, definition), chosen, positions_of(positions))
     targets = _following(run)[at.numbers]
     final = run.logits[0, at.columns].log_softmax(-1, dtype=torch.float32)
     decode = model.decode if definition == "paper" else _unit_decode(model)
@@ -134,61 +131,6 @@ def expert_lens(
         coords,
         analysis="expert_lens",
         provenance={**run.provenance, "definition": definition},
-    )
-
-
-@torch.no_grad()
-def logit_attribution(
-    model: MoEModel, text: Inputs, tokens: int | str | Sequence[int | str], *, position: int = -1
-) -> xr.Dataset:
-    """Direct logit attribution: what everything that was added to the residual gave to a token's logit.
-
-    Args:
-        model: any opened model.
-        text: one text, or its token ids.
-        tokens: whose logits to split: ids, or texts of exactly one token.
-        position: of a real token, negative ones from the end; the logits are those that follow it.
-
-    Returns:
-        Dims part, token (ids). ``attribution`` (part, token); ``logit`` (token), before any soft-cap, which
-        is not linear; ``remainder`` (token): logit less the sum of its parts, which is rounding, and largest
-        where the model adds up its residual in 16 bits. All in logits.
-
-        Parts are "embed", "3.attn_out", "3.mlp_out" (if layer 3 is dense), "3.c1" (the contribution of its
-        heaviest expert), "3.shared_out", and "bias" (of final norm and unembedding; 0 where they have none).
-        ``part_kind``: "embed", "attn_out", ..., "expert", "bias". ``part_layer``: -1 for embed and bias.
-        ``part_rank``, ``part_expert``, ``gate_weight``: of an expert; otherwise 0, -1, NaN.
-
-    Raises:
-        BadInput: several texts, an empty or too long one, no such position or token.
-        UnsupportedModel: parts that do not add up to the residual, a final norm that is neither a
-            root-mean-square nor a layer norm, or an unembedding that is not linear.
-    """
-    ids = _token_ids(model, tokens)
-    points = ["embed", "attn_out", "mlp_out", "expert_out", "shared_out", "resid_post"]
-    run, at = _run(model, text, [point for point in points if point in model.points], None, (position,))
-    parts = _residual_parts(model, run, at)
-    values = torch.stack([part.value for part in parts])
-    residual = run["resid_post", model.spec.num_layers - 1][0, 0].to(values.device)
-    _check_adds_up("the last resid_post", "embedding and all outputs", values.sum(0), residual.float(), model.dtype)
-    split, logit = _split_logits(model, residual, values, ids)
-    variables = {
-        "attribution": Variable(("part", "token"), split.cpu().numpy(), "logits", "the part's share in the logit"),
-        "logit": Variable(("token",), logit.cpu().numpy(), "logits", "the model's logit, before any soft-cap"),
-        "remainder": Variable(
-            ("token",),
-            (logit - split.sum(0)).cpu().numpy(),
-            "logits",
-            "logit less the sum of its parts: rounding",
-        ),
-        "token_text": Variable(("token",), _texts(model, ids), "text", "the tokens whose logits are split"),
-    }
-    listed = [*parts, _ResidualPart("bias", "bias", residual.new_zeros(0))]
-    return labelled(
-        variables | _attributed_variables(listed),
-        {"part": [part.name for part in listed], "token": ids.tolist()},
-        analysis="logit_attribution",
-        provenance={**run.provenance, "position": int(at.numbers)},
     )
 
 
@@ -284,7 +226,7 @@ def _unit_decode(model: MoEModel) -> Decode:
     return lambda hidden: unembed(functional.rms_norm(hidden, hidden.shape[-1:], eps=1e-6))
 
 
-class _At(NamedTuple):
+class At(NamedTuple):
     """The positions looked at.
 
     Attributes:
@@ -303,13 +245,13 @@ class _At(NamedTuple):
         return there if only else there[self.columns]
 
 
-def _run(
+def run_text(
     model: MoEModel,
     text: Inputs,
     points: Sequence[str],
     layers: tuple[int, ...] | None,
     positions: tuple[int, ...] | None,
-) -> tuple[Run, _At]:
+) -> tuple[Run, At]:
     """One forward pass over one text that reads ``points`` at the selected positions."""
     if positions == ():
         raise BadInput("no positions", expected="at least one, or None for all", got="none")
@@ -319,7 +261,7 @@ def _run(
         raise BadInput("the lens looks at one text", expected="a text or its token ids", got=got)
     run = model.run(inputs, read=[Read(point, layers, positions) for point in points])
     columns = run.mask[0].nonzero().flatten() if positions is None else run.tokens.columns(positions)[0]
-    return run, _At(run.tokens.index[0, columns], columns, positions is not None)
+    return run, At(run.tokens.index[0, columns], columns, positions is not None)
 
 
 def _points(shared: bool, definition: Definition) -> list[str]:
@@ -327,17 +269,17 @@ def _points(shared: bool, definition: Definition) -> list[str]:
     return points + ["shared_out"] * shared + ["moe_in"] * (definition == "as_coded")
 
 
-def _rows(model: MoEModel, run: Run, layer: int, at: _At, parts: Mapping[str, Sequence[str]]) -> Float[Tensor, "N P D"]:
+def _rows(model: MoEModel, run: Run, layer: int, at: At, parts: Mapping[str, Sequence[str]]) -> Float[Tensor, "N P D"]:
     """Every part of a layer as the sum of its terms, in the model's dtype."""
     terms = {
         point.replace("shared_out", "shared"): at.of(value, at.only).float()
         for (point, where), value in run.values.items()
         if where == layer and point != "expert_out"
     }
-    outputs, contributions = _expert_terms(run, layer, at)
+    outputs, contributions = expert_terms(run, layer, at)
     whole = terms["resid_mid"] + contributions.sum(1) + terms.get("shared", 0.0)
     expected = "resid_mid + contributions + shared experts"
-    _check_adds_up(f"resid_post of layer {layer}", expected, whole, terms["resid_post"], model.dtype)
+    check_adds_up(f"resid_post of layer {layer}", expected, whole, terms["resid_post"], model.dtype)
     terms |= {f"f{j}": value for j, value in enumerate(outputs.unbind(1), start=1)}
     terms |= {f"c{j}": value for j, value in enumerate(contributions.unbind(1), start=1)}
     values = torch.stack(list(terms.values()), dim=1)
@@ -345,15 +287,15 @@ def _rows(model: MoEModel, run: Run, layer: int, at: _At, parts: Mapping[str, Se
     return (sums @ values).to(model.dtype)
 
 
-def _expert_terms(run: Run, layer: int, at: _At) -> tuple[Float[Tensor, "N K D"], Float[Tensor, "N K D"]]:
+def expert_terms(run: Run, layer: int, at: At) -> tuple[Float[Tensor, "N K D"], Float[Tensor, "N K D"]]:
     """Unweighted outputs and contributions, heaviest first, in float32."""
-    _, weights, order = _by_rank(run, layer, at)
+    _, weights, order = by_rank(run, layer, at)
     outputs = at.of(run["expert_out", layer], at.only).float()
     outputs = outputs.gather(1, order[..., None].expand_as(outputs))
     return outputs, outputs * weights[..., None]
 
 
-def _by_rank(run: Run, layer: int, at: _At) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"], Int[Tensor, "N K"]]:
+def by_rank(run: Run, layer: int, at: At) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"], Int[Tensor, "N K"]]:
     """Expert ids, weights and slots, heaviest first."""
     routing = run.routing[layer]
     order = at.of(routing.by_rank())
@@ -366,14 +308,14 @@ def _following(run: Run) -> Int[Tensor, " S"]:
     return torch.cat([real[1:], real.new_tensor([-1])])
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
     """How far, relative to the largest value, a sum of parts may be from what was added up in ``dtype``."""
     return max(1e-4, 8 * torch.finfo(dtype).eps)
 
 
-def _check_adds_up(what: str, expected: str, parts: Tensor, whole: Tensor, dtype: torch.dtype) -> None:
+def check_adds_up(what: str, expected: str, parts: Tensor, whole: Tensor, dtype: torch.dtype) -> None:
     error = ((parts - whole).abs().max() / whole.abs().max()).item()
-    if not error <= _tolerance(dtype):
+    if not error <= tolerance(dtype):
         raise UnsupportedModel(
             f"{what} is not the sum of its parts", expected=expected, got=f"a relative error of {error:.2g}"
         )
@@ -404,7 +346,7 @@ def _check_options(model: MoEModel, top: int, definition: str, chunk: int) -> No
         raise BadInput("chunk out of range", expected="at least one row", got=str(chunk))
 
 
-def _texts(model: MoEModel, ids: Tensor) -> np.ndarray:
+def token_texts(model: MoEModel, ids: Tensor) -> np.ndarray:
     """Readable strings of token ids, in their shape; the id itself where nothing decodes it."""
     unique, inverse = np.unique(ids.cpu().numpy(), return_inverse=True)
     return np.array([_readable(model.tokenizer, int(token)) for token in unique])[inverse.reshape(ids.shape)]
@@ -438,7 +380,7 @@ def _lens_variables(model: MoEModel, decoded: Sequence[Decoded]) -> dict[str, Va
     agreement, by_chance = (final_rank == 1).to(torch.int8), "1 for the first, half the vocabulary by chance"
     return {
         "top_id": Variable(best, ids.int().numpy(), "token id", "the part's most probable tokens"),
-        "top_token": Variable(best, _texts(model, ids), "text", "the part's most probable tokens"),
+        "top_token": Variable(best, token_texts(model, ids), "text", "the part's most probable tokens"),
         "top_probability": Variable(best, probabilities.numpy(), "1", "their probabilities, 0 to 1"),
         "true_rank": Variable(row, true_rank.numpy(), "rank", f"rank of the true next token, {by_chance}; or NaN"),
         "final_rank": Variable(row, final_rank.int().numpy(), "rank", f"rank of the model's prediction, {by_chance}"),
@@ -447,8 +389,8 @@ def _lens_variables(model: MoEModel, decoded: Sequence[Decoded]) -> dict[str, Va
     }
 
 
-def _expert_variables(run: Run, layers: Sequence[int], at: _At) -> dict[str, Variable]:
-    ranked = [_by_rank(run, layer, at) for layer in layers]
+def _expert_variables(run: Run, layers: Sequence[int], at: At) -> dict[str, Variable]:
+    ranked = [by_rank(run, layer, at) for layer in layers]
     ids, weights, _ = (torch.stack(values).cpu() for values in zip(*ranked, strict=True))
     dims = ("layer", "pos", "rank")
     return {
@@ -457,7 +399,7 @@ def _expert_variables(run: Run, layers: Sequence[int], at: _At) -> dict[str, Var
     }
 
 
-def _text_variables(model: MoEModel, run: Run, at: _At, final: Decoded) -> dict[str, Variable]:
+def _text_variables(model: MoEModel, run: Run, at: At, final: Decoded) -> dict[str, Variable]:
     ids, following = at.of(run.token_ids).cpu(), _following(run)[at.numbers].cpu()  # type: ignore[arg-type]
     best_ids, best, true_rank = (
         final.ids[:, 0].cpu(),
@@ -467,120 +409,10 @@ def _text_variables(model: MoEModel, run: Run, at: _At, final: Decoded) -> dict[
     pos, top = ("pos",), ("pos", "top")
     return {
         "token_id": Variable(pos, ids.int().numpy(), "token id", "the text"),
-        "token": Variable(pos, _texts(model, ids), "text", "the text"),
+        "token": Variable(pos, token_texts(model, ids), "text", "the text"),
         "next_id": Variable(pos, following.int().numpy(), "token id", "the true next token, -1 at the last token"),
         "final_id": Variable(top, best_ids.int().numpy(), "token id", "the model's most probable tokens"),
-        "final_token": Variable(top, _texts(model, best_ids), "text", "the model's most probable tokens"),
+        "final_token": Variable(top, token_texts(model, best_ids), "text", "the model's most probable tokens"),
         "final_probability": Variable(top, best.numpy(), "1", "their probabilities, 0 to 1"),
         "final_true_rank": Variable(pos, true_rank.numpy(), "rank", "the model's rank of the true next token; or NaN"),
-    }
-
-
-class _ResidualPart(NamedTuple):
-    """Something that was added to the residual: [D], in float32."""
-
-    name: str
-    kind: str
-    value: Tensor
-    layer: int = -1
-    rank: int = 0
-    expert: int = -1
-    weight: float = float("nan")
-
-
-def _residual_parts(model: MoEModel, run: Run, at: _At) -> list[_ResidualPart]:
-    """All that was added to the residual at the one selected position, in the order in which it was."""
-    parts = [_ResidualPart("embed", "embed", at.of(run["embed"], at.only)[0].float())]
-    for layer in range(model.spec.num_layers):
-        outputs = [
-            _ResidualPart(f"{layer}.{point}", point, at.of(run[point, layer], at.only)[0].float(), layer)
-            for point in ("attn_out", "mlp_out", "shared_out")
-            if (point, layer) in run.values
-        ]
-        parts += [
-            *outputs[:1],
-            *(_expert_parts(run, layer, at) if layer in model.layers else ()),
-            *outputs[1:],
-        ]
-    return parts
-
-
-def _expert_parts(run: Run, layer: int, at: _At) -> list[_ResidualPart]:
-    values = _expert_terms(run, layer, at)[1][0]
-    experts, weights, _ = (found[0].tolist() for found in _by_rank(run, layer, at))
-    return [
-        _ResidualPart(f"{layer}.c{rank}", "expert", value, layer, rank, expert, weight)
-        for rank, (value, expert, weight) in enumerate(zip(values, experts, weights, strict=True), start=1)
-    ]
-
-
-def _split_logits(
-    model: MoEModel, residual: Float[Tensor, " D"], parts: Float[Tensor, "P D"], ids: Int[Tensor, " N"]
-) -> tuple[Float[Tensor, "P1 N"], Float[Tensor, " N"]]:
-    """The share of every part, and last of the biases, in the logits of some tokens; and these logits."""
-    norm, unembed = (model.hf.get_submodule(path) for path in (model.spec.final_norm, model.spec.unembed))
-    if not isinstance(unembed, nn.Linear):
-        raise UnsupportedModel("the unembedding is not linear", expected="nn.Linear", got=type(unembed).__name__)
-    rows = unembed.weight[ids].float()
-    bias = rows.new_zeros(len(ids)) if unembed.bias is None else unembed.bias[ids].float()
-    frozen, constant = _frozen(norm, residual)
-    split = torch.cat([frozen(parts) @ rows.T, (constant @ rows.T + bias)[None]])
-    return split * model.spec.logit_scale, unembed(norm(residual))[ids].float() * model.spec.logit_scale
-
-
-def _frozen(norm: nn.Module, residual: Float[Tensor, " D"]) -> tuple[Decode, Float[Tensor, " D"]]:
-    """A norm with its scale frozen at that of ``residual``, which makes it affine: linear part and constant.
-
-    Its gain is found by a probe of alternating signs, which has unit root mean square and no mean. One
-    number, the scale, is then fitted to the norm of the residual itself, and a norm of another form does not
-    fit.
-    """
-    signs = torch.ones_like(residual)
-    signs[1::2] = -1
-    constant = norm(torch.zeros_like(residual)).float()
-    gain = (norm(signs).float() - constant) * signs
-    target = norm(residual).float() - constant
-    for centred in (False, True):
-        direction = _gained(gain, centred)(residual.float())
-        scale = (target @ direction) / (direction @ direction)
-        if (target - scale * direction).abs().max() <= _tolerance(residual.dtype) * target.abs().max():
-            return _gained(scale * gain, centred), constant
-    raise UnsupportedModel(
-        "the final norm cannot be frozen",
-        expected="a root-mean-square or layer norm",
-        got=type(norm).__name__,
-    )
-
-
-def _gained(gain: Tensor, centred: bool) -> Decode:
-    return lambda rows: gain * (rows - rows.mean(-1, keepdim=True) if centred else rows)
-
-
-def _token_ids(model: MoEModel, tokens: int | str | Sequence[int | str]) -> Int[Tensor, " N"]:
-    listed = [tokens] if isinstance(tokens, int | str) else list(tokens)
-    ids = [_token_id(model, token) if isinstance(token, str) else int(token) for token in listed]
-    if not ids or min(ids) < 0 or max(ids) >= model.spec.vocab_size:
-        raise BadInput("no such tokens", expected=f"one id or more, 0 to {model.spec.vocab_size - 1}", got=str(ids))
-    return torch.tensor(ids, device=model.device)
-
-
-def _token_id(model: MoEModel, text: str) -> int:
-    if model.tokenizer is None:
-        raise BadInput("text needs a tokenizer", expected="token ids", got=repr(text))
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise BadInput(f"{text!r} is not one token", expected="the text of one token", got=f"token ids {ids}")
-    return int(ids[0])
-
-
-def _attributed_variables(parts: Sequence[_ResidualPart]) -> dict[str, Variable]:
-    kinds = np.array([part.kind for part in parts])
-    layers, ranks, experts = np.array([(part.layer, part.rank, part.expert) for part in parts], "int32").T
-    weights = np.array([part.weight for part in parts], "float32")
-    return {
-        "part_kind": Variable(("part",), kinds, "text", "what kind of part it is"),
-        "part_layer": Variable(("part",), layers, "layer", "the layer that added it, -1 for none"),
-        "part_rank": Variable(("part",), ranks, "rank", "1 for a layer's heaviest expert, 0 for no expert"),
-        "part_expert": Variable(("part",), experts, "expert", "the expert that wrote it, -1 for none"),
-        "gate_weight": Variable(("part",), weights, "1", "that expert's combine weight, NaN for none"),
     }

@@ -300,9 +300,10 @@ def _experts_forward(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor)
     """transformers' experts call, with its arguments, neurons, outputs and result passed through hook points."""
     taps: Taps = experts._moe_taps
     slots = ids.shape[-1]
-    if taps.live("expert_ids"):
-        ids = taps("expert_ids", ids)
-        check_ids(ids, experts.num_experts)
+    chosen = taps("expert_ids", ids)
+    if chosen is not ids:
+        check_ids(chosen, experts.num_experts)
+        ids = chosen
     weights = taps("gate_weights", weights)
     _tap_scores(taps)
     on_act = (lambda act: taps("expert_act", act, slots)) if taps.live("expert_act") else None

@@ -47,7 +47,7 @@ def report(
     resamples: int = 1000,
     seed: int = 0,
     max_tokens: int | None = 256,
-    scored: int | None = 12,
+    scored: int | None = 8,
 ) -> Path:
     """Run the four analyses and write the report.
 
