@@ -90,7 +90,7 @@ class Corpus:
 
 def sample() -> Corpus:
     """The bundled documents: 24 short ones for each domain of the reference model, written for this project."""
-    return read_corpus(SAMPLE)
+    return Corpus(read_corpus(SAMPLE).documents, "the bundled sample")
 
 
 def read_corpus(path: str | Path, *, domain: str | None = None, limit: int | None = None) -> Corpus:

@@ -95,7 +95,10 @@ def test_figures_show_the_values_and_their_controls(made):
     expected = results.perplexity["ratio"].sel(aggregate="token", renormalise="no", domain="b&b").values
     assert [trace.name for trace in drawn.data[:2]] == [escaped(f"{HOSTILE}a", 40), "b&amp;b"]
     assert np.allclose(drawn.data[1].y, expected)
-    assert "random" in drawn.data[-1].name
+    controls = {trace.name: trace.y for trace in drawn.data[2:]}
+    at = results.perplexity.sel(aggregate="token", renormalise="no")
+    assert np.allclose(controls["k of the K at random, all domains"], at["ratio_random_overall"])
+    assert np.allclose(controls["no routed expert, all domains"], at["ratio_none_overall"])
     curve = figures.coverage(results.routing).data[0].y
     assert np.isclose(curve[-1], 1.0)
     assert np.all(np.diff(np.diff(curve)) <= 1e-12)

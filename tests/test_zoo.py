@@ -501,7 +501,7 @@ def test_routing_checkpoints_are_where_the_tokens_went(corpus, finished, shipped
     assert found["steps"] == training_log(shipped)["routing_steps"] == [1, 4, 8]
     documents = validation_ids(corpus, shipped)
     for number, step in enumerate(found["steps"]):
-        hf = AutoModelForCausalLM.from_pretrained(shipped)
+        hf = AutoModelForCausalLM.from_pretrained(shipped, dtype=torch.float32)
         load_model(hf, str(finished / f"snapshot_{step:06d}.safetensors"))
         with moe_interp.wrap(hf) as model:
             ids = {domain: [model.run([text]).routing[1].ids[0] for text in documents[domain]] for domain in DOMAINS}

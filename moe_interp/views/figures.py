@@ -67,6 +67,8 @@ def _shade(index: int, count: int) -> str:
 def specialization(routing: xr.Dataset) -> go.Figure:
     """Domain x expert, one layer at a time: specialization in per cent, white at the baseline of a uniform router."""
     baseline = 100 * float(routing["specialization_baseline"])
+    largest = 100 * float(routing["specialization"].max())
+    scale = [[0.0, "#2166ac"], [min(baseline / largest, 0.99), "#ffffff"], [1.0, "#b2182b"]]
     figure = go.Figure()
     for index, layer in enumerate(routing["layer"].values):
         at = routing.sel(layer=layer)
@@ -78,8 +80,9 @@ def specialization(routing: xr.Dataset) -> go.Figure:
             customdata=np.stack([low, high, at["specialization_p"].values], axis=-1),
             hovertemplate="%{y}, expert %{x}: %{z:.1f} %<br>interval %{customdata[0]:.1f} – %{customdata[1]:.1f} %"
             "<br>p = %{customdata[2]:.3f}<extra></extra>",
-            colorscale="RdBu_r",
-            zmid=baseline,
+            colorscale=scale,
+            zmin=0,
+            zmax=largest,
             visible=index == 0,
             colorbar={"title": "% of tokens"},
         )
@@ -110,7 +113,8 @@ def strongest(routing: xr.Dataset) -> go.Figure:
         line.customdata = best[index]
         line.hovertemplate = "layer %{x}, expert %{customdata}: %{y:.1f} %"
         figure.add_trace(line)
-    figure.add_hline(100 * float(routing["specialization_baseline"]), line={"color": CONTROL, "dash": "dash"})
+    baseline = np.full(len(layers), 100 * float(routing["specialization_baseline"]))
+    figure.add_trace(_line(layers, baseline, "uniform router", CONTROL, dash="dash"))
     return _style(figure, xaxis_title="layer", yaxis_title="% of the domain's tokens", yaxis_rangemode="tozero")
 
 
@@ -159,7 +163,7 @@ def lens(result: xr.Dataset) -> go.Figure:
 def similarity(result: xr.Dataset) -> go.Figure:
     """Cosine between one candidate and the ensemble by layer, without and with the residual, controls in grey."""
     titles = {"without": "contributions alone", "with": "with the residual"}
-    figure = make_subplots(1, 2, subplot_titles=list(titles.values()), shared_yaxes=True)
+    figure = make_subplots(1, 2, subplot_titles=list(titles.values()))
     dashes: dict[str, str] = {
         "random_unselected": "dash",
         "other_token": "dot",
@@ -208,9 +212,8 @@ def perplexity(result: xr.Dataset, aggregate: str = "token") -> go.Figure:
         figure.add_trace(_line(ks, one["ratio"].values, escaped(str(domain), 40), colour, ends))
     random = at["ratio_random_overall"].values
     figure.add_trace(_line(ks, random, "k of the K at random, all domains", CONTROL, dash="dash"))
-    figure.add_hline(
-        float(at["ratio_none_overall"]), line={"color": CONTROL, "dash": "dot"}, annotation_text="none routed"
-    )
+    none = np.full(len(ks), float(at["ratio_none_overall"]))
+    figure.add_trace(_line(ks, none, "no routed expert, all domains", CONTROL, dash="dot"))
     return _style(
         figure, 460, xaxis_title="experts kept, k", yaxis_title="perplexity / perplexity of the model", yaxis_type="log"
     )

@@ -22,7 +22,7 @@ from moe_interp.analyses.similarity import ensemble_similarity
 from moe_interp.data import Corpus
 from moe_interp.errors import BadOutput
 from moe_interp.model import MoEModel
-from moe_interp.results import whole_file
+from moe_interp.results import provenance_of, whole_file
 from moe_interp.views import figures
 from moe_interp.views.tokens import shown
 
@@ -76,7 +76,7 @@ def report(
         similarity=ensemble_similarity(model, corpus, **options),
         perplexity=perplexity(model, corpus if scored is None else corpus.take(scored), renormalise="both", **options),
     )
-    page = render(model, corpus, results)
+    page = render(model, corpus, results, max_tokens)
     with whole_file(target) as part:
         part.write_text(page, encoding="utf-8")
     return target
@@ -108,9 +108,11 @@ def check_writable(target: Path) -> None:
         )
 
 
-def render(model: MoEModel, corpus: Corpus, results: Results) -> str:
+def render(model: MoEModel, corpus: Corpus, results: Results, max_tokens: int | None) -> str:
     """The page of these results."""
     from plotly.offline import get_plotlyjs
+
+    provenance = provenance_of(results.routing)
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"shown": shown, "fixed": lambda value, digits=2: _number(value, digits)}
@@ -129,8 +131,10 @@ def render(model: MoEModel, corpus: Corpus, results: Results) -> str:
         lens_columns=_columns(results.lens),
         positions=_positions(results.lens),
         scored=int(results.perplexity["documents"].sum()),
+        truncated=provenance["truncated"],
+        max_tokens=max_tokens,
         aggregates=_aggregates(results.perplexity),
-        provenance=json.dumps(json.loads(results.routing.attrs["provenance"]), indent=2, ensure_ascii=False),
+        provenance=json.dumps(provenance, indent=2, ensure_ascii=False),
     )
 
 
@@ -233,10 +237,7 @@ def _load(routed: xr.Dataset) -> list[dict[str, int | float]]:
         at = routed.sel(layer=layer)
         rows.append(
             {"layer": int(layer)}
-            | {
-                name: float(at[f"{name}_overall"])
-                for name in ("n50", "n90", "gini", "load_entropy", "max_vio", "dead_experts")
-            }
+            | {name: float(at[f"{name}_overall"]) for name in ("n50", "n90", "load_entropy", "max_vio", "dead_experts")}
             | {
                 name: float((at[name] * weights).sum())
                 for name in ("entropy", "heaviest_weight", "weight_sum", "z_loss")
@@ -301,7 +302,7 @@ def _pairs(tokens: np.ndarray, chances: np.ndarray, top: int) -> list[tuple[str,
 
 def _columns(result: xr.Dataset) -> list[str]:
     """The parts worth a column at every position; the whole list is shown for the last one."""
-    wanted = ("resid_pre", "resid_mid", "c1", "resid_mid+c1", "resid_mid+c1+shared", "shared", "resid_post")
+    wanted = ("resid_pre", "resid_mid", "resid_mid+c1", "resid_post", "c1", "shared")
     return [part for part in wanted if part in result["part"].values]
 
 
