@@ -205,7 +205,7 @@ def _edit_takes(point: str, model: MoEModel, inputs: Any, clean: Run) -> Check:
         if relation.gives != point and relation.name not in skipped
     ]
     worst = max(holding, key=lambda check: check.error)
-    error = worst.error if moved > _limit(model) else torch.inf
+    error = worst.error if moved > 0 else torch.inf
     return Check(f"edit of {point} takes", error, _limit(model), f"moves the logits by {moved:.0e}")
 
 

@@ -41,6 +41,14 @@ DeviceMap = Annotated[str | None, typer.Option(help="As for from_pretrained: aut
 Trust = Annotated[bool, typer.Option(help="Let code beside the checkpoint run.")]
 
 
+def _check_output(output: Path | None) -> None:
+    """Refuse a file that could not be written before the work is done."""
+    if output is not None:
+        from moe_interp.views.report import check_writable
+
+        check_writable(output)
+
+
 def _load(model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool) -> moe.MoEModel:
     options = {} if device_map is None else {"device_map": device_map}
     if dtype != "auto":
@@ -66,9 +74,7 @@ def report(
     trust_remote_code: Trust = False,
 ) -> None:
     """The main job: four questions about a model, answered in one HTML file."""
-    from moe_interp.views.report import check_writable
-
-    check_writable(output)
+    _check_output(output)
     corpus = _corpus(data, limit)
     opened = _load(model, dtype, device_map, trust_remote_code)
     written = moe.report(opened, corpus, output, text=text, max_tokens=max_tokens)
@@ -87,6 +93,7 @@ def routing(
     trust_remote_code: Trust = False,
 ) -> None:
     """Who is routed where."""
+    _check_output(output)
     corpus = _corpus(data, limit)
     result = moe.routing(_load(model, dtype, device_map, trust_remote_code), corpus, max_tokens=max_tokens)
     _save(result, output)
@@ -104,9 +111,9 @@ def _peak(at: "xr.Dataset") -> str:
     peak = at["specialization"].argmax(...)
     here = {name: int(place) for name, place in peak.items()}
     low, high = (100 * float(end) for end in at["specialization_interval"][here])
-    domain = escape(str(at["domain"].values[here["domain"]]))
+    domain = at["domain"].values[here["domain"]]
     share = 100 * float(at["specialization"][here])
-    return f"{here['expert']}: {share:.0f} % [{low:.0f}, {high:.0f}] of {domain}"
+    return escape(f"{here['expert']}: {share:.0f} % [{low:.0f}, {high:.0f}] of {domain}")
 
 
 @app.command()
@@ -122,6 +129,7 @@ def lens(
     """What each expert writes, at one position of a text."""
     from moe_interp.views.tokens import shown
 
+    _check_output(output)
     opened = _load(model, dtype, device_map, trust_remote_code)
     result = moe.expert_lens(opened, text, positions=position)
     _save(result, output)
@@ -149,6 +157,7 @@ def similarity(
     trust_remote_code: Trust = False,
 ) -> None:
     """How well one expert stands for all of them."""
+    _check_output(output)
     corpus = _corpus(data, limit)
     result = moe.ensemble_similarity(_load(model, dtype, device_map, trust_remote_code), corpus, max_tokens=max_tokens)
     _save(result, output)
@@ -174,6 +183,7 @@ def perplexity(
     trust_remote_code: Trust = False,
 ) -> None:
     """What fewer experts cost."""
+    _check_output(output)
     corpus = _corpus(data, limit)
     opened = _load(model, dtype, device_map, trust_remote_code)
     result = moe.perplexity(opened, corpus, renormalise=renormalise, max_tokens=max_tokens)

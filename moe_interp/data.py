@@ -129,14 +129,23 @@ def _documents(file: Path, domain: str | None) -> Iterator[Document]:
     records = _READERS[file.suffix](file) if file.suffix in _READERS else _dataset(file)
     for number, record in enumerate(records):
         text = record.get("text")
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not text.strip() or _lone_surrogate(text):
             raise BadData(
                 f"record {number + 1} of {file} has no text",
                 expected="a non-empty string under 'text'",
                 got=repr(text)[:80],
             )
-        name = str(record.get("name") or f"{file.stem}/{number}")
-        yield Document(text, domain or str(record.get("domain") or file.stem), name)
+        own, name = record.get("domain"), record.get("name")
+        yield Document(
+            text,
+            domain or (file.stem if own is None else str(own)),
+            f"{file.stem}/{number}" if name is None else str(name),
+        )
+
+
+def _lone_surrogate(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which no encoding and no tokenizer takes."""
+    return any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def _jsonl(file: Path) -> Iterator[dict[str, Any]]:
@@ -235,6 +244,8 @@ def batches(
     """
     if model.tokenizer is None:
         raise BadInput("a corpus needs a tokenizer", expected="moe.wrap(model, tokenizer)", got="no tokenizer")
+    if max_tokens is not None and max_tokens < 1:
+        raise BadInput("cannot cut documents to nothing", expected="max_tokens of 1 or more", got=str(max_tokens))
     limit = min(max_tokens or model.spec.context_length, model.spec.context_length)
     ids = [model.tokenizer(text, verbose=False)["input_ids"] for text in corpus.texts]
     order = sorted(range(len(ids)), key=lambda number: (-len(ids[number]), number))

@@ -21,7 +21,7 @@ def encode(
         BadInput: an empty text, text without a tokenizer, ids out of the vocabulary, more tokens than the context.
     """
     if isinstance(inputs, Mapping):
-        found = dict(inputs)
+        found = _tensors(inputs)
     elif isinstance(inputs, str) or (isinstance(inputs, Sequence) and inputs and isinstance(inputs[0], str)):
         found = _tokenize([inputs] if isinstance(inputs, str) else list(inputs), tokenizer, padding_side)
     else:
@@ -29,6 +29,25 @@ def encode(
     if "input_ids" in found:
         _check(found["input_ids"], spec, found.get("attention_mask"))
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in found.items()}
+
+
+def _tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping of model inputs, its token ids and mask made [batch, pos] tensors."""
+    found = dict(inputs)
+    if not {"input_ids", "inputs_embeds"} & found.keys():
+        raise BadInput("no tokens in the model inputs", expected="'input_ids'", got=f"keys {sorted(found)}")
+    for key in {"input_ids", "attention_mask"} & found.keys():
+        found[key] = _ids(found[key])
+    ids, mask = found.get("input_ids"), found.get("attention_mask")
+    if ids is not None and mask is not None and mask.dim() == 2 and mask.shape[0] != ids.shape[0]:
+        raise BadInput(
+            "ids and mask differ", expected=f"a mask of shape {tuple(ids.shape)}", got=str(tuple(mask.shape))
+        )
+    if ids is not None and mask is not None and mask.dim() == 2 and mask.shape[1] < ids.shape[1]:
+        raise BadInput(
+            "ids and mask differ", expected=f"a mask of shape {tuple(ids.shape)}", got=str(tuple(mask.shape))
+        )
+    return found
 
 
 def _tokenize(texts: list[Any], tokenizer: Any, padding_side: str) -> dict[str, Any]:
@@ -66,7 +85,7 @@ def _ids(inputs: Any) -> Tensor:
 
 
 def _check(ids: Tensor, spec: ModelSpec, mask: Tensor | None) -> None:
-    if ids.dim() != 2 or ids.dtype.is_floating_point or ids.numel() == 0:
+    if ids.dim() != 2 or ids.dtype.is_floating_point or ids.dtype is torch.bool or ids.numel() == 0:
         raise BadInput(
             "not token ids", expected="integers of shape [batch, pos]", got=f"{ids.dtype} of shape {tuple(ids.shape)}"
         )

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from moe_interp import __version__
 from moe_interp.adapters import ModelSpec, describe
 from moe_interp.encode import Inputs, encode
-from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
+from moe_interp.errors import BadCheckpoint, BadInput, MoEError, UnsupportedModel
 from moe_interp.hosts import Experts, ExpertWeights, LocalHost, Session, expert_weights
+from moe_interp.hosts.local import ATTRIBUTE
 from moe_interp.interventions import Intervention
 from moe_interp.run import Read, Run, positions_of
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from moe_interp.audit import Audit
 
 REFERENCE = Path(__file__).parent / "zoo" / "reference"
-_HOST = "_moe_interp_host"
+_HOSTS: WeakKeyDictionary[nn.Module, tuple[LocalHost, int]] = WeakKeyDictionary()  # and how many opened them
 
 Reads = Sequence[str | Read]
 Edits = Sequence[Intervention] | Intervention
@@ -123,18 +125,18 @@ class MoEModel:
         Positions count from the start of the text; negative ones from the newest token of each step.
 
         Returns:
-            The continued text (or texts) if given text; else token ids [B, S + new], prompt included.
+            The continued text (or texts) if given text; else what transformers returns: token ids [B, S + new],
+            prompt included.
         """
         self._check_open()
         session = Session(self._host, _listed(edit, Intervention), ())
         model_inputs = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
         with session():
             ids = cast(Any, self.hf).generate(**model_inputs, **options)
-        if isinstance(inputs, str):
-            return str(self.tokenizer.decode(ids[0], skip_special_tokens=True))
-        if isinstance(inputs, Sequence) and inputs and isinstance(inputs[0], str):
-            return list(self.tokenizer.batch_decode(ids, skip_special_tokens=True))
-        return ids
+        if not isinstance(ids, Tensor) or not (isinstance(inputs, str) or _are_texts(inputs)):
+            return ids
+        texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+        return texts[0] if isinstance(inputs, str) and len(texts) == 1 else texts
 
     def decode(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """Logits of a residual stream: the model's own final norm, unembedding, scale and soft-cap."""
@@ -200,12 +202,16 @@ class MoEModel:
     def _check_open(self) -> None:
         if self._closed:
             raise BadInput("the model is closed", expected="an open MoEModel", do="Wrap or load it again.")
+        if not self._host.handles:
+            raise BadInput("the model is plain", expected="a call outside `with model.plain()`")
 
     def _check_finite(self, logits: Tensor, mask: Tensor, edited: bool) -> None:
         # NaN anywhere in a hidden state reaches every logit of that token, so one column tells.
-        if edited or not bool(logits[..., 0].detach()[mask[:, -logits.shape[1] :]].isnan().any()):
+        if not bool(logits[..., 0].detach()[mask[:, -logits.shape[1] :]].isnan().any()):
             return
         check_weights(self.hf)
+        if edited:  # the edit may have meant it
+            return
         raise BadCheckpoint("the model returned NaN", expected="finite logits", do="Try another dtype.")
 
 
@@ -226,6 +232,10 @@ def check_weights(hf: nn.Module) -> None:
             )
 
 
+def _are_texts(inputs: Inputs) -> bool:
+    return isinstance(inputs, Sequence) and bool(inputs) and isinstance(inputs[0], str)
+
+
 def _as_read(one: str | Read) -> Read:
     return Read(one) if isinstance(one, str) else Read(one.point, positions_of(one.layers), positions_of(one.positions))
 
@@ -243,17 +253,24 @@ def _listed(given: Any, kinds: Any) -> list[Any]:
 
 
 def _open_host(hf: nn.Module, spec: ModelSpec) -> LocalHost:
-    host, users = hf.__dict__.get(_HOST) or (LocalHost(hf, spec), 0)
-    hf.__dict__[_HOST] = (host, users + 1)
-    return cast(LocalHost, host)
+    if hf not in _HOSTS and hasattr(hf, ATTRIBUTE):
+        raise UnsupportedModel(
+            "a copy of an opened model cannot be opened",
+            expected="a model that was copied before it was opened, or after it was closed",
+            got="a copy whose hooks still reach the original",
+            do="Close the original, then copy.",
+        )
+    host, users = _HOSTS.get(hf) or (LocalHost(hf, spec), 0)
+    _HOSTS[hf] = (host, users + 1)
+    return host
 
 
 def _close_host(hf: nn.Module) -> None:
-    host, users = hf.__dict__[_HOST]
+    host, users = _HOSTS[hf]
     if users > 1:
-        hf.__dict__[_HOST] = (host, users - 1)
+        _HOSTS[hf] = (host, users - 1)
         return
-    del hf.__dict__[_HOST]
+    del _HOSTS[hf]
     host.remove()
 
 
@@ -264,6 +281,24 @@ def wrap(hf: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> Mo
         UnsupportedModel: its architecture cannot be opened correctly.
     """
     return MoEModel(hf, tokenizer, name)
+
+
+def _tokenizer(source: str, trust_remote_code: bool) -> Any:
+    """The tokenizer beside a checkpoint; None if there is none, for token ids need none."""
+    import transformers
+
+    # Without files transformers would make up a tokenizer that knows no text.
+    files = ("*token*", "*vocab*", "*.model", "*.tiktoken")
+    if Path(source).is_dir() and not any(any(Path(source).glob(pattern)) for pattern in files):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise BadCheckpoint(
+            f"cannot load the tokenizer of {source!r}",
+            expected="tokenizer files that transformers reads",
+            got=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}",
+        ) from error
 
 
 def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **options: Any) -> MoEModel:
@@ -290,12 +325,14 @@ def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **o
         hf, report = loader.from_pretrained(
             source, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **options
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError) as error:
+        tokenizer = _tokenizer(source, trust_remote_code)
+    except MoEError:
+        raise
+    except Exception as error:  # whatever a damaged checkpoint or a wrong option sets off underneath
         raise BadCheckpoint(
-            f"cannot load {source!r}",
-            expected="a hub id, or a folder with config.json, *.safetensors and a tokenizer",
-            got=str(error).strip().splitlines()[0],
+            f"cannot load {source!r}" + (f" with {options}" if name is not None and options else ""),
+            expected="a hub id or a folder with config.json and *.safetensors, and options that from_pretrained takes",
+            got=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}",
         ) from error
     if report["missing_keys"]:
         raise BadCheckpoint(

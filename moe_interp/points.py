@@ -32,8 +32,8 @@ class Point:
 
     @property
     def differentiable(self) -> bool:
-        """Whether gradients reach this point (all but the integer ones)."""
-        return not self.integer
+        """Whether gradients reach this point: it is made of real numbers and the forward pass goes on with it."""
+        return self.editable and not self.integer
 
 
 POINTS: dict[str, Point] = {

@@ -4,8 +4,10 @@
 `Run` what came out. Positions count real tokens: 0 is the first, -1 the last, wherever the padding is.
 """
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,14 +15,25 @@ from torch import Tensor
 
 from moe_interp.errors import BadInput, UnknownName
 
-Positions = int | tuple[int, ...] | None
+Indices = SupportsIndex | Iterable[SupportsIndex] | None
+"""Layers or positions as they may be given: one, several, or None for all."""
 
 
-def positions_of(positions: int | Iterable[int] | None) -> tuple[int, ...] | None:
+def positions_of(positions: Indices) -> tuple[int, ...] | None:
     """Positions as a tuple; None stays None and means all."""
-    if positions is None or isinstance(positions, int):
-        return positions if positions is None else (positions,)
-    return tuple(positions)
+    if positions is None:
+        return None
+    try:
+        return (operator.index(positions),)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    try:
+        found = tuple(operator.index(position) for position in positions)  # type: ignore[union-attr]
+    except TypeError as error:
+        raise BadInput("not layers or positions", expected="whole numbers", got=repr(positions)) from error
+    if not found:
+        raise BadInput("no layers or positions", expected="at least one, or None for all", got=repr(positions))
+    return found
 
 
 @dataclass(frozen=True)
@@ -82,9 +95,7 @@ class Read:
     positions: tuple[int, ...] | None = None
 
 
-def select(
-    point: str, *, layers: int | Iterable[int] | None = None, positions: int | Iterable[int] | None = None
-) -> Read:
+def select(point: str, *, layers: Indices = None, positions: Indices = None) -> Read:
     """Keep only part of a point's values: ``read=[moe.select("expert_out", layers=[5], positions=-1)]``."""
     return Read(point, positions_of(layers), positions_of(positions))
 
@@ -182,7 +193,10 @@ class Run:
         """
         outputs = self["expert_out", layer]
         slots = (self.routing[layer].ids == expert) & self.mask[..., None]
-        return torch.where(slots[..., None], outputs, 0.0).sum(dim=2), slots.any(dim=2)
+        used = slots.any(dim=2)
+        # An edit may have put an expert into several slots of one token; its output is the same in each.
+        first = slots.int().argmax(dim=2)[..., None, None].expand(*used.shape, 1, outputs.shape[-1])
+        return torch.where(used[..., None], outputs.gather(2, first).squeeze(2), 0.0), used
 
     def heaviest(self, layer: int, rank: int = 0) -> Float[Tensor, "B S D"]:
         """Unweighted output of the expert whose weight is the ``rank``-th largest (0: the heaviest) at each token.

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -73,6 +74,8 @@ def test_reads_that_cannot_be(model, read, message):
         (lambda: moe.ablate(layer=7, expert=0), "unknown layer 7"),
         (lambda: moe.top_k(0), "cannot keep fewer than one expert"),
         (lambda: moe.top_k(9), "unknown expert 8"),
+        (lambda: moe.apply("moe_out", torch.neg, positions=[0, 50]), r"can never touch anything.*got positions \[50\]"),
+        (lambda: moe.apply("moe_out", torch.neg, layers=[]), "no layers or positions: expected at least one"),
         (lambda: moe.apply("router_scores", torch.neg), "point 'router_scores' cannot be edited.*Edit 'router_logits'"),
         (
             lambda: moe.apply("moe_out", lambda v: v[:1]),
@@ -101,11 +104,25 @@ def test_edits_that_cannot_be(model, edit, message):
         (torch.zeros(1, 129, dtype=torch.long), "text over the context length: expected at most 128 tokens, got 129"),
         ([[1, 2], [3]], "not model inputs"),
         ({"input_ids": IDS, "attention_mask": torch.zeros(2, 8)}, "a text without a real token"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 5)}, "ids and mask differ"),
+        ({"attention_mask": torch.ones(2, 5)}, "no tokens in the model inputs: expected 'input_ids'"),
     ],
 )
 def test_inputs_that_cannot_be(model, inputs, message):
     with pytest.raises(errors.BadInput, match=message):
         model.run(inputs)
+
+
+def test_float64_is_refused_when_opening():
+    with pytest.raises(errors.UnsupportedModel, match="expected float32, bfloat16 or float16.*got float64"):
+        moe.wrap(build("olmoe", dtype=torch.float64))
+
+
+def test_nan_in_weights_is_told_under_edits_too():
+    hf = build("olmoe")
+    hf.model.layers[1].mlp.experts.down_proj.data.fill_(torch.nan)
+    with moe.wrap(hf) as opened, pytest.raises(errors.BadCheckpoint, match="weights are not finite"):
+        opened.run(IDS, edit=moe.ablate(layer=0, expert=0))
 
 
 def test_empty_texts():
@@ -140,11 +157,40 @@ def test_weights_with_nan(tmp_path):
 
 
 def test_checkpoints_that_are_not_there(tmp_path):
-    with pytest.raises(errors.BadCheckpoint, match="cannot load .*: expected a hub id, or a folder with config.json"):
+    with pytest.raises(errors.BadCheckpoint, match="cannot load .*: expected a hub id or a folder with config.json"):
         moe.load(tmp_path / "nothing")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(errors.BadCheckpoint, match="cannot load"):
         moe.load(tmp_path)
+
+
+def test_damaged_checkpoints_and_wrong_options(tmp_path):
+    build("olmoe").save_pretrained(tmp_path)
+    with pytest.raises(errors.BadCheckpoint, match="cannot load .* with .*no_such_type"):
+        moe.load(tmp_path, dtype="no_such_type")
+    with moe.load(tmp_path) as opened:
+        assert opened.tokenizer is None
+        assert opened.run(IDS).logits.shape == (2, 8, 96)
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors at all")
+    with pytest.raises(errors.BadCheckpoint, match="cannot load"):
+        moe.load(tmp_path)
+
+
+def test_labels_that_are_numbers_and_texts_that_no_encoding_takes(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "a", "domain": 0, "name": 0}\n{"text": "b", "domain": 1}\n')
+    corpus = moe.read_corpus(tmp_path / "d.jsonl")
+    assert corpus.domains == ("0", "1")
+    assert [document.name for document in corpus.documents] == ["0", "d/1"]
+    (tmp_path / "d.jsonl").write_text('{"text": "\\ud800 hi"}\n')
+    with pytest.raises(errors.BadData, match="record 1 of"):
+        moe.read_corpus(tmp_path / "d.jsonl")
+
+
+def test_numpy_integers_are_whole_numbers(model):
+    layer = np.int64(2)
+    assert moe.select("moe_in", layers=layer) == moe.select("moe_in", layers=2)
+    edits = [moe.ablate(layer=layer, expert=np.int64(1)), moe.top_k(np.int64(2), layers=np.array([0, 2]))]
+    assert moe.from_json(moe.to_json(edits)) == [moe.ablate(layer=2, expert=1), moe.top_k(2, layers=[0, 2])]
 
 
 def test_data_that_cannot_be_read(tmp_path):

@@ -96,6 +96,30 @@ def test_two_models_that_share_a_config_do_not_reach_each_other():
         assert one.run(IDS, read="expert_out")["expert_out", 0].abs().sum() > 0
 
 
+def test_a_copy_of_an_opened_model_is_refused():
+    hf = build("olmoe")
+    with moe.wrap(hf), pytest.raises(moe.MoEError, match="a copy of an opened model cannot be opened"):
+        moe.wrap(copy.deepcopy(hf))
+    with moe.wrap(copy.deepcopy(hf)) as model:
+        assert torch.equal(model.run(IDS).logits, logits(hf))
+
+
+def test_edits_are_refused_while_the_model_is_plain():
+    with moe.wrap(build("olmoe")) as model:
+        with model.plain(), pytest.raises(moe.MoEError, match="the model is plain"):
+            model.generate(IDS, edit=moe.ablate(layer=0, expert=0))
+        assert model.run(IDS, edit=moe.ablate(layer=0, expert=0)).touched[0] > 0
+
+
+def test_gradients_reach_points_of_frozen_models():
+    hf = build("olmoe").requires_grad_(False)
+    with moe.wrap(hf) as model:
+        run = model.run(IDS, read=["resid_mid", "expert_out"], grad=True)
+        for point in ("resid_mid", "expert_out"):
+            (gradient,) = torch.autograd.grad(run.logits.sum(), run[point, 2], retain_graph=True)
+            assert gradient.abs().max() > 0
+
+
 def test_plain_hooks_see_the_points():
     hf = build("olmoe")
     with moe.wrap(hf) as model:
@@ -119,6 +143,14 @@ def test_experts_run_any_input_and_weights_are_those_that_ran():
         up = (x @ weights.up.T + weights.up_bias).clamp(-1.5, 1.5)
         act = (up + 1) * gate * torch.sigmoid(gate * 1.3)
         assert torch.allclose(act @ weights.down.T + weights.down_bias, other, atol=1e-5)
+
+
+def test_an_expert_in_several_slots_has_one_output():
+    with moe.wrap(build("olmoe")) as model:
+        run = model.run(IDS, read="expert_out", edit=moe.apply("expert_ids", lambda ids: ids * 0 + 3, layers=2))
+    values, used = run.expert(2, 3)
+    assert used.all()
+    assert torch.equal(values, run["expert_out", 2][:, :, 0])
 
 
 def test_expert_values_by_id_and_by_rank():

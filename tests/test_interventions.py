@@ -66,6 +66,19 @@ def test_more_experts_than_the_model_chooses_follow_its_own_recipe():
     assert close(run.logits, expected.logits, expected.logits)
 
 
+@pytest.mark.parametrize(("family", "sums_to"), [("qwen3_moe", 1.0), ("mixtral", 1.0), ("gpt_oss", 1.0)])
+def test_renormalised_weights_of_more_experts_keep_the_total(family, sums_to):
+    with moe.wrap(build(family)) as model:
+        for renormalise in (False, True):
+            run = model.run(IDS, edit=moe.top_k(6, renormalise=renormalise))
+            total = run.routing[LAYER].weights.sum(-1)
+            assert torch.allclose(total, torch.full_like(total, sums_to), atol=1e-5)
+    with moe.wrap(build("qwen3_moe", norm_topk_prob=False)) as model:
+        own = model.run(IDS, read="router_logits").routing[0].weights.sum(-1)
+        wide = model.run(IDS, edit=moe.top_k(6, renormalise=True, layers=0)).routing[0].weights.sum(-1)
+        assert torch.allclose(wide, own, atol=1e-5)
+
+
 def test_positions_count_real_tokens_from_either_end():
     hf = build("olmoe")
     row = torch.cat([torch.zeros(3, dtype=torch.long), IDS[1, :5]])

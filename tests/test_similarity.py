@@ -312,7 +312,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         ensemble_similarity(model, CORPUS, layers=0)
     with pytest.raises(UnknownName, match="unknown layer 9"):
         ensemble_similarity(model, CORPUS, layers=[1, 9])
-    with pytest.raises(BadInput, match="no layers to compare"):
+    with pytest.raises(BadInput, match="no layers or positions"):
         ensemble_similarity(model, CORPUS, layers=[])
     with pytest.raises(BadInput, match="too few resamples"):
         ensemble_similarity(model, CORPUS, resamples=0)

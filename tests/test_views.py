@@ -109,6 +109,14 @@ def test_figures_show_the_values_and_their_controls(made):
     assert np.isclose(bars.y[0] + bars.error_y.array[0], ends[1])
 
 
+def test_the_text_shown_is_short_with_and_without_spaces():
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        for text in ("no" * 2000, "some words of a text " * 200, "short"):
+            found = page.opening(model, moe.Corpus.from_texts({"a": [text]}))
+            assert text.startswith(found)
+            assert 1 <= len(found) <= 24
+
+
 def test_tokens_are_made_visible_and_cut():
     assert shown(" the\n") == "·the↵"
     assert shown("\x00\x1b") == "\\x00\\x1b"

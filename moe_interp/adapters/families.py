@@ -37,16 +37,17 @@ class Family:
     attention: str = "self_attn"
     mid_norm: str = "post_attention_layernorm"
     scores: Scores = "softmax"
+    renormalises: bool | None = None  # None: the router's own norm_topk_prob says
 
 
 FAMILIES: dict[str, Family] = {
-    "mixtral": Family(),
+    "mixtral": Family(renormalises=True),
     "olmoe": Family(),
     "qwen2_moe": Family(shared="shared_expert", shared_gate="shared_expert_gate"),
     "qwen3_moe": Family(),
-    "deepseek_v2": Family(shared="shared_experts"),
+    "deepseek_v2": Family(shared="shared_experts", renormalises=False),
     "deepseek_v3": Family(shared="shared_experts", scores="sigmoid"),
-    "gpt_oss": Family(router="router"),
+    "gpt_oss": Family(router="router", renormalises=True),
 }
 
 
@@ -110,6 +111,7 @@ def _moe(hf: nn.Module, block: str, family: Family) -> MoESpec:
         num_experts=router.num_experts,
         top_k=router.top_k,
         scores=family.scores,
+        renormalises=router.norm_topk_prob if family.renormalises is None else family.renormalises,
         shared=f"{block}.{family.shared}" if family.shared else None,
     )
 

@@ -65,7 +65,7 @@ Scores = Literal["softmax", "sigmoid"]
 
 @dataclass(frozen=True)
 class MoESpec:
-    """The mixture of one layer: where its modules are and how its router scores."""
+    """The mixture of one layer: where its modules are, and how its router scores and weights."""
 
     block: str
     router: str
@@ -73,6 +73,7 @@ class MoESpec:
     num_experts: int
     top_k: int
     scores: Scores
+    renormalises: bool
     shared: str | None = None
 
 

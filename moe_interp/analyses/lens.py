@@ -14,7 +14,7 @@ heaviest expert and c_j = w_j f_j its contribution. At every MoE layer and posit
 chunk times the vocabulary and never with parts or positions times the vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
-from moe_interp.run import Read, Run, positions_of
+from moe_interp.run import Indices, Read, Run, positions_of
 
 Definition = Literal["paper", "as_coded"]
 Decode = Callable[[Tensor], Tensor]
@@ -62,8 +62,8 @@ def expert_lens(
     model: MoEModel,
     text: Inputs,
     *,
-    layers: int | Iterable[int] | None = None,
-    positions: int | Iterable[int] | None = None,
+    layers: Indices = None,
+    positions: Indices = None,
     top: int = 5,
     definition: Definition = "paper",
     chunk: int = CHUNK,
@@ -321,7 +321,7 @@ def check_adds_up(what: str, expected: str, parts: Tensor, whole: Tensor, dtype:
         )
 
 
-def _layers(model: MoEModel, layers: int | Iterable[int] | None) -> tuple[int, ...]:
+def _layers(model: MoEModel, layers: Indices) -> tuple[int, ...]:
     given = positions_of(layers)
     chosen = model.layers if given is None else given
     if not chosen:

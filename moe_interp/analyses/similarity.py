@@ -13,7 +13,7 @@ y = sum c_j, residual r (resid_mid) and shared experts s:
 MoE-Lens published the cosine of c_1 with r, as 0.95 and without a control.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
-from moe_interp.run import Run, positions_of, select
+from moe_interp.run import Indices, Run, positions_of, select
 from moe_interp.stats import bootstrap_ratio, group_totals, ratio
 
 CANDIDATES = ("heaviest", "lightest", "random_unselected", "other_token", "none")
@@ -42,7 +42,7 @@ def ensemble_similarity(
     model: MoEModel,
     corpus: Corpus,
     *,
-    layers: int | Iterable[int] | None = None,
+    layers: Indices = None,
     definition: str = "paper",
     resamples: int = 1000,
     seed: int = 0,
@@ -104,11 +104,9 @@ def ensemble_similarity(
     return _dataset(sums, corpus, chosen, resamples, seed, provenance)
 
 
-def _layers(model: MoEModel, layers: int | Iterable[int] | None) -> tuple[int, ...]:
+def _layers(model: MoEModel, layers: Indices) -> tuple[int, ...]:
     given = positions_of(layers)
     chosen = model.layers if given is None else tuple(dict.fromkeys(given))
-    if not chosen:
-        raise BadInput("no layers to compare", expected=f"some of {list(model.layers)}", got="none")
     for layer in chosen:
         model.spec.moe(layer)
     return chosen

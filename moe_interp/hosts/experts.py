@@ -34,6 +34,13 @@ def check_layout(experts: nn.Module, path: str) -> None:
             expected="fused experts as transformers 5 builds them",
             got=f"{type(experts).__name__} without {', '.join(missing)}",
         )
+    if next(experts.parameters()).dtype is torch.float64:
+        raise UnsupportedModel(
+            f"cannot open the experts at {path}",
+            expected="float32, bfloat16 or float16, which grouped_mm takes",
+            got="float64",
+            do="Load with another dtype.",
+        )
     if getattr(experts, "_is_expert_parallel", False):
         raise UnsupportedModel(
             f"cannot open the experts at {path}",

@@ -69,11 +69,14 @@ class Session:
         """Before every forward pass: which tokens are real, and a fresh context for every layer."""
         self.tokens = tokens = _tokens(args, kwargs)
         for positions in self.positions:
-            if positions is not None and kwargs.get("past_key_values") is None and not tokens.at(positions).any():
+            if positions is None or kwargs.get("past_key_values") is not None:
+                continue
+            missed = [position for position in positions if not tokens.at((position,)).any()]
+            if missed:
                 raise BadInput(
                     "an edit can never touch anything",
                     expected=f"positions within the {int(tokens.mask.sum(1).max())} tokens of the longest text",
-                    got=f"positions {list(positions)}",
+                    got=f"positions {missed}",
                 )
         layers = [None, *range(self.spec.num_layers)]
         self.contexts = {layer: Context(layer, tokens) for layer in layers}
@@ -102,7 +105,7 @@ class Session:
         return hook
 
     def _read_hook(self, point: str, layer: int | None, read: Read) -> Callable[..., Any]:
-        on_path = self.grad and POINTS[point].editable and POINTS[point].differentiable
+        on_path = self.grad and POINTS[point].differentiable
 
         def hook(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:
             index = self._index(read, value)
@@ -110,6 +113,8 @@ class Session:
             self.values[point, layer] = kept
             if not on_path:
                 return None
+            if not kept.requires_grad:
+                kept.requires_grad_()  # all parameters before it are frozen
             # What is kept must lie on the way to the logits, or no gradient would ever reach it. The model goes on
             # with a copy, so that nothing it does in place can change what was read.
             return kept.clone() if index is None else value.scatter(1, index, kept)

@@ -1,16 +1,18 @@
 """The interventions that have a name: ablate, scale, top_k; and apply, for any function of one's own."""
 
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from moe_interp.adapters import ModelSpec
+from moe_interp.adapters import ModelSpec, MoESpec
 from moe_interp.errors import BadInput
 from moe_interp.interventions.base import Change, Edit, Intervention, layers_at
 from moe_interp.points import editable
-from moe_interp.run import Context, positions_of
+from moe_interp.run import Context, Indices, positions_of
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,17 @@ class TopK(Intervention):
     def edits(self, spec: ModelSpec) -> list[Edit]:
         """One edit of ``gate_weights`` at each layer."""
         layers = layers_at(spec, "gate_weights", self.layers)
-        return [Edit("gate_weights", layer, self._kept(spec.moe(layer).top_k)) for layer in layers if layer is not None]
+        return [Edit("gate_weights", layer, self._kept(spec.moe(layer))) for layer in layers if layer is not None]
 
-    def _kept(self, own: int) -> Callable[[Tensor, Context], Change]:
+    def _kept(self, moe: MoESpec) -> Callable[[Tensor, Context], Change]:
         def kept(weights: Tensor, context: Context) -> Change:
             rank = weights.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
             light = (rank >= self.k) & context.tokens.mask[..., None]
             left = weights.masked_fill(light, 0.0)
             if self.renormalise:
-                total = weights.masked_fill(rank >= own, 0.0).sum(dim=-1, keepdim=True)
-                left = left * (total / left.sum(dim=-1, keepdim=True))
+                # A widened router that renormalises has given its k weights the same total already.
+                own = weights if moe.renormalises else weights.masked_fill(rank >= moe.top_k, 0.0)
+                left = left * (own.sum(dim=-1, keepdim=True) / left.sum(dim=-1, keepdim=True))
             return Change(left, int(light.sum()))
 
         return kept
@@ -100,34 +103,41 @@ class Apply(Intervention):
         return Change(torch.where(where, changed, value), int(here.sum()))
 
 
-def ablate(*, layer: int, expert: int, positions: int | Iterable[int] | None = None) -> Scale:
+def _whole(number: Any) -> int:
+    try:
+        return operator.index(number)
+    except TypeError as error:
+        raise BadInput("not a layer, expert or k", expected="a whole number", got=repr(number)) from error
+
+
+def ablate(*, layer: SupportsIndex, expert: SupportsIndex, positions: Indices = None) -> Scale:
     """Zero one expert's contribution (at these positions): the others keep their weights, nothing is re-routed."""
-    return Scale(layer, expert, 0.0, positions_of(positions))
+    return Scale(_whole(layer), _whole(expert), 0.0, positions_of(positions))
 
 
-def scale(*, layer: int, expert: int, by: float, positions: int | Iterable[int] | None = None) -> Scale:
+def scale(*, layer: SupportsIndex, expert: SupportsIndex, by: float, positions: Indices = None) -> Scale:
     """Multiply one expert's output by a factor (at these positions)."""
-    return Scale(layer, expert, by, positions_of(positions))
+    return Scale(_whole(layer), _whole(expert), float(by), positions_of(positions))
 
 
-def top_k(k: int, *, renormalise: bool = False, layers: int | Iterable[int] | None = None) -> TopK:
+def top_k(k: SupportsIndex, *, renormalise: bool = False, layers: Indices = None) -> TopK:
     """Keep only the k heaviest experts of each token, shared experts untouched.
 
     With ``k`` above the model's own K the router chooses k by its own recipe. ``renormalise`` rescales the kept
-    weights to the total of the K heaviest; off, as in MoE-Lens, the dropped weight is lost.
+    weights to the total that K experts would have; off, as in MoE-Lens, the dropped weight is lost.
 
     Raises:
         BadInput: k below 1.
     """
-    return TopK(k, renormalise, positions_of(layers))
+    return TopK(_whole(k), renormalise, positions_of(layers))
 
 
 def apply(
     point: str,
     fn: Callable[[Tensor], Tensor],
     *,
-    layers: int | Iterable[int] | None = None,
-    positions: int | Iterable[int] | None = None,
+    layers: Indices = None,
+    positions: Indices = None,
 ) -> Apply:
     """Change a point by any pure function from its value to a tensor of the same shape and dtype.
 

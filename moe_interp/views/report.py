@@ -69,6 +69,7 @@ def report(
     check_writable(target)
     options: dict[str, Any] = {"resamples": resamples, "seed": seed, "max_tokens": max_tokens}
     shown_text = text or opening(model, corpus)
+    model.encode(shown_text)
     results = Results(
         routing=routing(model, corpus, **options),
         routing_map=routing_map(model, shown_text),
@@ -83,12 +84,13 @@ def report(
 
 
 def opening(model: MoEModel, corpus: Corpus, tokens: int = 24) -> str:
-    """The first words of a corpus' first document: about so many tokens, cut between words."""
-    words = corpus.texts[0].split(" ")
-    kept = 1
-    while kept < len(words) and len(model.tokenizer(" ".join(words[: kept + 1]))["input_ids"]) <= tokens:
-        kept += 1
-    return " ".join(words[:kept])
+    """The beginning of a corpus' first document: at most so many tokens, cut between words where there are any."""
+    text = corpus.texts[0]
+    short = text[: 20 * tokens]  # few tokens are longer than that
+    while len(short) > 1 and len(model.tokenizer(short)["input_ids"]) > tokens:
+        short = short[: max(1, len(short) * 3 // 4)]
+    words = short.rsplit(" ", 1)[0]
+    return words if len(short) < len(text) and words.strip() else short
 
 
 def check_writable(target: Path) -> None:
