@@ -253,8 +253,6 @@ def run_text(
     positions: tuple[int, ...] | None,
 ) -> tuple[Run, At]:
     """One forward pass over one text that reads ``points`` at the selected positions."""
-    if positions == ():
-        raise BadInput("no positions", expected="at least one, or None for all", got="none")
     inputs = encode(text, model.tokenizer, model.spec, model.device)
     if "input_ids" not in inputs or len(inputs["input_ids"]) != 1:
         got = f"{len(inputs['input_ids'])} texts" if "input_ids" in inputs else ", ".join(inputs)
