@@ -41,6 +41,24 @@ def test_an_edit_of_resid_mid_that_does_not_reach_the_residual_is_found(monkeypa
     assert failures(build("mixtral")) == ["edit of resid_mid takes"]
 
 
+def test_a_sound_model_that_edits_hardly_move_passes_in_bf16():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf = type(build("olmoe"))(build("olmoe").config).bfloat16().eval()
+    assert failures(hf) == []
+
+
+def test_an_edit_that_moves_nothing_is_found(monkeypatch):
+    def deaf(taps, name):
+        def hook(module, args, kwargs):
+            taps(name, args[0].clone())  # shown to the point, and what comes back forgotten
+
+        return hook
+
+    monkeypatch.setattr(local, "_residual_hook", deaf)
+    assert "edit of resid_mid takes" in failures(build("mixtral"))
+
+
 def test_a_shared_expert_left_out_of_its_gate_is_found(monkeypatch):
     def ungated(module, gate, taps, name):
         return [module.register_forward_hook(local._output_hook(taps, name))]

@@ -54,7 +54,7 @@ def perplexity(
         ks: numbers of experts, 1 ... E (None: 1 ... K). Above the model's own K the router chooses k by its
             own recipe.
         renormalise: False, as published: the dropped weight is lost. True: kept weights are rescaled to the
-            total of the K heaviest. "both": a dim ``renormalise`` ("no", "yes").
+            total that K experts would have. "both": a dim ``renormalise`` ("no", "yes").
         per_layer: one MoE layer at a time, a dim ``layer``; else all at once.
         resamples: of documents, for the intervals.
         seed: of the random slots (which depend on it and the document alone) and of the resamples.
