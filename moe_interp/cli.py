@@ -224,10 +224,9 @@ def models() -> None:
     """What can be opened."""
     from moe_interp.adapters import FAMILIES
 
-    table = Table("model type", "shared experts", "router scores", title="Architectures that open")
-    for name, family in sorted(FAMILIES.items()):
-        shared = "none" if family.shared is None else "gated" if family.shared_gate else "added"
-        table.add_row(name, shared, family.scores)
+    table = Table("model type of the (text) config", "what is special", title="Architectures that open")
+    for name, adapter in sorted(FAMILIES.items()):
+        table.add_row(name, " ".join(adapter.notes))
     console.print(table)
 
 

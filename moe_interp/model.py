@@ -1,7 +1,7 @@
 """A mixture-of-experts model whose inside can be read and edited: `MoEModel`, and `load` and `wrap` that make one."""
 
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from moe_interp import __version__
 from moe_interp.adapters import ModelSpec, describe
+from moe_interp.adapters.experts import Experts, ExpertWeights
+from moe_interp.adapters.sums import follow
 from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadCheckpoint, BadInput, MoEError, UnsupportedModel
-from moe_interp.hosts import Experts, ExpertWeights, LocalHost, Session, expert_weights
+from moe_interp.hosts import LocalHost, Session
 from moe_interp.hosts.local import ATTRIBUTE
 from moe_interp.interventions import Intervention
 from moe_interp.run import Read, Run, positions_of
@@ -78,12 +80,17 @@ class MoEModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.hf.get_submodule(self.spec.embed).weight.device  # type: ignore[return-value]
+        return self._first_parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        return self.hf.get_submodule(self.spec.embed).weight.dtype  # type: ignore[return-value]
+        return self._first_parameter.dtype
+
+    @property
+    def _first_parameter(self) -> Tensor:
+        within = self.hf if self.spec.embed is None else self.hf.get_submodule(self.spec.embed)
+        return next(within.parameters())
 
     def run(self, inputs: Inputs, *, read: Reads | str | Read = (), edit: Edits = (), grad: bool = False) -> Run:
         """One forward pass: read points, make edits.
@@ -104,19 +111,19 @@ class MoEModel:
         session = Session(self._host, interventions, [_as_read(one) for one in _listed(read, (str, Read))], grad)
         model_inputs = self.encode(inputs)
         with session():
-            output = self.hf(**({"use_cache": False} | model_inputs))
+            output = self.forward(model_inputs)
         tokens = session.tokens
-        if tokens is None:
-            raise UnsupportedModel("the model ran without its forward hooks", expected="a call of the whole model")
-        self._check_finite(output.logits, tokens.mask, bool(interventions))
+        self._check_finite(output, tokens.mask, bool(interventions))
+        ids = "decoder_input_ids" if self.spec.kind == "encoder-decoder" else "input_ids"
         return Run(
-            logits=output.logits,
-            token_ids=model_inputs.get("input_ids"),
+            output=output,
+            token_ids=model_inputs.get(ids),
             tokens=tokens,
             routing=session.routing(),
             values=session.values,
             touched=tuple(session.touched),
             provenance=self.provenance(),
+            has_head=self.spec.unembed is not None,
         )
 
     def generate(self, inputs: Inputs, *, edit: Edits = (), **options: Any) -> str | list[str] | Tensor:
@@ -132,17 +139,40 @@ class MoEModel:
         session = Session(self._host, _listed(edit, Intervention), ())
         model_inputs = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
         with session():
-            ids = cast(Any, self.hf).generate(**model_inputs, **options)
+            ids = cast(Any, self.hf.get_submodule(self.spec.entry)).generate(**model_inputs, **options)
         if not isinstance(ids, Tensor) or not (isinstance(inputs, str) or _are_texts(inputs)):
             return ids
         texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
         return texts[0] if isinstance(inputs, str) and len(texts) == 1 else texts
 
+    def forward(self, model_inputs: Mapping[str, Any]) -> Tensor:
+        """The model's own forward pass: logits, or the last hidden states of a model without a head."""
+        returned = self.hf.get_submodule(self.spec.entry)(**{**self.spec.options, **model_inputs})
+        if isinstance(returned, Tensor):
+            return returned
+        return returned.last_hidden_state if self.spec.unembed is None else returned.logits
+
     def decode(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
-        """Logits of a residual stream: the model's own final norm, unembedding, scale and soft-cap."""
-        logits = self.hf.get_submodule(self.spec.unembed)(self.hf.get_submodule(self.spec.final_norm)(hidden))
-        logits = logits * self.spec.logit_scale if self.spec.logit_scale != 1.0 else logits
-        cap = self.spec.logit_softcap
+        """Logits of a residual stream: the model's own final norm, unembedding, scale and soft-cap.
+
+        Of a model without a head, the final norm alone. Where the residual has several streams, ``hidden`` has them.
+
+        Raises:
+            UnsupportedModel: more than the residual goes into the logits.
+        """
+        spec = self.spec
+        if spec.final is None:
+            raise UnsupportedModel(
+                f"{spec.model_type} cannot decode a residual stream",
+                expected="logits that follow from the last residual alone",
+                got="an architecture that uses earlier ones too",
+            )
+        normed = follow(self.hf, spec.final, hidden)
+        if spec.unembed is None:
+            return normed
+        logits = self.hf.get_submodule(spec.unembed)(normed)[..., : spec.logit_columns]
+        logits = logits * spec.logit_scale if spec.logit_scale != 1.0 else logits
+        cap = spec.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def experts(self, layer: int) -> Experts:
@@ -152,7 +182,8 @@ class MoEModel:
             UnknownName: no such MoE layer.
         """
         moe = self.spec.moe(layer)
-        return Experts(self.hf.get_submodule(moe.experts), moe.num_experts)
+        module = self.hf.get_submodule(moe.experts)
+        return Experts(module, moe.num_experts, moe.kernel, lambda rows: follow(self.hf, moe.experts_input, rows))
 
     def weights(self, layer: int, expert: int) -> ExpertWeights:
         """One expert's matrices, in one layout for every architecture.
@@ -161,7 +192,8 @@ class MoEModel:
             UnknownName: no such layer or expert.
         """
         self.spec.check_expert(layer, expert)
-        return expert_weights(self.hf.get_submodule(self.spec.moe(layer).experts), expert)
+        moe = self.spec.moe(layer)
+        return moe.kernel.weights(self.hf.get_submodule(moe.experts), expert)
 
     def provenance(self) -> dict[str, str | int | float]:
         """What a result must say about the model it was measured on."""
@@ -182,6 +214,11 @@ class MoEModel:
             BadInput: inputs that cannot be right.
         """
         return encode(inputs, self.tokenizer, self.spec, self.device)
+
+    @property
+    def exact(self) -> bool:
+        """Whether all mixtures run on transformers' ``grouped_mm``, to which an untouched run is bit-equal."""
+        return self._host.exact
 
     @contextmanager
     def plain(self) -> Iterator[None]:
@@ -207,7 +244,9 @@ class MoEModel:
 
     def _check_finite(self, logits: Tensor, mask: Tensor, edited: bool) -> None:
         # NaN anywhere in a hidden state reaches every logit of that token, so one column tells.
-        if not bool(logits[..., 0].detach()[mask[:, -logits.shape[1] :]].isnan().any()):
+        first = logits[..., 0].detach()
+        seen = mask[:, -logits.shape[1] :] if logits.dim() == 3 else torch.ones_like(first, dtype=torch.bool)
+        if not bool(first[seen].isnan().any()):
             return
         check_weights(self.hf)
         if edited:  # the edit may have meant it

@@ -152,7 +152,7 @@ class Run:
     ``run["expert_out", 5]`` is the value of a point at a layer, ``run["embed"]`` that of a point of the whole model.
 
     Attributes:
-        logits: [B, S, V].
+        output: what the model gave: logits [B, S, V]; of a model without a head its last hidden states [B, S, D].
         token_ids: [B, S] (None when the model was given embeddings).
         tokens: which positions are real.
         routing: by MoE layer.
@@ -160,13 +160,27 @@ class Run:
         provenance: what was run on what, with which versions.
     """
 
-    logits: Float[Tensor, "B S V"]
+    output: Float[Tensor, "*rows V"]
     token_ids: Int[Tensor, "B S"] | None
     tokens: Tokens
     routing: Mapping[int, Routing]
     values: Mapping[tuple[str, int | None], Tensor]
     touched: tuple[int, ...] = ()
     provenance: Mapping[str, str | int | float] = field(default_factory=dict)
+    has_head: bool = True
+
+    @property
+    def logits(self) -> Float[Tensor, "*rows V"]:
+        """[B, S, V].
+
+        Raises:
+            BadInput: the model has no head.
+        """
+        if not self.has_head:
+            raise BadInput(
+                "no logits", expected="a model with a head", got="one that returns hidden states", do="Use run.output."
+            )
+        return self.output
 
     @property
     def mask(self) -> Bool[Tensor, "B S"]:
@@ -192,7 +206,8 @@ class Run:
             UnknownName: ``expert_out`` was not read at this layer.
         """
         outputs = self["expert_out", layer]
-        slots = (self.routing[layer].ids == expert) & self.mask[..., None]
+        routing = self.routing[layer]
+        slots = (routing.ids == expert) & routing.mask[..., None]
         used = slots.any(dim=2)
         # An edit may have put an expert into several slots of one token; its output is the same in each.
         first = slots.int().argmax(dim=2)[..., None, None].expand(*used.shape, 1, outputs.shape[-1])

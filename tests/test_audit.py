@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import moe_interp as moe
-from moe_interp.hosts import local
+from moe_interp.adapters import experts
+from moe_interp.hosts import hooks
 from tests.tiny import FAMILIES, build
 
 
@@ -30,14 +31,14 @@ def test_a_weighted_sum_that_forgets_a_slot_is_found(monkeypatch):
         weights[..., -1] = 0
         return (outputs * weights.reshape(-1, 1)).view(*weights.shape, -1).sum(1).to(dtype)
 
-    monkeypatch.setattr(local, "weighted_sum", forgetful)
+    monkeypatch.setattr(experts, "weighted_sum", forgetful)
     found = failures(build("olmoe"))
     assert "untouched run bit-equal to plain grouped_mm" in found
     assert "routed_out = Σ gate_weights · expert_out" in found
 
 
 def test_an_edit_of_resid_mid_that_does_not_reach_the_residual_is_found(monkeypatch):
-    monkeypatch.setattr(local, "_residual_hook", local._input_hook)
+    monkeypatch.setattr(hooks, "_residual_hook", lambda taps, name, argument: hooks._input_hook(taps, name))
     assert failures(build("mixtral")) == ["edit of resid_mid takes"]
 
 
@@ -49,21 +50,21 @@ def test_a_sound_model_that_edits_hardly_move_passes_in_bf16():
 
 
 def test_an_edit_that_moves_nothing_is_found(monkeypatch):
-    def deaf(taps, name):
+    def deaf(taps, name, argument):
         def hook(module, args, kwargs):
             taps(name, args[0].clone())  # shown to the point, and what comes back forgotten
 
         return hook
 
-    monkeypatch.setattr(local, "_residual_hook", deaf)
+    monkeypatch.setattr(hooks, "_residual_hook", deaf)
     assert "edit of resid_mid takes" in failures(build("mixtral"))
 
 
 def test_a_shared_expert_left_out_of_its_gate_is_found(monkeypatch):
     def ungated(module, gate, taps, name):
-        return [module.register_forward_hook(local._output_hook(taps, name))]
+        return [module.register_forward_hook(hooks._output_hook(taps, name))]
 
-    monkeypatch.setattr(local, "_attach_gated", ungated)
+    monkeypatch.setattr(hooks, "_attach_gated", ungated)
     assert "moe_out = routed_out + shared_out" in failures(build("qwen2_moe"))
 
 
@@ -71,7 +72,7 @@ def test_scores_of_the_wrong_kind_are_found(monkeypatch):
     from moe_interp.adapters import FAMILIES as TABLE
     from moe_interp.adapters import Family
 
-    monkeypatch.setitem(TABLE, "deepseek_v3", Family(shared="shared_experts"))
+    monkeypatch.setitem(TABLE, "deepseek_v3", Family(shared="mlp.shared_experts"))
     assert "gate_weights ∝ router_scores of expert_ids" in failures(build("deepseek_v3"))
 
 

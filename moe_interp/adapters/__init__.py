@@ -1,6 +1,18 @@
-"""WHERE: what each architecture computes, as data. Knows no host."""
+"""WHERE: what each architecture computes, as data and formulas. Knows no host."""
 
-from moe_interp.adapters.families import FAMILIES, Family, describe
-from moe_interp.adapters.spec import LayerSpec, ModelSpec, MoESpec
+from moe_interp.adapters.families import FAMILIES, Adapter, describe, register_adapter
+from moe_interp.adapters.family import At, Family
+from moe_interp.adapters.spec import LayerSpec, ModelSpec, MoESpec, Scoring
 
-__all__ = ["FAMILIES", "Family", "LayerSpec", "MoESpec", "ModelSpec", "describe"]
+__all__ = [
+    "FAMILIES",
+    "Adapter",
+    "At",
+    "Family",
+    "LayerSpec",
+    "MoESpec",
+    "ModelSpec",
+    "Scoring",
+    "describe",
+    "register_adapter",
+]

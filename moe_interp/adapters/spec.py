@@ -1,14 +1,16 @@
-"""What an adapter says about a model: frozen data, no code that runs a forward pass.
+"""What an adapter says about a model: frozen data.
 
 A `Site` says where a point's value flows: into or out of which submodule, or inside which call. Paths are dotted
 names relative to the whole model, as in ``model.get_submodule(path)``. Hosts know how to get at each kind of site
 and know no architecture; adapters know architectures and no host.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from moe_interp.adapters.experts import Kernel
+from moe_interp.adapters.sums import Join, Step, Through
 from moe_interp.errors import UnknownName
 from moe_interp.points import POINTS, Scope
 
@@ -22,12 +24,13 @@ class Input:
 
 @dataclass(frozen=True)
 class ResidualInput:
-    """The hidden states given to a norm, while the layer keeps the same tensor as its residual.
+    """The hidden states given to a module (its ``argument``-th), while the layer keeps the same tensor as its residual.
 
     Replacing the argument would leave the residual as it was; a host writes into the tensor itself.
     """
 
     module: str
+    argument: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,15 @@ class GatedOutput:
 
 @dataclass(frozen=True)
 class RouterLinear:
-    """The result of the first linear map that a router computes."""
+    """The result of the first linear map that a router computes (its first ``columns``; None: all)."""
+
+    module: str
+    columns: int | None = None
+
+
+@dataclass(frozen=True)
+class RouterOutput:
+    """Router logits that a submodule returns."""
 
     module: str
 
@@ -59,52 +70,143 @@ class ExpertsCall:
     module: str
 
 
-Site = Input | ResidualInput | Output | GatedOutput | RouterLinear | ExpertsCall
-Scores = Literal["softmax", "sigmoid"]
+@dataclass(frozen=True)
+class BlockCall:
+    """A block that computes in its own way: ``forward(block, tap, *args, **kwargs)`` takes the place of its forward.
+
+    It passes every value through ``tap(name, value)`` (`moe_interp.adapters.experts.Tap`) and returns what the block
+    returns.
+    """
+
+    module: str
+    forward: Callable[..., Any]
+
+
+Site = Input | ResidualInput | Output | GatedOutput | RouterLinear | RouterOutput | ExpertsCall | BlockCall
+Scores = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """From router logits to the scores that weights come from: scaled, soft-capped, then a function over experts."""
+
+    function: Scores = "softmax"
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
 class MoESpec:
-    """The mixture of one layer: where its modules are, and how its router scores and weights."""
+    """The mixture of one layer: where its modules are, how its router scores and weights, what its experts compute.
+
+    Attributes:
+        block, router: paths.
+        experts: path of the module that holds the experts and that ``kernel`` reads.
+        num_experts, top_k: E and K.
+        scoring: from logits to ``router_scores``.
+        renormalises: whether the router scales the chosen weights to one total.
+        kernel: what experts compute.
+        shared: path of the shared experts.
+        width: module and attribute that set how many experts the router chooses; None where that is fixed.
+        experts_input: steps from ``moe_in`` to what experts are given.
+        routed_steps: steps on ``routed_out`` before the shared experts are added.
+        whole_steps: steps on their sum, which give ``moe_out``.
+        adds_shared: whether the block itself adds ``shared_out``; else they stand beside it.
+        weights_on: "output", or "input" where weights multiply what an expert is given.
+        proportional: whether ``gate_weights`` are proportional to the chosen ``router_scores``.
+    """
 
     block: str
     router: str
     experts: str
     num_experts: int
     top_k: int
-    scores: Scores
+    scoring: Scoring
     renormalises: bool
+    kernel: Kernel
     shared: str | None = None
+    width: tuple[str, str] | None = None
+    experts_input: tuple[Step, ...] = ()
+    routed_steps: tuple[Step, ...] = ()
+    whole_steps: tuple[Step, ...] = ()
+    adds_shared: bool = True
+    weights_on: Literal["output", "input"] = "output"
+    proportional: bool = True
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer: its path, where each of its points flows, and its mixture if it has one."""
+    """One decoder layer: its path, where each of its points flows, its mixture if it has one, and how it adds up.
+
+    Attributes:
+        index: its number in the model.
+        path: its module.
+        sites: where each of its points flows.
+        moe: its mixture; None at a dense layer.
+        mid, post: how ``resid_mid`` and ``resid_post`` follow from other points; None where points do not say.
+        stack: which stack of layers it belongs to; layers of one stack see the same tokens, one after the other.
+        part: 0, or 1, 2, ... where one module of the model is several layers here.
+    """
 
     index: int
     path: str
     sites: Mapping[str, Site]
     moe: MoESpec | None
+    mid: Join | None = None
+    post: Join | None = None
+    stack: str = "text"
+    part: int = 0
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What an architecture computes, as far as reading and editing it needs to know."""
+    """What an architecture computes, as far as reading and editing it needs to know.
+
+    Attributes:
+        model_type: as transformers names it.
+        layers: all layers, of all stacks.
+        embed: path of the token embedding; None where there is none.
+        embedding: steps from ``embed`` to the first ``resid_pre``; None where points do not say.
+        final: steps from the last ``resid_post`` to what the unembedding is given; None where points do not say.
+        unembed: path of the unembedding or classifier; None for a model without a head.
+        d_model, vocab_size, context_length: D, V and the most positions.
+        logit_scale, logit_softcap, logit_columns: what is done to logits after the unembedding.
+        streams: R, parallel residual streams: residual points are [B, S, R, D] where R > 1.
+        entry: path of the module that is called for a forward pass; "" for the model itself.
+        kind: "causal", "encoder" (no generation), "encoder-decoder" or "other" (no tokens).
+        options: arguments that every forward pass gets unless the caller says otherwise.
+        notes: what is special about points of this architecture, for people.
+    """
 
     model_type: str
     layers: tuple[LayerSpec, ...]
-    embed: str
-    final_norm: str
-    unembed: str
+    embed: str | None
+    final: tuple[Step, ...] | None
+    unembed: str | None
     d_model: int
     vocab_size: int
     context_length: int
+    embedding: tuple[Step, ...] | None = ()
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    logit_columns: int | None = None
+    streams: int = 1
+    entry: str = ""
+    kind: Literal["causal", "encoder", "encoder-decoder", "other"] = "causal"
+    options: Mapping[str, Any] = field(default_factory=lambda: {"use_cache": False})
+    notes: tuple[str, ...] = ()
+
+    @property
+    def final_norm(self) -> str | None:
+        """Path of the final norm, where nothing else comes between the last residual and the unembedding."""
+        match self.final:
+            case (Through(module),):
+                return module
+        return None
 
     @property
     def num_layers(self) -> int:
-        """All decoder layers, dense ones included."""
+        """All layers, dense ones included."""
         return len(self.layers)
 
     @property
@@ -125,8 +227,24 @@ class ModelSpec:
     @property
     def points(self) -> tuple[str, ...]:
         """Names of the points this model has, in the order of the table."""
-        there = {name for layer in self.layers for name in layer.sites} | {"embed"}
+        there = {name for layer in self.layers for name in layer.sites} | ({"embed"} if self.embed else set())
         return tuple(name for name in POINTS if name in there)
+
+    @property
+    def main_stack(self) -> str:
+        """The stack whose last residual gives the output."""
+        stacks = [layer.stack for layer in self.layers]
+        return next((stack for stack in ("text", "decoder") if stack in stacks), stacks[-1])
+
+    def previous(self, index: int) -> int | None:
+        """The layer before this one in its stack."""
+        if index and self.layers[index - 1].stack == self.layers[index].stack:
+            return index - 1
+        return None
+
+    def last(self, stack: str) -> int:
+        """The last layer of a stack."""
+        return max(layer.index for layer in self.layers if layer.stack == stack)
 
     def layers_of(self, point: str) -> tuple[int | None, ...]:
         """The layers at which ``point`` exists; ``(None,)`` for a point of the whole model.
@@ -134,7 +252,7 @@ class ModelSpec:
         Raises:
             UnknownName: the name is no point, or this architecture does not have it.
         """
-        if point in POINTS and POINTS[point].scope is Scope.MODEL:
+        if point in POINTS and POINTS[point].scope is Scope.MODEL and self.embed:
             return (None,)
         found = tuple(layer.index for layer in self.layers if point in layer.sites)
         if not found:

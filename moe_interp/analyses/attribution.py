@@ -14,7 +14,17 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moe_interp.analyses.lens import At, Decode, by_rank, check_adds_up, expert_terms, run_text, token_texts, tolerance
+from moe_interp.analyses.lens import (
+    At,
+    Decode,
+    by_rank,
+    check_adds_up,
+    expert_terms,
+    final_modules,
+    run_text,
+    token_texts,
+    tolerance,
+)
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
@@ -119,7 +129,7 @@ def _split_logits(
     model: MoEModel, residual: Float[Tensor, " D"], parts: Float[Tensor, "P D"], ids: Int[Tensor, " N"]
 ) -> tuple[Float[Tensor, "P1 N"], Float[Tensor, " N"]]:
     """The share of every part, and last of the biases, in the logits of some tokens; and these logits."""
-    norm, unembed = (model.hf.get_submodule(path) for path in (model.spec.final_norm, model.spec.unembed))
+    norm, unembed = (model.hf.get_submodule(path) for path in final_modules(model))
     if not isinstance(unembed, nn.Linear):
         raise UnsupportedModel("the unembedding is not linear", expected="nn.Linear", got=type(unembed).__name__)
     rows = unembed.weight[ids].float()

@@ -222,7 +222,7 @@ def _joined(pieces: Sequence[Decoded], dim: int = 0) -> Decoded:
 
 
 def _unit_decode(model: MoEModel) -> Decode:
-    unembed = model.hf.get_submodule(model.spec.unembed)
+    unembed = model.hf.get_submodule(final_modules(model)[1])
     return lambda hidden: unembed(functional.rms_norm(hidden, hidden.shape[-1:], eps=1e-6))
 
 
@@ -342,6 +342,21 @@ def _check_options(model: MoEModel, top: int, definition: str, chunk: int) -> No
         raise BadInput("top out of range", expected=f"1 to {model.spec.vocab_size} tokens", got=str(top))
     if chunk < 1:
         raise BadInput("chunk out of range", expected="at least one row", got=str(chunk))
+
+
+def final_modules(model: MoEModel) -> tuple[str, str]:
+    """Paths of the final norm and the unembedding.
+
+    Raises:
+        UnsupportedModel: a model without a head, or one where more than a norm stands before it.
+    """
+    if model.spec.unembed is None or model.spec.final_norm is None:
+        raise UnsupportedModel(
+            f"cannot decode the residual of {model.spec.model_type}",
+            expected="a final norm and an unembedding, and nothing between",
+            got="no head" if model.spec.unembed is None else "another way to the logits",
+        )
+    return model.spec.final_norm, model.spec.unembed
 
 
 def token_texts(model: MoEModel, ids: Tensor) -> np.ndarray:

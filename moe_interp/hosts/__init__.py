@@ -1,7 +1,7 @@
 """HOW WE GET IN: hosts carry values to and from points. They know no architecture."""
 
-from moe_interp.hosts.experts import Experts, ExpertWeights, expert_weights
-from moe_interp.hosts.local import HookPoint, LocalHost
+from moe_interp.hosts.local import LocalHost
 from moe_interp.hosts.session import Session
+from moe_interp.hosts.taps import HookPoint
 
-__all__ = ["ExpertWeights", "Experts", "HookPoint", "LocalHost", "Session", "expert_weights"]
+__all__ = ["HookPoint", "LocalHost", "Session"]

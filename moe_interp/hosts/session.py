@@ -37,22 +37,39 @@ class Session:
         self.touched = [0] * len(edits)
         self.values: dict[tuple[str, int | None], Tensor] = {}
         self.contexts: dict[int | None, Context] = {}
-        self.tokens: Tokens | None = None
+        self.known: dict[str, Tokens] = {}  # by stack, as far as the inputs of the model say
 
     @contextmanager
     def __call__(self) -> Iterator["Session"]:
         """Hook everything inside the ``with``."""
         with ExitStack() as stack, torch.set_grad_enabled(self.grad):
             stack.enter_context(self.host.widened(self.widths))
-            handle = self.host.hf.register_forward_pre_hook(self._begin, with_kwargs=True)
+            entry = self.host.hf.get_submodule(self.spec.entry)
+            handle = entry.register_forward_pre_hook(self._begin, with_kwargs=True)
             stack.callback(handle.remove)
             for point, layer, hook in self._hooks():
                 stack.callback(self.host.point(point, layer).register_forward_hook(hook).remove)
             yield self
 
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens of the stack that gives the output, in the last forward pass.
+
+        Raises:
+            BadInput: the model's layers did not run.
+        """
+        main = self.spec.main_stack
+        there = [self.contexts[layer.index] for layer in self.spec.layers if layer.index in self.contexts]
+        if main in self.known:
+            return self.known[main]
+        for context in there:
+            if context.layer is not None and self.spec.layers[context.layer].stack == main:
+                return context.tokens
+        raise BadInput("no layer ran", expected="a whole forward pass")
+
     def routing(self) -> dict[int, Routing]:
-        """The routing of every MoE layer in the last forward pass."""
-        return {layer: self._routing(layer) for layer in self.spec.moe_layers}
+        """The routing of every MoE layer that ran in the last forward pass."""
+        return {layer: self._routing(layer) for layer in self.spec.moe_layers if layer in self.contexts}
 
     def _routing(self, layer: int) -> Routing:
         context = self.contexts[layer]
@@ -67,19 +84,28 @@ class Session:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before every forward pass: which tokens are real, and a fresh context for every layer."""
-        self.tokens = tokens = _tokens(args, kwargs)
+        self.known, self.contexts = _tokens(self.spec, args, kwargs), {}
         for positions in self.positions:
-            if positions is None or kwargs.get("past_key_values") is not None:
+            if positions is None or not self.known or kwargs.get("past_key_values") is not None:
                 continue
-            missed = [position for position in positions if not tokens.at((position,)).any()]
+            missed = [at for at in positions if not any(tokens.at((at,)).any() for tokens in self.known.values())]
             if missed:
+                longest = max(int(tokens.mask.sum(1).max()) for tokens in self.known.values())
                 raise BadInput(
                     "an edit can never touch anything",
-                    expected=f"positions within the {int(tokens.mask.sum(1).max())} tokens of the longest text",
+                    expected=f"positions within the {longest} tokens of the longest text",
                     got=f"positions {missed}",
                 )
-        layers = [None, *range(self.spec.num_layers)]
-        self.contexts = {layer: Context(layer, tokens) for layer in layers}
+
+    def _context(self, layer: int | None, value: Tensor) -> Context:
+        """What edits at a layer may look at; made when the layer is first met in a forward pass."""
+        if layer not in self.contexts:
+            stack = self.spec.main_stack if layer is None else self.spec.layers[layer].stack
+            tokens = self.known.get(stack)
+            if tokens is None or tokens.mask.shape != value.shape[:2]:
+                tokens = Tokens.from_mask(value.new_ones(value.shape[:2]), value.shape[1])
+            self.contexts[layer] = Context(layer, tokens)
+        return self.contexts[layer]
 
     def _hooks(self) -> Iterator[tuple[str, int | None, Callable[..., Any]]]:
         for number, edit in self.edits:
@@ -92,7 +118,7 @@ class Session:
 
     def _edit_hook(self, number: int, edit: Edit) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor:
-            change = edit.fn(value, self.contexts[edit.layer])
+            change = edit.fn(value, self._context(edit.layer, value))
             self.touched[number] += change.touched
             return change.value
 
@@ -100,7 +126,7 @@ class Session:
 
     def _context_hook(self, layer: int, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> None:
-            setattr(self.contexts[layer], name, value)
+            setattr(self._context(layer, value), name, value)
 
         return hook
 
@@ -108,7 +134,7 @@ class Session:
         on_path = self.grad and POINTS[point].differentiable
 
         def hook(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:
-            index = self._index(read, value)
+            index = self._index(read, layer, value)
             kept = value.clone() if index is None else value.gather(1, index)
             self.values[point, layer] = kept
             if not on_path:
@@ -121,10 +147,10 @@ class Session:
 
         return hook
 
-    def _index(self, read: Read, value: Tensor) -> Tensor | None:
-        if read.positions is None or self.tokens is None:
+    def _index(self, read: Read, layer: int | None, value: Tensor) -> Tensor | None:
+        if read.positions is None:
             return None
-        columns = self.tokens.columns(read.positions)
+        columns = self._context(layer, value).tokens.columns(read.positions)
         tail = value.shape[2:]
         return columns.view(*columns.shape, *[1] * len(tail)).expand(*columns.shape, *tail)
 
@@ -147,11 +173,25 @@ def resolve_reads(spec: ModelSpec, reads: Sequence[Read]) -> dict[tuple[str, int
     return wanted
 
 
-def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens:
+def _tokens(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tokens]:
+    """The tokens of each stack, as far as the model's inputs say."""
+    if spec.kind == "other":
+        return {}
+    found: dict[str, Tokens] = {}
     given = args[0] if args else kwargs.get("input_ids")
-    given = kwargs["inputs_embeds"] if given is None else given
+    given = kwargs.get("inputs_embeds") if given is None else given
+    crossed = spec.kind == "encoder-decoder"
+    if given is not None:
+        stack = "encoder" if crossed else spec.main_stack
+        found[stack] = _masked(given, kwargs.get("attention_mask"), {} if crossed else kwargs)
+    target = kwargs.get("decoder_input_ids")
+    if target is not None:
+        found["decoder"] = _masked(target, None, kwargs)
+    return found
+
+
+def _masked(given: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tokens:
     batch, length = given.shape[:2]
-    mask = kwargs.get("attention_mask")
     if mask is None:
         cache = kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0

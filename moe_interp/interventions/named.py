@@ -51,7 +51,15 @@ class TopK(Intervention):
         chosen = layers_at(spec, "gate_weights", self.layers)
         for layer in chosen:
             spec.check_expert(layer, self.k - 1)  # type: ignore[arg-type]
-        return {layer: self.k for layer in chosen if layer is not None and self.k > spec.moe(layer).top_k}
+        wider = {layer: self.k for layer in chosen if layer is not None and self.k > spec.moe(layer).top_k}
+        for layer in wider:
+            if spec.moe(layer).width is None:
+                raise BadInput(
+                    f"the router of layer {layer} cannot choose {self.k} experts",
+                    expected=f"k up to {spec.moe(layer).top_k}, which {spec.model_type} has built in",
+                    got=str(self.k),
+                )
+        return wider
 
     def edits(self, spec: ModelSpec) -> list[Edit]:
         """One edit of ``gate_weights`` at each layer."""

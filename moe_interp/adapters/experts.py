@@ -1,0 +1,341 @@
+"""What experts compute, for every way in which they are stored; and the experts call with everything shown on the way.
+
+A `Kernel` computes the neurons and the unweighted output of every (token, slot), at the cost of the original.
+
+- `Fused`: transformers 5 keeps a layer's experts as three-dimensional parameters. It does what its ``grouped_mm``
+  implementation does (sort the token-slots by expert, two grouped matrix products, undo the sort) but leaves the
+  weights to `run_experts`, after the sort is undone, so that the unweighted outputs exist on the way. Multiplication
+  and sum see the same operands in the same order, and the result is bit-equal.
+- `Separate`: one module an expert.
+
+Files of single architectures add kernels of their own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.integrations.moe import _grouped_linear
+
+from moe_interp.errors import BadInput, UnsupportedModel
+
+OnAct = Callable[[Tensor], Tensor]
+"""Is shown the neurons [T*K, F] of all token-slots and returns those to go on with."""
+
+
+@runtime_checkable
+class Tap(Protocol):
+    """Carries values through the points of one layer."""
+
+    def __call__(self, name: str, value: Tensor, slots: int | None = None) -> Tensor:
+        """The value to go on with; ``slots`` is K where the value's rows are token-slots."""
+
+    def live(self, name: str) -> bool:
+        """Whether anybody reads or edits the point."""
+
+    def scores(self) -> None:
+        """Show the router scores of the logits that went through last."""
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One expert's matrices in one layout, whatever the checkpoint's: ``down @ act(gate @ x, up @ x)``.
+
+    Attributes:
+        gate: [F, D], or None where experts have no gate.
+        up: [F, D].
+        down: [D, F].
+        gate_bias, up_bias: [F]; down_bias: [D]; None where experts have no biases.
+    """
+
+    gate: Float[Tensor, "F D"] | None
+    up: Float[Tensor, "F D"]
+    down: Float[Tensor, "D F"]
+    gate_bias: Float[Tensor, " F"] | None = None
+    up_bias: Float[Tensor, " F"] | None = None
+    down_bias: Float[Tensor, " D"] | None = None
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """What the experts of one architecture compute, given the module that holds them."""
+
+    def outputs(self, experts: Any, hidden: Tensor, ids: Tensor, on_act: OnAct | None = None) -> Tensor:
+        """Unweighted outputs [T*K, D] of the experts ``ids`` [T, K] on ``hidden`` [T, D], slot by slot."""
+
+    def weights(self, experts: Any, expert: int) -> ExpertWeights:
+        """The matrices of one expert, detached."""
+
+
+def run_experts(
+    tap: Tap,
+    kernel: Kernel,
+    experts: nn.Module,
+    hidden: Float[Tensor, "T D"],
+    ids: Int[Tensor, "T K"],
+    weights: Float[Tensor, "T K"],
+    *,
+    weights_on: Literal["output", "input"] = "output",
+) -> Float[Tensor, "T D2"]:
+    """``experts(hidden, ids, weights)`` with arguments, neurons, outputs and result passed through their points."""
+    slots = ids.shape[-1]
+    ids = tap("expert_ids", ids)
+    weights = tap("gate_weights", weights)
+    tap.scores()
+    on_act = (lambda act: tap("expert_act", act, slots)) if tap.live("expert_act") else None
+    if weights_on == "input":
+        rows = (hidden[:, None] * weights[..., None]).flatten(0, 1).to(hidden.dtype)
+        outputs = tap("expert_out", kernel.outputs(experts, rows, ids.reshape(-1, 1), on_act), slots)
+        return tap("routed_out", outputs.view(*ids.shape, -1).sum(dim=1))
+    outputs = tap("expert_out", kernel.outputs(experts, hidden, ids, on_act), slots)
+    return tap("routed_out", weighted_sum(outputs, weights, hidden.dtype))
+
+
+def weighted_sum(
+    outputs: Float[Tensor, "TK D"], weights: Float[Tensor, "T K"], dtype: torch.dtype
+) -> Float[Tensor, "T D"]:
+    """The sum over slots of weight times output, in the order and precision of ``grouped_mm``."""
+    weighted = outputs * weights.reshape(-1, 1)
+    return weighted.view(*weights.shape, -1).sum(dim=1).to(dtype)
+
+
+class Grouping:
+    """Token-slots sorted by expert, and back."""
+
+    def __init__(self, ids: Int[Tensor, "T K"], num_experts: int):
+        self.slots = ids.shape[-1]
+        self.ids, self.order = torch.sort(ids.reshape(-1))
+        self.inverse = torch.empty_like(self.order)
+        self.inverse[self.order] = torch.arange(self.order.numel(), device=ids.device)
+        self.ends = _group_ends(self.ids, num_experts)
+
+    def sort(self, hidden: Tensor) -> Tensor:
+        """[T, ...] by token to [T*K, ...] by expert."""
+        return hidden[self.order // self.slots]
+
+    def shown(self, act: Tensor, on_act: OnAct | None) -> Tensor:
+        """Neurons by expert after they were shown slot by slot."""
+        return act if on_act is None else on_act(act[self.inverse])[self.order]
+
+
+def _group_ends(ids_sorted: Int[Tensor, " N"], num_experts: int) -> Int[Tensor, " E"]:
+    # Counting as grouped_mm counts: bincount would break CUDA graphs, and histc takes no integers on CPU.
+    on_host = ids_sorted.device.type in ("cpu", "mps")
+    histogram = torch.histc(ids_sorted.float() if on_host else ids_sorted.int(), num_experts, 0, num_experts - 1)
+    return histogram.cumsum(dim=0, dtype=torch.int32)
+
+
+_LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_apply_gate")
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Experts as three-dimensional parameters.
+
+    Attributes:
+        has_gate, has_bias, is_transposed, is_concatenated, has_post_expert_norm: as transformers names them.
+        first, down: names of the two parameters; biases are called the same with ``_bias``.
+        act: name of the activation module; None where the module's own ``_apply_gate`` (or ``act_fn``, without gate)
+            is used.
+        count: attribute that says how many experts there are.
+    """
+
+    has_gate: bool = True
+    has_bias: bool = False
+    is_transposed: bool = False
+    is_concatenated: bool = True
+    has_post_expert_norm: bool = False
+    first: str = "gate_up_proj"
+    down: str = "down_proj"
+    act: str | None = None
+    count: str = "num_experts"
+
+    @classmethod
+    def of(cls, experts: Any, path: str) -> "Fused":
+        """What a module decorated by transformers' ``use_experts_implementation`` says of itself.
+
+        Raises:
+            UnsupportedModel: not such a module, of another dtype than ``grouped_mm`` takes, or split over processes.
+        """
+        missing = [name for name in _LAYOUT if not hasattr(experts, name)]
+        if missing:
+            raise UnsupportedModel(
+                f"cannot open the experts at {path}",
+                expected="fused experts as transformers 5 builds them",
+                got=f"{type(experts).__name__} without {', '.join(missing)}",
+            )
+        check_placement(experts, path)
+        return cls(
+            has_gate=experts.has_gate,
+            has_bias=experts.has_bias,
+            is_transposed=experts.is_transposed,
+            is_concatenated=experts.is_concatenated,
+            has_post_expert_norm=experts.has_post_expert_norm,
+            first="gate_up_proj" if experts.has_gate else "up_proj",
+        )
+
+    def outputs(self, experts: Any, hidden: Tensor, ids: Tensor, on_act: OnAct | None = None) -> Tensor:
+        """Unweighted outputs [T*K, D], slot by slot."""
+        groups = Grouping(ids, _attribute(experts, self.count))
+        act = self._activate(experts, self._linear(experts, self.first, groups.sort(hidden), groups))
+        out = self._linear(experts, self.down, groups.shown(act, on_act), groups)
+        if self.has_post_expert_norm:
+            out = experts.post_expert_norm(out)
+        return out[groups.inverse]
+
+    def _linear(self, experts: Any, name: str, rows: Tensor, groups: Grouping) -> Tensor:
+        bias = getattr(experts, f"{name}_bias")[groups.ids] if self.has_bias else None
+        weight, count = _attribute(experts, name), len(groups.ends)
+        weight = weight if len(weight) == count else weight[:count]  # some checkpoints hold more than they use
+        return _grouped_linear(rows, weight, groups.ends, bias=bias, is_transposed=self.is_transposed)
+
+    def _activate(self, experts: Any, projected: Tensor) -> Tensor:
+        if self.act is not None:
+            gate, up = projected.chunk(2, dim=-1)
+            return getattr(experts, self.act)(gate) * up
+        return experts._apply_gate(projected) if self.has_gate else experts.act_fn(projected)
+
+    def weights(self, experts: Any, expert: int) -> ExpertWeights:
+        """The matrices of one expert, detached and in one layout."""
+        first = _attribute(experts, self.first)[expert].detach()
+        down = _attribute(experts, self.down)[expert].detach()
+        if self.is_transposed:
+            first, down = first.T, down.T
+        gate, up = self._split(first)
+        if not self.has_bias:
+            return ExpertWeights(gate, up, down)
+        gate_bias, up_bias = self._split(getattr(experts, f"{self.first}_bias")[expert].detach())
+        return ExpertWeights(gate, up, down, gate_bias, up_bias, getattr(experts, f"{self.down}_bias")[expert].detach())
+
+    def _split(self, rows: Tensor) -> tuple[Any, Tensor]:
+        if not self.has_gate:
+            return None, rows
+        if self.is_concatenated:
+            half = rows.shape[0] // 2
+            return rows[:half], rows[half:]
+        return rows[::2], rows[1::2]
+
+
+def _attribute(experts: Any, name: str) -> Any:
+    owner, _, last = name.rpartition(".")
+    return getattr(experts.get_submodule(owner), last)
+
+
+def check_placement(experts: nn.Module, path: str) -> None:
+    """Refuse experts that `Fused` could not multiply.
+
+    Raises:
+        UnsupportedModel: of another dtype than ``grouped_mm`` takes, or split over processes.
+    """
+    if next(experts.parameters()).dtype is torch.float64:
+        raise UnsupportedModel(
+            f"cannot open the experts at {path}",
+            expected="float32, bfloat16 or float16, which grouped_mm takes",
+            got="float64",
+            do="Load with another dtype.",
+        )
+    if getattr(experts, "_is_expert_parallel", False):
+        raise UnsupportedModel(
+            f"cannot open the experts at {path}",
+            expected="all experts of a layer on this process",
+            got="expert-parallel experts",
+            do="Load without expert parallelism.",
+        )
+
+
+@dataclass(frozen=True)
+class Separate:
+    """Experts that are modules of their own, in a ModuleList or a ModuleDict.
+
+    Attributes:
+        up, down, gate: names of an expert's linear maps; ``gate`` is None where there is none.
+        act: name of its activation.
+        key: an expert's name in the container.
+    """
+
+    up: str
+    down: str
+    gate: str | None = None
+    act: str = "act_fn"
+    key: str = "{}"
+
+    def outputs(self, experts: Any, hidden: Tensor, ids: Tensor, on_act: OnAct | None = None) -> Tensor:
+        """Unweighted outputs [T*K, D], slot by slot."""
+        rows = hidden.repeat_interleave(ids.shape[-1], dim=0)
+        act = self._each(experts, ids, rows, self._neurons)
+        act = act if on_act is None else on_act(act)
+        return self._each(experts, ids, act, lambda expert, some: getattr(expert, self.down)(some))
+
+    def _each(self, experts: Any, ids: Tensor, rows: Tensor, function: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        """The function of each row's own expert."""
+        flat = ids.reshape(-1)
+        chosen = [(int(expert), (flat == expert).nonzero().flatten()) for expert in flat.unique()]
+        parts = [function(self._expert(experts, expert), rows[where]) for expert, where in chosen]
+        back = torch.cat([where for _, where in chosen]).argsort()
+        return torch.cat(parts)[back]
+
+    def _expert(self, experts: Any, expert: int) -> Any:
+        return experts.get_submodule(self.key.format(expert))
+
+    def _neurons(self, expert: Any, rows: Tensor) -> Tensor:
+        act = getattr(expert, self.act)
+        up = getattr(expert, self.up)(rows)
+        return act(up) if self.gate is None else act(getattr(expert, self.gate)(rows)) * up
+
+    def weights(self, experts: Any, expert: int) -> ExpertWeights:
+        """The matrices of one expert, detached."""
+        one = self._expert(experts, expert)
+        names = (self.gate, self.up, self.down)
+        matrices = [None if name is None else getattr(one, name).weight.detach() for name in names]
+        biases = [None if name is None else _bias(getattr(one, name)) for name in names]
+        return ExpertWeights(*matrices, *biases)  # type: ignore[arg-type]
+
+
+def _bias(linear: nn.Linear) -> Tensor | None:
+    return None if linear.bias is None else linear.bias.detach()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one layer as a function: any experts, on any input."""
+
+    module: nn.Module
+    num_experts: int
+    kernel: Kernel
+    before: Callable[[Tensor], Tensor]
+
+    def __call__(self, hidden: Float[Tensor, "*rows D"], ids: Int[Tensor, "*rows K"]) -> Float[Tensor, "*rows K D2"]:
+        """Unweighted outputs of the experts ``ids`` on ``hidden`` (as ``moe_in`` is), in the given slot order.
+
+        Raises:
+            BadInput: the leading dimensions differ, or an id is no expert.
+        """
+        if hidden.shape[:-1] != ids.shape[:-1]:
+            raise BadInput(
+                "experts need as many rows of ids as of input",
+                expected=f"ids of shape {(*hidden.shape[:-1], 'K')}",
+                got=str(tuple(ids.shape)),
+            )
+        check_ids(ids, self.num_experts)
+        rows = self.before(hidden.reshape(-1, hidden.shape[-1]))
+        outputs = self.kernel.outputs(self.module, rows, ids.reshape(-1, ids.shape[-1]))
+        return outputs.view(*ids.shape, outputs.shape[-1])
+
+
+def check_ids(ids: Tensor, num_experts: int) -> None:
+    """Refuse expert ids that are not integers from 0 to E - 1.
+
+    Raises:
+        BadInput: another dtype or an id out of range.
+    """
+    whole = not ids.dtype.is_floating_point and ids.dtype is not torch.bool
+    if whole and (ids.numel() == 0 or (0 <= int(ids.min()) and int(ids.max()) < num_experts)):
+        return
+    raise BadInput(
+        "not expert ids",
+        expected=f"integers from 0 to {num_experts - 1}",
+        got=f"{ids.dtype} from {ids.min().item()} to {ids.max().item()}" if ids.numel() else str(ids.dtype),
+    )

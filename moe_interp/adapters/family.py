@@ -1,0 +1,353 @@
+"""One architecture as a row of a table, and what `Family.describe` makes of it.
+
+A row names submodules and says how the parts add up. Whether a layer is a mixture is not guessed: it is one where the
+block holds a submodule under the row's ``experts`` name.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from moe_interp.adapters.experts import Fused, Kernel
+from moe_interp.adapters.spec import (
+    BlockCall,
+    ExpertsCall,
+    GatedOutput,
+    Input,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    Output,
+    ResidualInput,
+    RouterLinear,
+    Scoring,
+    Site,
+)
+from moe_interp.adapters.sums import Gate, Join, Step, Streams, Sum, Through
+from moe_interp.errors import UnsupportedModel
+
+EXPERTS_POINTS = ("expert_ids", "gate_weights", "expert_act", "expert_out", "routed_out")
+BODIES = ("model.language_model", "model", "", "language_model.model", "thinker.model.language_model", "transformer")
+HEADS = ("lm_head", "language_model.lm_head", "thinker.lm_head", "score")
+
+
+@dataclass(frozen=True)
+class At:
+    """A module of one model, by which rows turn relative names into paths and read its attributes."""
+
+    hf: nn.Module
+    path: str
+
+    def __call__(self, name: str) -> str:
+        """The path of a submodule or parameter."""
+        return ".".join(part for part in (self.path, name) if part)
+
+    @property
+    def module(self) -> Any:
+        """The module itself."""
+        return self.hf.get_submodule(self.path)
+
+    def has(self, name: str) -> bool:
+        """Whether it has such a submodule (not None)."""
+        found: Any = self.module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        return found is not None
+
+    def sub(self, name: str) -> "At":
+        """A submodule."""
+        return At(self.hf, self(name))
+
+    def through(self, name: str) -> Through:
+        """The step through a submodule."""
+        return Through(self(name))
+
+
+How = Callable[[At], Sum | Gate | Streams | None]
+Steps = Callable[[At], tuple[Step, ...]]
+
+
+def plain(layer: At) -> Sum:
+    """The plain sum."""
+    return Sum()
+
+
+def none(module: At) -> tuple[Step, ...]:
+    """No steps."""
+    return ()
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one architecture keeps its modules, and how its parts add up.
+
+    Attributes:
+        body: path of the module that holds embedding, layers and final norm; None: the first of `BODIES` that does.
+        layers, embed, norm: names in the body.
+        attention: name of what mixes positions in a layer; None where nothing does.
+        block: the MoE block (the dense MLP of other layers) in a layer; "" where router and experts are on the layer.
+        mixture: path of the module with router and experts in the layer, where that is not the block.
+        router, experts: names in the block (or the mixture).
+        shared, shared_gate: shared experts and their gate, in the layer.
+        shared_beside: whether shared experts stand beside the block, which then does not add them.
+        dense: name of the dense MLP of a layer that is no mixture; None where it has none.
+        mid: the module whose input is ``resid_mid``, in the layer; None where there is no such point.
+        mid_join, post_join: how the branches of a layer join the residual.
+        experts_input, routed_steps, whole_steps: steps in the block, as in `MoESpec`.
+        scoring: from logits to scores, given the router.
+        renormalises: None: the router's own ``norm_topk_prob`` says; a function is given the block.
+        kernel: what experts compute; None: fused experts, as the module says itself.
+        num_experts, top_k: attributes in the block; ``top_k`` None: the router's, a number where it is fixed.
+        wide: whether the router, given here, takes another number of experts in ``top_k``.
+        columns: how many of the router's logits are experts, given the router; None: all.
+        call: a function that takes the place of the block's forward.
+        weights_on, proportional: as in `MoESpec`.
+        sites: sites that differ, given a layer.
+        embedding, final: as in `ModelSpec`, given the body.
+        logits: fields of `ModelSpec` about logits, given the text config.
+        entry, kind, streams, options, notes: as in `ModelSpec`; ``streams`` is the name of a config field.
+    """
+
+    body: str | None = None
+    layers: str = "layers"
+    embed: str = "embed_tokens"
+    norm: str = "norm"
+    attention: Callable[[At], str | None] = lambda layer: "self_attn"
+    block: str = "mlp"
+    mixture: str | None = None
+    router: str = "gate"
+    experts: str = "experts"
+    shared: str | None = None
+    shared_gate: str | None = None
+    shared_beside: bool = False
+    dense: Callable[[At], str | None] = lambda layer: "mlp"
+    mid: str | None = "post_attention_layernorm"
+    mid_join: How | None = plain
+    post_join: How = plain
+    experts_input: Steps = none
+    routed_steps: Steps = none
+    whole_steps: Steps = none
+    scoring: Callable[[Any], Scoring] = lambda router: Scoring()
+    renormalises: bool | Callable[[Any], bool] | None = None
+    kernel: Kernel | None = None
+    num_experts: str = "experts.num_experts"
+    top_k: str | int | None = None
+    wide: Callable[[Any], bool] = lambda router: True
+    columns: Callable[[Any], int | None] = lambda router: None
+    call: Callable[..., Any] | None = None
+    weights_on: Any = "output"
+    proportional: bool = True
+    sites: Callable[[At, bool], Mapping[str, Site]] = lambda layer, mixture: {}
+    embedding: Callable[[At], tuple[Step, ...] | None] = none
+    final: Callable[[At], tuple[Step, ...] | None] | None = None
+    logits: Callable[[Any], dict[str, Any]] = lambda config: {}
+    entry: Callable[[nn.Module], str] = lambda hf: ""
+    kind: Any = "causal"
+    streams: str | None = None
+    options: Mapping[str, Any] = field(default_factory=lambda: {"use_cache": False})
+    notes: tuple[str, ...] = ()
+
+    def describe(self, hf: nn.Module) -> ModelSpec:
+        """What a model of this architecture computes, and where.
+
+        Raises:
+            UnsupportedModel: modules are not where the row says, or no layer is a mixture.
+        """
+        body = self.find_body(hf)
+        layers = self.stack(body.sub(self.layers), "text", 0)
+        return self.model_spec(hf, body, layers)
+
+    def find_body(self, hf: nn.Module) -> At:
+        """The module that holds embedding, layers and final norm."""
+        candidates = [At(hf, path) for path in ((self.body,) if self.body is not None else BODIES)]
+        for body in candidates:
+            if At(hf, "").has(body(self.layers)) and (not body.path or At(hf, "").has(body.path)):
+                return body
+        raise UnsupportedModel(
+            f"cannot find the layers of {type(hf).__name__}",
+            expected=f"{self.layers!r} in one of {[body.path for body in candidates]}",
+            got=outline(hf),
+        )
+
+    def stack(self, layers: At, name: str, first: int) -> tuple[LayerSpec, ...]:
+        """The specs of one stack of layers, numbered from ``first``."""
+        return tuple(
+            self.layer(At(layers.hf, layers(str(number))), first + number, name)
+            for number, _ in enumerate(layers.module.children())
+        )
+
+    def model_spec(self, hf: nn.Module, body: At, layers: tuple[LayerSpec, ...], **more: Any) -> ModelSpec:
+        """The whole model around its layers."""
+        config = text_config(hf)
+        if not any(layer.moe for layer in layers):
+            raise UnsupportedModel(
+                f"{config.model_type} model without experts",
+                expected="at least one mixture-of-experts layer",
+                got=f"{len(layers)} dense layers",
+                do="Open a checkpoint whose config has sparse layers.",
+            )
+        head = next((path for path in HEADS if At(hf, "").has(path)), None)
+        fields: dict[str, Any] = dict(
+            model_type=config.model_type,
+            layers=layers,
+            embed=body(self.embed),
+            final=(body.through(self.norm),) if self.final is None else self.final(body),
+            unembed=head,
+            d_model=config.hidden_size,
+            vocab_size=config.vocab_size,
+            context_length=getattr(config, "max_position_embeddings", None) or 2**31 - 1,
+            embedding=self.embedding(body),
+            streams=getattr(config, self.streams) if self.streams else 1,
+            entry=self.entry(hf),
+            kind=self.kind,
+            options=self.options,
+            notes=self.notes,
+        )
+        return ModelSpec(**fields | self.logits(config) | more)
+
+    def layer(self, layer: At, index: int, stack: str) -> LayerSpec:
+        """The spec of one layer."""
+        mixture = layer.has(f"{self._mixture}.{self.experts}".strip("."))
+        if self.call is not None:
+            mixture = layer.has(self._mixture) and layer.sub(self._mixture).has(self.router)
+        moe = self.moe(layer) if mixture else None
+        sites = self._sites(layer, moe)
+        how = self.post_join(layer)
+        base, own = ("resid_mid", ()) if self.mid else ("resid_pre", ("attn_out",))
+        branches = (*own, "mlp_out", "moe_out", *(("shared_out",) if self.shared_beside else ()))
+        return LayerSpec(
+            index=index,
+            path=layer.path,
+            sites=sites,
+            moe=moe,
+            mid=self._mid(layer),
+            post=None if how is None else Join(base, tuple(branch for branch in branches if branch in sites), how),
+            stack=stack,
+        )
+
+    def _mid(self, layer: At) -> Join | None:
+        how = self.mid_join(layer) if self.mid and self.mid_join else None
+        return None if how is None else Join("resid_pre", ("attn_out",), how)
+
+    @property
+    def _mixture(self) -> str:
+        return self.block if self.mixture is None else self.mixture
+
+    def _sites(self, layer: At, moe: MoESpec | None) -> dict[str, Site]:
+        sites: dict[str, Site] = {"resid_pre": Input(layer.path), "resid_post": Output(layer.path)}
+        if attention := self.attention(layer):
+            sites["attn_out"] = Output(layer(attention))
+        if self.mid:
+            sites["resid_mid"] = ResidualInput(layer(self.mid))
+        if moe is not None:
+            sites |= self.moe_sites(layer, moe)
+        elif dense := self.dense(layer):
+            sites["mlp_out"] = Output(layer(dense))
+        return sites | dict(self.sites(layer, moe is not None))
+
+    def moe_sites(self, layer: At, moe: MoESpec) -> dict[str, Site]:
+        block = layer.sub(self.block)
+        router = layer.sub(self._mixture).sub(self.router)
+        logits = RouterLinear(router.path, self.columns(router.module))
+        sites: dict[str, Site] = {
+            "moe_in": Input(block.path),
+            "router_logits": logits,
+            "router_scores": logits,
+            "moe_out": Output(block.path),
+        }
+        inside = BlockCall(moe.block, self.call) if self.call else ExpertsCall(moe.experts)
+        sites |= dict.fromkeys(EXPERTS_POINTS, inside)
+        if moe.shared and self.shared_gate:
+            sites["shared_out"] = GatedOutput(moe.shared, layer(self.shared_gate))
+        elif moe.shared:
+            sites["shared_out"] = Output(moe.shared)
+        return sites
+
+    def moe(self, layer: At) -> MoESpec:
+        """The spec of a layer's mixture."""
+        block = layer.sub(self._mixture)
+        router, experts = block.sub(self.router), block.sub(self.experts)
+        renormalises = self.renormalises(block.module) if callable(self.renormalises) else self.renormalises
+        return MoESpec(
+            block=layer.sub(self.block).path,
+            router=router.path,
+            experts=experts.path,
+            num_experts=int(attribute(block.module, self.num_experts)),
+            top_k=self.top_k if isinstance(self.top_k, int) else int(attribute(block.module, self._top_k)),
+            scoring=self.scoring(router.module),
+            renormalises=router.module.norm_topk_prob if renormalises is None else renormalises,
+            kernel=self.kernel or Fused.of(experts.module, experts.path),
+            shared=layer(self.shared) if self.shared and layer.has(self.shared) else None,
+            width=self._width(block) if self.wide(router.module) else None,
+            experts_input=self.experts_input(block),
+            routed_steps=self.routed_steps(block),
+            whole_steps=self.whole_steps(block),
+            adds_shared=not self.shared_beside,
+            weights_on=self.weights_on,
+            proportional=self.proportional,
+        )
+
+    @property
+    def _top_k(self) -> str:
+        return f"{self.router}.top_k" if self.top_k is None else str(self.top_k)
+
+    def _width(self, block: At) -> tuple[str, str]:
+        owner, _, name = self._top_k.rpartition(".")
+        return block(owner), name
+
+
+def attribute(module: Any, path: str) -> Any:
+    """An attribute of a module by its dotted name."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def text_config(hf: nn.Module) -> Any:
+    """The config of the language model in a model."""
+    config: Any = hf.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def outline(hf: nn.Module) -> str:
+    """A model's class and the names of its first modules, for errors."""
+    names = [name for name, _ in hf.named_modules() if name and name.count(".") <= 2] or ["no submodules"]
+    return f"{type(hf).__name__} with modules {', '.join(names[:12])}"
+
+
+@dataclass(frozen=True)
+class Described:
+    """An architecture that a function describes."""
+
+    describe: Callable[[nn.Module], ModelSpec]
+    notes: tuple[str, ...] = ()
+
+
+# What several rows say
+
+
+def sigmoid(router: Any) -> Scoring:
+    """Router scores that are sigmoids."""
+    return Scoring("sigmoid")
+
+
+def never(router: Any) -> bool:
+    """A router that takes no other number of experts."""
+    return False
+
+
+def first_of(*names: str) -> Callable[[At], str | None]:
+    """The first of these that a layer has."""
+    return lambda layer: next((name for name in names if layer.has(name)), None)
+
+
+def branch_through(*names: str) -> How:
+    """The branch passes through these modules before it is added."""
+    return lambda layer: Sum(branch=tuple(layer.through(name) for name in names))
+
+
+def softcap(config: Any) -> dict[str, Any]:
+    """Logits capped as Gemma's are."""
+    return {"logit_softcap": config.final_logit_softcapping}

@@ -1,0 +1,43 @@
+"""What follows from what, evaluated: the scores of a router, the output of a block, the sums of a layer.
+
+Formulas of the data in `moe_interp.adapters.spec`, on the modules of a model and values of points.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_interp.adapters.spec import MoESpec, Scores, Scoring
+from moe_interp.adapters.sums import Join, follow
+
+_FUNCTIONS: dict[Scores, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(dim=-1),
+    "sigmoid": lambda logits: logits.sigmoid(),
+    "sqrtsoftplus": lambda logits: functional.softplus(logits).sqrt(),
+}
+
+
+def router_scores(scoring: Scoring, logits: Tensor) -> Tensor:
+    """Scores [..., E] that weights come from, normalised to sum to 1 over experts, in float32."""
+    scaled = logits.float() * scoring.scale
+    if scoring.softcap is not None:
+        scaled = scoring.softcap * (scaled / scoring.softcap).tanh()
+    raw = _FUNCTIONS[scoring.function](scaled)
+    return raw / raw.sum(dim=-1, keepdim=True)
+
+
+def block_output(hf: nn.Module, moe: MoESpec, routed: Tensor, shared: Tensor | None) -> Tensor:
+    """``moe_out`` from ``routed_out`` and, where the block adds them, ``shared_out``."""
+    out = follow(hf, moe.routed_steps, routed)
+    if shared is not None and moe.adds_shared:
+        out = out + shared.to(out.dtype)
+    return follow(hf, moe.whole_steps, out)
+
+
+def joined(hf: nn.Module, join: Join, values: Callable[[str], Tensor]) -> Tensor:
+    """The residual stream after a branch, from ``values(point)``."""
+    branch = values(join.branches[0])
+    for point in join.branches[1:]:
+        branch = branch + values(point)
+    return join.how(hf, values(join.base), branch)

@@ -1,0 +1,87 @@
+"""Hook points, and the taps that carry a layer's values through them."""
+
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from moe_interp.adapters.experts import check_ids
+from moe_interp.adapters.formulas import router_scores
+from moe_interp.adapters.spec import LayerSpec
+
+RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
+
+
+class HookPoint(nn.Module):
+    """Identity. What a forward hook on it returns goes on through the model in place of the value.
+
+    Attributes:
+        exposed: values pass through even while nothing is hooked, for libraries that watch modules by other means.
+    """
+
+    exposed = False
+
+    @property
+    def live(self) -> bool:
+        """Whether values must pass through here."""
+        return bool(self.exposed or self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """The value itself."""
+        return value
+
+
+class Taps:
+    """Carries the values of one layer through its hook points, in the shape that the table of points promises."""
+
+    def __init__(self, layer: LayerSpec, streams: int = 1):
+        self.layer, self.streams = layer, streams
+        self.points = nn.ModuleDict({name: HookPoint() for name in layer.sites})
+        self.grid = (0, 0)  # B, S of the forward pass under way
+        self.logits: Tensor | None = None
+
+    def enter(self, hidden: Tensor) -> None:
+        """The layer is called with these hidden states: [B, S, ...], or [S, D] where there is no batch."""
+        self.grid = (hidden.shape[0], hidden.shape[1]) if hidden.dim() > 2 else (1, hidden.shape[0])
+
+    def live(self, name: str) -> bool:
+        """Whether anything is hooked at the point (False where the layer does not have it)."""
+        return name in self.points and self.points[name].live  # type: ignore[return-value]
+
+    def __call__(self, name: str, value: Tensor, slots: int | None = None) -> Tensor:
+        """The value after its hook point: shown as [B, S, (K,) ...], returned in the shape it came in."""
+        if name == "router_logits":
+            value = self.logits = self._through(name, value, slots)
+            return value
+        return self._through(name, value, slots)
+
+    def _through(self, name: str, value: Tensor, slots: int | None) -> Tensor:
+        if not self.live(name):
+            return value
+        shown = value.reshape(self._shape(name, value, slots))
+        changed = self.points[name](shown)
+        if changed is shown:
+            return value
+        if name == "expert_ids" and self.layer.moe:
+            check_ids(changed, self.layer.moe.num_experts)
+        return changed.reshape(value.shape)
+
+    def _shape(self, name: str, value: Tensor, slots: int | None) -> tuple[int, ...]:
+        middle = (slots,) if slots else ()
+        if name in RESIDUAL and self.streams > 1:
+            middle = (self.streams,)
+        return (*self.grid, *middle, value.numel() // (prod(self.grid) * prod(middle)))
+
+    def routed(self, logits: Tensor, columns: int | None = None) -> Tensor:
+        """Router logits after their hook point, of which the first ``columns`` are experts (None: all)."""
+        shown = logits if columns is None else logits[..., :columns]
+        changed = self("router_logits", shown)
+        if changed is shown:
+            return logits
+        return changed if columns is None else torch.cat([changed, logits[..., columns:]], dim=-1)
+
+    def scores(self) -> None:
+        """Show the scores that weights come from; they are read, never replaced."""
+        logits, self.logits = self.logits, None
+        if logits is not None and self.layer.moe and self.live("router_scores"):
+            self("router_scores", router_scores(self.layer.moe.scoring, logits))
