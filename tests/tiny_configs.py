@@ -139,6 +139,7 @@ TYPE_FIELDS: dict[str, dict[str, Any]] = {
     "muse_spark_text": dict(layer_types=SLIDING_FULL, mlp_layer_types=DENSE_SECOND),
     "nemotron_h": _NEMOTRON,
     "nllb-moe": dict(encoder_sparse_step=2, decoder_sparse_step=2, router_bias=True),
+    "phimoe": dict(num_experts_per_tok=2, router_jitter_noise=0.3),
     "qwen2_moe": dict(mlp_only_layers=[1], use_sliding_window=True),
     "qwen3_5_moe_text": dict(
         layer_types=LINEAR_FULL, rope_parameters=_mrope(4, 2, 2, partial_rotary_factor=1.0)
