@@ -75,11 +75,11 @@ class SparseMoeBlock(nn.Module):
     def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         if self.style == "topk_softmax":
             chosen, ids = torch.topk(logits, self.top_k, dim=-1)
-            return chosen.softmax(dim=-1), ids
-        weights, ids = torch.topk(logits.softmax(dim=-1), self.top_k, dim=-1)
+            return chosen.softmax(dim=-1, dtype=torch.float32).to(logits.dtype), ids
+        weights, ids = torch.topk(logits.softmax(dim=-1, dtype=torch.float32), self.top_k, dim=-1)
         if self.style == "softmax_topk_renormalised" or self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return weights, ids
+        return weights.to(logits.dtype), ids
 
 
 def build(style: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> CausalLM:
