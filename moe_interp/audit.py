@@ -126,7 +126,7 @@ RELATIONS = (
     Relation("resid_pre = embed, or resid_post of the layer before", "resid_pre", ("resid_pre",), _resid_pre),
     Relation("resid_mid = resid_pre + attn_out", "resid_mid", ("resid_mid",), _resid_mid),
     Relation("gate_weights ∝ router_scores of expert_ids", "gate_weights", ("router_scores", "gate_weights"), _weights),
-    Relation("expert_out = experts(moe_in, expert_ids)", "expert_out", ("expert_out",), _expert_out),
+    Relation("expert_out = experts(moe_in, expert_ids)", "expert_out", ("moe_in", "expert_out"), _expert_out),
     Relation("expert_out = down-projection of expert_act", "expert_out", ("expert_act",), _projected),
     Relation("routed_out = Σ gate_weights · expert_out", "routed_out", ("routed_out",), _routed),
     Relation("moe_out = routed_out + shared_out", "moe_out", ("moe_out",), _moe_out),

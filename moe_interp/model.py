@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe_interp import __version__
-from moe_interp.adapters import ModelSpec, describe
+from moe_interp.adapters import ModelSpec, describe, is_known
 from moe_interp.adapters.experts import Experts, ExpertWeights
 from moe_interp.adapters.sums import follow
 from moe_interp.encode import Inputs, encode
@@ -46,12 +46,16 @@ class MoEModel:
         name: for provenance and titles.
     """
 
-    def __init__(self, hf: nn.Module, tokenizer: Any = None, name: str | None = None):
+    spec: ModelSpec
+
+    def __init__(self, hf: nn.Module, tokenizer: Any = None, name: str | None = None, spec: ModelSpec | None = None):
         self.hf, self.tokenizer = hf, tokenizer
-        self.spec: ModelSpec = describe(hf)
+        self._open(hf, describe(hf) if spec is None else spec)
         self.name = name or getattr(hf, "name_or_path", "") or self.spec.model_type
-        self._closed = False
-        self._host = _open_host(hf, self.spec)
+
+    def _open(self, hf: nn.Module, spec: ModelSpec) -> None:
+        self.spec, self._closed = spec, False
+        self._host = _open_host(hf, spec)
 
     def close(self) -> None:
         """Leave the transformers model as it was found."""
@@ -152,7 +156,7 @@ class MoEModel:
             return returned
         return returned.last_hidden_state if self.spec.unembed is None else returned.logits
 
-    def decode(self, hidden: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
+    def decode(self, hidden: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Logits of a residual stream: the model's own final norm, unembedding, scale and soft-cap.
 
         Of a model without a head, the final norm alone. Where the residual has several streams, ``hidden`` has them.
@@ -316,10 +320,37 @@ def _close_host(hf: nn.Module) -> None:
 def wrap(hf: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> MoEModel:
     """Open a transformers model that is already in memory; nothing in it is copied or changed for good.
 
+    An architecture that is in no table is opened if its structure is a common one and an audit passes; that runs it a
+    few times.
+
     Raises:
         UnsupportedModel: its architecture cannot be opened correctly.
     """
-    return MoEModel(hf, tokenizer, name)
+    return MoEModel(hf, tokenizer, name) if is_known(hf) or not _has_config(hf) else _wrap_unseen(hf, tokenizer, name)
+
+
+def _has_config(hf: nn.Module) -> bool:
+    return hasattr(hf, "config") and hasattr(hf.config, "get_text_config")
+
+
+def _wrap_unseen(hf: nn.Module, tokenizer: Any, name: str | None) -> MoEModel:
+    """The first proposal that an audit passes."""
+    from moe_interp.adapters.unseen import proposals
+
+    failed: list[str] = []
+    for spec in proposals(hf):
+        model = MoEModel(hf, tokenizer, name, spec)
+        audit = model.audit()
+        if audit.passed:
+            return model
+        model.close()
+        failed.append(", ".join(check.name for check in audit.checks if not check.passed))
+    raise UnsupportedModel(
+        f"cannot open model type {spec.model_type!r}, which is in no table",
+        expected="a structure that adds up",
+        got=f"audits that fail: {min(failed, key=len)}",
+        do="Describe it by moe.register_adapter(model_type, moe.Family(...)); model.audit() says if it is right.",
+    )
 
 
 def _tokenizer(source: str, trust_remote_code: bool) -> Any:
@@ -378,4 +409,4 @@ def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **o
             f"cannot load {source!r}", expected="all weights", got=f"none for {sorted(report['missing_keys'])[:3]}"
         )
     check_weights(hf)
-    return MoEModel(hf.eval(), tokenizer, name="reference" if name is None else str(name))
+    return wrap(hf.eval(), tokenizer, name="reference" if name is None else str(name))

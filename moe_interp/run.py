@@ -108,12 +108,14 @@ class Context:
         layer: the layer of the point (None for a point of the whole model).
         tokens: which entries are real.
         ids, weights: [B, S, K], the layer's experts and combine weights, once they are known (after edits of them).
+        rows: [B, S], True at the tokens that the layer's mixture sees; None: all.
     """
 
     layer: int | None
     tokens: Tokens
     ids: Int[Tensor, "B S K"] | None = None
     weights: Float[Tensor, "B S K"] | None = None
+    rows: Bool[Tensor, "B S"] | None = None
 
     def slots_of(self, expert: int, positions: tuple[int, ...] | None = None) -> Bool[Tensor, "B S K"]:
         """[B, S, K], True where a slot of a real token (at the given positions) holds this expert."""
@@ -121,7 +123,8 @@ class Context:
             raise BadInput(
                 "no experts chosen yet at this point", expected="a point after expert_ids", got="an earlier one"
             )
-        return (self.ids == expert) & self.tokens.at(positions)[..., None]
+        here = self.tokens.at(positions)
+        return (self.ids == expert) & (here if self.rows is None else here & self.rows)[..., None]
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class Routing:
 
     Attributes:
         ids, weights: [B, S, K], experts and combine weights, in the order of the model (not always by weight).
-        mask: [B, S], True at real tokens.
+        mask: [B, S], True at real tokens that the layer's mixture sees.
         logits, scores: [B, S, E], if ``router_logits`` or ``router_scores`` were read at all positions.
     """
 

@@ -1,6 +1,6 @@
 """WHERE: what each architecture computes, as data and formulas. Knows no host."""
 
-from moe_interp.adapters.families import FAMILIES, Adapter, describe, register_adapter
+from moe_interp.adapters.families import FAMILIES, Adapter, describe, is_known, register_adapter
 from moe_interp.adapters.family import At, Family
 from moe_interp.adapters.spec import LayerSpec, ModelSpec, MoESpec, Scoring
 
@@ -14,5 +14,6 @@ __all__ = [
     "ModelSpec",
     "Scoring",
     "describe",
+    "is_known",
     "register_adapter",
 ]

@@ -128,7 +128,7 @@ def _group_ends(ids_sorted: Int[Tensor, " N"], num_experts: int) -> Int[Tensor, 
     return histogram.cumsum(dim=0, dtype=torch.int32)
 
 
-_LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_apply_gate")
+LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm", "_apply_gate")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Fused:
         Raises:
             UnsupportedModel: not such a module, of another dtype than ``grouped_mm`` takes, or split over processes.
         """
-        missing = [name for name in _LAYOUT if not hasattr(experts, name)]
+        missing = [name for name in LAYOUT if not hasattr(experts, name)]
         if missing:
             raise UnsupportedModel(
                 f"cannot open the experts at {path}",

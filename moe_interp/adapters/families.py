@@ -8,7 +8,17 @@ from collections.abc import Callable
 
 from torch import nn
 
-from moe_interp.adapters import capacity, doge, gemma, jetmoe, llama4, longcat, sigmoid_families, softmax_families
+from moe_interp.adapters import (
+    capacity,
+    doge,
+    gemma,
+    jetmoe,
+    llama4,
+    longcat,
+    sigmoid_families,
+    softmax_families,
+    vision,
+)
 from moe_interp.adapters.family import Described, Family, outline, sigmoid, text_config
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.adapters.sums import Plus, Sum, Times
@@ -19,6 +29,8 @@ Adapter = Family | Described
 _OWN: dict[str, Adapter] = {
     "gemma4_text": gemma.FAMILY,
     "diffusion_gemma_text": gemma.DIFFUSION,
+    "dots3_note_text": vision.DOTS,
+    "ernie4_5_vl_moe_text": vision.ERNIE_VL,
     "longcat_flash": longcat.ADAPTER,
     "switch_transformers": capacity.SWITCH,
     "nllb-moe": capacity.NLLB,
@@ -78,13 +90,22 @@ def register_adapter(model_type: str, adapter: Family | Callable[[nn.Module], Mo
     FAMILIES[model_type] = adapter if isinstance(adapter, Family) else Described(adapter)
 
 
+def is_known(hf: nn.Module) -> bool:
+    """Whether a model's architecture is in the table."""
+    return _model_type(hf) in FAMILIES
+
+
+def _model_type(hf: nn.Module) -> str:
+    return text_config(hf).model_type if hasattr(hf, "config") else type(hf).__name__
+
+
 def describe(hf: nn.Module) -> ModelSpec:
     """What the model ``hf`` computes, and where.
 
     Raises:
         UnsupportedModel: the model type is not in the table, or none of its layers is a mixture.
     """
-    model_type = text_config(hf).model_type if hasattr(hf, "config") else type(hf).__name__
+    model_type = _model_type(hf)
     if model_type not in FAMILIES:
         raise UnsupportedModel(
             f"cannot open model type {model_type!r}",

@@ -10,13 +10,13 @@ from moe_interp.adapters.spec import ResidualInput, Scoring
 from moe_interp.adapters.sums import Gate, Repeat, Streams, Sum, Times
 from moe_interp.errors import UnsupportedModel
 
-_DEEPSEEK3 = Family(shared="mlp.shared_experts", scoring=sigmoid)
+DEEPSEEK3 = Family(shared="mlp.shared_experts", scoring=sigmoid)
 _SIGMOID = Family(scoring=sigmoid, renormalises=True)
 _MINIMAX3 = replace(
     _SIGMOID, shared="mlp.shared_experts", routed_steps=lambda block: (Times(block.module.routed_scaling_factor),)
 )
 _CONNECTED = replace(
-    _DEEPSEEK3,
+    DEEPSEEK3,
     streams="hc_mult",
     mid="ffn_hc",
     embedding=lambda body: (Repeat(body.module.config.hc_mult),),
@@ -67,7 +67,6 @@ FAMILIES: dict[str, Family] = {
             "deepseek_v3",
             "deepseek_v32",
             "dots1",
-            "dots3_note_text",
             "exaone_moe",
             "glm4_moe",
             "glm4_moe_lite",
@@ -76,11 +75,11 @@ FAMILIES: dict[str, Family] = {
             "kimi_linear",
             "solar_open",
         ],
-        _DEEPSEEK3,
+        DEEPSEEK3,
     ),
-    "axk1": replace(_DEEPSEEK3, whole_steps=lambda block: (block.through("post_mlp_layernorm"),)),
-    "hy_v3": replace(_DEEPSEEK3, renormalises=True),
-    "flint": replace(_DEEPSEEK3, shared="mlp.shared_expert"),
+    "axk1": replace(DEEPSEEK3, whole_steps=lambda block: (block.through("post_mlp_layernorm"),)),
+    "hy_v3": replace(DEEPSEEK3, renormalises=True),
+    "flint": replace(DEEPSEEK3, shared="mlp.shared_expert"),
     "mimo_v2_flash": Family(scoring=sigmoid),
     "minimax_m2": _SIGMOID,
     "minimax_m3_vl_text": _MINIMAX3,
@@ -106,7 +105,7 @@ FAMILIES: dict[str, Family] = {
         embedding=lambda body: (Times(body.module.config.hidden_size**0.5),) if body.module.config.mup_enabled else (),
     ),
     "kolibri1": replace(
-        _DEEPSEEK3,
+        DEEPSEEK3,
         mid_join=branch_through("post_self_attn_layernorm"),
         post_join=branch_through("post_mlp_layernorm"),
     ),
@@ -128,7 +127,7 @@ FAMILIES: dict[str, Family] = {
         notes=("Attention and mixture stand side by side: there is no resid_mid.",),
     ),
     "nemotron_h": replace(
-        _DEEPSEEK3,
+        DEEPSEEK3,
         embed="embeddings",
         norm="norm_f",
         block="mixer",
@@ -172,7 +171,11 @@ FAMILIES: dict[str, Family] = {
         renormalises=True,
         mid_join=_inkling2_mid,
         post_join=branch_through("post_mlp_convolution"),
-        sites=lambda layer, mixture: {"resid_mid": ResidualInput(layer("mlp_input"), argument=1)},
+        # The model keeps the very tensor that it gives a layer, to attend to it later.
+        sites=lambda layer, mixture: {
+            "resid_pre": ResidualInput(layer.path),
+            "resid_mid": ResidualInput(layer("mlp_input"), argument=1),
+        },
         final=lambda body: None,
         logits=lambda config: softcap(config) | {"logit_columns": config.unpadded_vocab_size},
         notes=("Attention over earlier blocks gives each branch its input, and the unembedding too.",),

@@ -26,7 +26,7 @@ _GRANITE = Family(
     embedding=lambda body: (Times(body.module.embedding_multiplier),),
     logits=lambda config: {"logit_scale": 1 / config.logits_scaling},
 )
-_ERNIE = Family(shared="mlp.shared_experts", renormalises=True)
+ERNIE = Family(shared="mlp.shared_experts", renormalises=True)
 
 
 def _minimax(layer: At) -> dict[str, Any]:
@@ -76,12 +76,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "aria_text": Family(router="router", shared="mlp.shared_experts", renormalises=True),
     "hunyuan_v1_moe": Family(shared="mlp.shared_mlp", renormalises=True),
-    "ernie4_5_moe": _ERNIE,
-    "ernie4_5_vl_moe_text": replace(
-        _ERNIE,
-        mixture="mlp.text_moe",
-        notes=("Text experts. Image tokens go to other experts, and inputs with images are refused.",),
-    ),
+    "ernie4_5_moe": ERNIE,
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
     "granitemoe_swa": _GRANITE,

@@ -82,6 +82,19 @@ class BlockCall:
     forward: Callable[..., Any]
 
 
+@dataclass(frozen=True)
+class Modality:
+    """Which tokens a mixture sees: those of which an argument of a module says so (nonzero if ``kept``, else zero).
+
+    Without the argument a mixture that keeps zeros sees all tokens.
+    """
+
+    module: str
+    argument: str
+    position: int
+    kept: bool
+
+
 Site = Input | ResidualInput | Output | GatedOutput | RouterLinear | RouterOutput | ExpertsCall | BlockCall
 Scores = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
@@ -146,6 +159,7 @@ class LayerSpec:
         mid, post: how ``resid_mid`` and ``resid_post`` follow from other points; None where points do not say.
         stack: which stack of layers it belongs to; layers of one stack see the same tokens, one after the other.
         part: 0, or 1, 2, ... where one module of the model is several layers here.
+        modality: which tokens its mixture sees; None: all.
     """
 
     index: int
@@ -156,6 +170,7 @@ class LayerSpec:
     post: Join | None = None
     stack: str = "text"
     part: int = 0
+    modality: Modality | None = None
 
 
 @dataclass(frozen=True)

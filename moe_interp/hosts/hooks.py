@@ -55,6 +55,22 @@ def attach_grid(hf: nn.Module, taps: Taps) -> RemovableHandle:
     return hf.get_submodule(taps.layer.path).register_forward_pre_hook(enter, with_kwargs=True)
 
 
+def attach_modality(hf: nn.Module, taps: Taps) -> list[RemovableHandle]:
+    """Tell the taps of a layer which tokens its mixture is about to see."""
+    modality = taps.layer.modality
+    if modality is None:
+        return []
+
+    def split(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        position = modality.position
+        kinds = args[position] if len(args) > position else kwargs.get(modality.argument)
+        # As the block does: where every token is of the first kind, all go to its mixture as they are.
+        if kinds is not None and bool(kinds.any()):
+            taps.rows = kinds.bool() == modality.kept
+
+    return [hf.get_submodule(modality.module).register_forward_pre_hook(split, with_kwargs=True)]
+
+
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Tensor:
     return args[number] if len(args) > number else kwargs["hidden_states"]
 

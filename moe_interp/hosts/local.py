@@ -23,7 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_interp.adapters.experts import check_placement, run_experts
 from moe_interp.adapters.spec import BlockCall, LayerSpec, ModelSpec
-from moe_interp.hosts.hooks import attach, attach_grid
+from moe_interp.hosts.hooks import attach, attach_grid, attach_modality
 from moe_interp.hosts.taps import HookPoint, Taps
 
 IMPLEMENTATION = "moe_interp"
@@ -60,7 +60,7 @@ class LocalHost:
             self.handles.append(self.hf.get_submodule(self.spec.embed).register_forward_hook(self._embedded))
         for taps in self.taps.values():
             self.hf.get_submodule(taps.layer.path).add_module(_attribute(taps.layer), taps.points)
-            self.handles.append(attach_grid(self.hf, taps))
+            self.handles += [attach_grid(self.hf, taps), *attach_modality(self.hf, taps)]
             for name, site in taps.layer.sites.items():
                 self.handles += attach(self.hf, taps, name, site)
             self._replace(taps)

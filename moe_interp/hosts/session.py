@@ -68,8 +68,9 @@ class Session:
         raise BadInput("no layer ran", expected="a whole forward pass")
 
     def routing(self) -> dict[int, Routing]:
-        """The routing of every MoE layer that ran in the last forward pass."""
-        return {layer: self._routing(layer) for layer in self.spec.moe_layers if layer in self.contexts}
+        """The routing of every MoE layer whose experts ran in the last forward pass."""
+        ran = [layer for layer in self.spec.moe_layers if layer in self.contexts]
+        return {layer: self._routing(layer) for layer in ran}
 
     def _routing(self, layer: int) -> Routing:
         context = self.contexts[layer]
@@ -80,7 +81,8 @@ class Session:
             name: value if value is not None and value.shape[1] == context.ids.shape[1] else None
             for name, value in whole.items()
         }
-        return Routing(context.ids, context.weights, context.tokens.mask, full["router_logits"], full["router_scores"])
+        seen = context.tokens.mask if context.rows is None else context.tokens.mask & context.rows
+        return Routing(context.ids, context.weights, seen, full["router_logits"], full["router_scores"])
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before every forward pass: which tokens are real, and a fresh context for every layer."""
@@ -126,7 +128,9 @@ class Session:
 
     def _context_hook(self, layer: int, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> None:
-            setattr(self._context(layer, value), name, value)
+            context = self._context(layer, value)
+            context.rows = self.host.taps[layer].rows
+            setattr(context, name, value)
 
         return hook
 

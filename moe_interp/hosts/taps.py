@@ -10,6 +10,15 @@ from moe_interp.adapters.formulas import router_scores
 from moe_interp.adapters.spec import LayerSpec
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
+INSIDE = (
+    "router_logits",
+    "router_scores",
+    "expert_ids",
+    "gate_weights",
+    "expert_act",
+    "expert_out",
+    "routed_out",
+)
 
 
 class HookPoint(nn.Module):
@@ -38,11 +47,13 @@ class Taps:
         self.layer, self.streams = layer, streams
         self.points = nn.ModuleDict({name: HookPoint() for name in layer.sites})
         self.grid = (0, 0)  # B, S of the forward pass under way
+        self.rows: Tensor | None = None  # [B, S], True at the tokens that the mixture sees; None: all
         self.logits: Tensor | None = None
 
     def enter(self, hidden: Tensor) -> None:
         """The layer is called with these hidden states: [B, S, ...], or [S, D] where there is no batch."""
         self.grid = (hidden.shape[0], hidden.shape[1]) if hidden.dim() > 2 else (1, hidden.shape[0])
+        self.rows = None
 
     def live(self, name: str) -> bool:
         """Whether anything is hooked at the point (False where the layer does not have it)."""
@@ -58,19 +69,24 @@ class Taps:
     def _through(self, name: str, value: Tensor, slots: int | None) -> Tensor:
         if not self.live(name):
             return value
-        shown = value.reshape(self._shape(name, value, slots))
+        middle = (slots,) if slots else (self.streams,) if name in RESIDUAL and self.streams > 1 else ()
+        rows = self.rows if name in INSIDE else None
+        shown = self._shown(value, middle, rows)
         changed = self.points[name](shown)
         if changed is shown:
             return value
+        back = changed if rows is None else changed[rows]
         if name == "expert_ids" and self.layer.moe:
-            check_ids(changed, self.layer.moe.num_experts)
-        return changed.reshape(value.shape)
+            check_ids(back, self.layer.moe.num_experts)
+        return back.reshape(value.shape)
 
-    def _shape(self, name: str, value: Tensor, slots: int | None) -> tuple[int, ...]:
-        middle = (slots,) if slots else ()
-        if name in RESIDUAL and self.streams > 1:
-            middle = (self.streams,)
-        return (*self.grid, *middle, value.numel() // (prod(self.grid) * prod(middle)))
+    def _shown(self, value: Tensor, middle: tuple[int, ...], rows: Tensor | None) -> Tensor:
+        """As [B, S, ...], zero at tokens that the mixture does not see."""
+        tokens = prod(self.grid) if rows is None else int(rows.sum())
+        seen = value.reshape(tokens, *middle, value.numel() // (tokens * prod(middle)) if tokens else value.shape[-1])
+        if rows is None:
+            return seen.view(*self.grid, *seen.shape[1:])
+        return seen.new_zeros(*self.grid, *seen.shape[1:]).index_put((rows,), seen)
 
     def routed(self, logits: Tensor, columns: int | None = None) -> Tensor:
         """Router logits after their hook point, of which the first ``columns`` are experts (None: all)."""

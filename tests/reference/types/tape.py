@@ -26,8 +26,10 @@ class Tape:
             raise ValueError(f"{name} of layer {layer} is computed twice")
         if (name, layer) in self.edits:
             value = _edited(name, self.edits[name, layer], value)
-        if torch.is_grad_enabled() and value.is_floating_point() and not value.requires_grad:
-            value = value.detach().requires_grad_()  # a constant put there by an edit still has a gradient
+        if torch.is_grad_enabled() and value.is_floating_point():
+            # A tensor of its own: what else is computed from the value, an edit of the point would not reach. A
+            # constant put there by an edit still has a gradient.
+            value = value.clone() if value.requires_grad else value.detach().requires_grad_()
         self.points[name, layer] = value
         return value
 

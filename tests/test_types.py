@@ -1,0 +1,217 @@
+"""The contract of every point on every model type, against the slow reference of all types.
+
+What the seven families of `test_contract` show in small steps, here a type at a time: points are there, values read
+are right, edits arrive, gradients reach them, padding changes nothing, and the parts add up. Errors are relative to
+the largest absolute value of the reference. Each is recorded under the type, and the run writes ``docs/coverage.md``
+(`tests/conftest.py`).
+"""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe_interp as moe
+from moe_interp.points import POINTS
+from tests.reference.types import Reference, forward
+from tests.tiny_types import TYPES, build, inputs, runner
+
+TOLERANCE = 1e-5
+QUICK = (
+    "cohere2_moe", "dbrx", "deepseek_v4", "doge", "gemma4", "inkling2_text", "llama4_text", "longcat_flash", "minimax",
+    "nemotron_h", "nllb-moe", "qwen4_exp", "step3p7", "switch_transformers", "zaya",
+)  # fmt: skip
+EACH_TYPE = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TYPES]
+# Where transformers' own experts run on grouped_mm, to which an untouched run is bit-equal.
+OWN_COMPUTATION = (
+    "dbrx", "doge", "jetmoe", "llama4", "llama4_text", "longcat_flash", "nllb-moe", "step3p7", "switch_transformers",
+)  # fmt: skip
+
+
+@cache
+def tiny(model_type: str) -> Any:
+    return build(model_type)
+
+
+@cache
+def clean(model_type: str) -> Reference:
+    with torch.no_grad():
+        return forward(tiny(model_type), inputs(tiny(model_type)))
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    return ((got.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+def cacheless(hf: Any) -> dict[str, bool]:
+    return {} if hf.config.model_type == "diffusion_gemma" else {"use_cache": False}
+
+
+def output_of(output: Any) -> Tensor:
+    logits = getattr(output, "logits", None)
+    return output.last_hidden_state if logits is None else logits
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_every_point_reads_what_the_reference_computes(model_type, record_property):
+    reference = clean(model_type)
+    with moe.wrap(tiny(model_type)) as model:
+        run = model.run(inputs(tiny(model_type)), read=list(model.points))
+        notes = model.spec.notes
+    assert set(run.values) == set(reference.points)
+    errors = {}
+    for key, expected in reference.points.items():
+        got = run.values[key]
+        assert got.shape == expected.shape, key
+        if POINTS[key[0]].integer:
+            assert torch.equal(got, expected), key
+        else:
+            errors[key] = error(got, expected)
+    worst = max(errors.values())
+    record_property("points", " ".join(sorted({name for name, _ in reference.points}, key=list(POINTS).index)))
+    record_property("read", worst)
+    record_property("notes", " ".join(notes))
+    assert worst < TOLERANCE, {key: value for key, value in errors.items() if value >= TOLERANCE}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_an_untouched_run_is_the_plain_one(model_type, dtype, record_property):
+    hf = build(model_type, dtype=dtype)
+    arguments = inputs(hf)
+    if hf._can_set_experts_implementation():
+        hf.set_experts_implementation("grouped_mm")
+    with torch.no_grad():
+        plain = output_of(runner(hf)(**arguments, **cacheless(hf)))
+    with moe.wrap(hf) as model:
+        untouched = model.run(arguments).output
+        everything = model.run(arguments, read=list(model.points)).output
+    record_property("clean", 0.0 if torch.equal(untouched, plain) else error(untouched, plain))
+    assert torch.equal(everything, untouched)
+    if model_type not in OWN_COMPUTATION:
+        assert torch.equal(untouched, plain)
+    elif dtype is torch.float32:
+        assert error(untouched, plain) < TOLERANCE
+
+
+def change(point: str, value: Tensor) -> Tensor:
+    """Another expert in slot 0, or some numbers grown and shifted."""
+    out = value.clone()
+    if point == "expert_ids":
+        out[..., 0] = (out[..., 0] + 1) % 8
+    elif point == "gate_weights":
+        out[..., 0] = out[..., 0] * 0.5 + 0.2
+    else:
+        out[..., ::2] = out[..., ::2] * 1.5 + 0.3
+    return out
+
+
+def one_of_each_point(reference: Reference) -> list[tuple[str, int | None]]:
+    """For each point, the middle one of the layers that have it."""
+    layers: dict[str, list] = {}
+    for point, layer in reference.points:
+        layers.setdefault(point, []).append(layer)
+    return [(point, having[len(having) // 2]) for point, having in layers.items()]
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_every_edit_moves_the_output_as_the_reference_predicts(model_type, record_property):
+    hf, reference = tiny(model_type), clean(model_type)
+    scale = reference.output.abs().max().item()
+    errors = {}
+    with moe.wrap(hf) as model:
+        for point, layer in one_of_each_point(reference):
+            if not POINTS[point].editable:
+                continue
+            where = {} if layer is None else {"layers": layer}
+            edit = moe.apply(point, lambda value, point=point: change(point, value), **where)
+            got = model.run(inputs(hf), edit=edit).output
+            with model.plain(), torch.no_grad():
+                edits = {(point, layer): lambda value, point=point: change(point, value)}
+                expected = forward(hf, inputs(hf), edits).output
+            effect = (expected - reference.output).abs().max().item()
+            assert effect > 1e-3 * scale, point
+            errors[point] = (got - expected).abs().max().item() / max(effect, scale)
+    record_property("edit", max(errors.values()))
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_dropping_the_lightest_slot_is_what_the_reference_computes(model_type, record_property):
+    def drop_the_lightest(weights: Tensor) -> Tensor:
+        return weights.scatter(-1, weights.abs().argmin(dim=-1, keepdim=True), 0.0)
+
+    hf, reference = tiny(model_type), clean(model_type)
+    edits = {key: drop_the_lightest for key in reference.points if key[0] == "gate_weights"}
+    with torch.no_grad():
+        expected = forward(hf, inputs(hf), edits).output
+    with moe.wrap(hf) as model:
+        got = model.run(inputs(hf), edit=moe.apply("gate_weights", drop_the_lightest)).output
+    record_property("drop", error(got, expected))
+    assert error(reference.output, expected) > 1e-3
+    assert error(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_gradients_reach_every_point_and_match_the_reference(model_type, record_property):
+    # doge's own renormalisation is in place and cannot be differentiated; over a softmax it changes nothing
+    hf = build("doge", norm_topk_prob=False) if model_type == "doge" else tiny(model_type)
+    again = forward(hf, inputs(hf))
+    probe = torch.randn(again.output.shape, generator=torch.Generator().manual_seed(3))
+    keys = [key for key in again.points if POINTS[key[0]].differentiable]
+    expected = torch.autograd.grad((again.output * probe).sum(), [again.points[k] for k in keys], allow_unused=True)
+    with moe.wrap(hf) as model:
+        run = model.run(inputs(hf), read=list(model.points), grad=True)
+        got = torch.autograd.grad((run.output * probe).sum(), [run.values[k] for k in keys], allow_unused=True)
+    errors = {}
+    for key, mine, theirs in zip(keys, got, expected, strict=True):
+        if theirs is None:
+            assert mine is None or mine.abs().max() == 0, key
+        else:
+            assert theirs.abs().max() > 0 or "diffusion" in model_type, key
+            errors[key] = error(mine, theirs) if theirs.abs().max() > 0 else 0.0
+    record_property("gradient", max(errors.values()))
+    assert max(errors.values()) < 1e-4, {key: value for key, value in errors.items() if value >= 1e-4}
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_padding_counts_nowhere(model_type):
+    hf = tiny(model_type)
+    padded = inputs(hf)
+    padded["attention_mask"][1, :3] = 0
+    with torch.no_grad():
+        reference = forward(hf, padded)
+    with moe.wrap(hf) as model:
+        run = model.run(padded, read=["resid_post", "expert_out"])
+        real = {layer: routing.mask for layer, routing in run.routing.items()}
+    for (point, layer), got in run.values.items():
+        mask = real.get(layer, padded["attention_mask"].bool() if got.shape[1] == 8 else None)
+        expected = reference.points[point, layer]
+        if point == "expert_out":  # the order of an unsorted top-k is not to be relied on
+            got = by_expert(got, run.routing[layer].ids)
+            expected = by_expert(expected, reference.points["expert_ids", layer])
+        assert error(got[mask], expected[mask]) < TOLERANCE, (point, layer)
+
+
+def by_expert(outputs: Tensor, ids: Tensor) -> Tensor:
+    """Slots in the order of expert ids."""
+    return outputs.gather(2, ids.argsort(dim=-1)[..., None].expand_as(outputs))
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_the_parts_add_up(model_type, record_property):
+    hf = tiny(model_type)
+    with moe.wrap(hf) as model:
+        audit = model.audit(inputs(hf))
+    found = {check.name: check.error for check in audit.checks}
+    for name, short in (
+        ("moe_out = routed_out + shared_out", "block"),
+        ("resid_mid = resid_pre + attn_out", "mid"),
+        ("resid_post = resid_mid + moe_out (or mlp_out)", "residual"),
+        ("logits = decode(resid_post of the last layer)", "decode"),
+    ):
+        if name in found:
+            record_property(short, found[name])
+    assert audit.passed, str(audit)
