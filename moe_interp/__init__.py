@@ -18,6 +18,7 @@ _HOMES = {
     "model": ("MoEModel", "load", "wrap"),
     "run": ("Routing", "Run", "select"),
     "points": ("POINTS",),
+    "adapters": ("Family", "register_adapter"),
     "interventions": ("Intervention", "ablate", "apply", "from_json", "scale", "to_json", "top_k"),
     "data": ("Corpus", "read_corpus", "sample"),
     "analyses.routing": ("routing", "routing_map"),
@@ -32,6 +33,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
+    from moe_interp.adapters import Family, register_adapter
     from moe_interp.analyses.attribution import logit_attribution
     from moe_interp.analyses.lens import expert_lens
     from moe_interp.analyses.perplexity import perplexity
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = [
     "POINTS",
     "Corpus",
+    "Family",
     "Intervention",
     "MoEError",
     "MoEModel",
@@ -63,6 +66,7 @@ __all__ = [
     "logit_attribution",
     "perplexity",
     "read_corpus",
+    "register_adapter",
     "report",
     "routing",
     "routing_from_counts",

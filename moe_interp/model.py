@@ -26,6 +26,13 @@ from moe_interp.run import Read, Run, positions_of
 if TYPE_CHECKING:
     from moe_interp.audit import Audit
 
+AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForTokenClassification",
+    "AutoModel",
+)
 REFERENCE = Path(__file__).parent / "zoo" / "reference"
 _HOSTS: WeakKeyDictionary[nn.Module, tuple[LocalHost, int]] = WeakKeyDictionary()  # and how many opened them
 
@@ -114,6 +121,13 @@ class MoEModel:
         interventions = _listed(edit, Intervention)
         session = Session(self._host, interventions, [_as_read(one) for one in _listed(read, (str, Read))], grad)
         model_inputs = self.encode(inputs)
+        if self.spec.kind == "encoder-decoder" and not {"decoder_input_ids", "labels"} & model_inputs.keys():
+            raise BadInput(
+                "an encoder-decoder needs something to decode",
+                expected='a mapping with "input_ids" and "decoder_input_ids"',
+                got=f"one with {', '.join(model_inputs)}",
+                do="model.generate needs input_ids alone.",
+            )
         with session():
             output = self.forward(model_inputs)
         tokens = session.tokens
@@ -371,6 +385,23 @@ def _tokenizer(source: str, trust_remote_code: bool) -> Any:
         ) from error
 
 
+def _loader(source: str, trust_remote_code: bool, options: Mapping[str, Any]) -> Any:
+    """The class that a checkpoint was saved from, or the first auto class that takes its config."""
+    import transformers
+
+    where = {key: options[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in options}
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return transformers.AutoModelForCausalLM
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for name in AUTO_CLASSES:
+        if type(config) in getattr(transformers, name)._model_mapping:
+            return getattr(transformers, name)
+    return transformers.AutoModelForCausalLM
+
+
 def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **options: Any) -> MoEModel:
     """Load a checkpoint and open it: the bundled reference model, a hub id, or a folder.
 
@@ -384,15 +415,12 @@ def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **o
         UnsupportedModel: an unknown or dense architecture.
         BadCheckpoint: nothing there, not readable, or weights that are missing or not finite.
     """
-    import transformers
-
-    loader: Any = transformers.AutoModelForCausalLM
     source = str(REFERENCE if name is None else name)
     if name is None:
         options = {"dtype": "float32"} | options
     try:
         # Safetensors only: a pickled checkpoint could run anything.
-        hf, report = loader.from_pretrained(
+        hf, report = _loader(source, trust_remote_code, options).from_pretrained(
             source, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **options
         )
         tokenizer = _tokenizer(source, trust_remote_code)

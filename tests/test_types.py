@@ -207,6 +207,8 @@ def test_the_parts_add_up(model_type, record_property):
         audit = model.audit(inputs(hf))
     found = {check.name: check.error for check in audit.checks}
     for name, short in (
+        ("gate_weights ∝ router_scores of expert_ids", "scores"),
+        ("expert_out = down-projection of expert_act", "neurons"),
         ("moe_out = routed_out + shared_out", "block"),
         ("resid_mid = resid_pre + attn_out", "mid"),
         ("resid_post = resid_mid + moe_out (or mlp_out)", "residual"),
