@@ -17,18 +17,33 @@ def encode(
 ) -> dict[str, Any]:
     """Model inputs of a text, texts, token ids [S] or [B, S], or a mapping of them.
 
+    A model without tokens takes a mapping of its arguments, as they are.
+
     Raises:
-        BadInput: an empty text, text without a tokenizer, ids out of the vocabulary, more tokens than the context.
+        BadInput: an empty text, text without a tokenizer, ids out of the vocabulary, more tokens than the context;
+            anything but a mapping, for a model without tokens.
     """
-    if isinstance(inputs, Mapping):
+    if spec.kind == "other":
+        found = _arguments(inputs, spec)
+    elif isinstance(inputs, Mapping):
         found = _tensors(inputs)
     elif isinstance(inputs, str) or (isinstance(inputs, Sequence) and inputs and isinstance(inputs[0], str)):
         found = _tokenize([inputs] if isinstance(inputs, str) else list(inputs), tokenizer, padding_side)
     else:
         found = {"input_ids": _ids(inputs)}
-    if "input_ids" in found:
+    if "input_ids" in found and spec.kind != "other":
         _check(found["input_ids"], spec, found.get("attention_mask"))
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in found.items()}
+
+
+def _arguments(inputs: Inputs, spec: ModelSpec) -> dict[str, Any]:
+    if not isinstance(inputs, Mapping):
+        raise BadInput(
+            f"{spec.model_type} takes no tokens",
+            expected='a mapping of the arguments of its forward, such as {"images": ...}',
+            got=type(inputs).__name__,
+        )
+    return dict(inputs)
 
 
 def _tensors(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -152,8 +152,18 @@ class MoEModel:
         Returns:
             The continued text (or texts) if given text; else what transformers returns: token ids [B, S + new],
             prompt included.
+
+        Raises:
+            UnsupportedModel: a model that does not write text.
         """
         self._check_open()
+        if self.spec.kind == "other":
+            raise UnsupportedModel(
+                f"{self.spec.model_type} generates nothing",
+                expected="a model of tokens",
+                got="one without",
+                do="Use run.",
+            )
         session = Session(self._host, _listed(edit, Intervention), ())
         model_inputs = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
         with session():

@@ -160,6 +160,7 @@ class LayerSpec:
         stack: which stack of layers it belongs to; layers of one stack see the same tokens, one after the other.
         part: 0, or 1, 2, ... where one module of the model is several layers here.
         modality: which tokens its mixture sees; None: all.
+        pooled: whether it is called with one value an input, [B, ...] without positions: points are [B, 1, ...].
     """
 
     index: int
@@ -171,6 +172,7 @@ class LayerSpec:
     stack: str = "text"
     part: int = 0
     modality: Modality | None = None
+    pooled: bool = False
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,13 @@ class Taps:
         self.logits: Tensor | None = None
 
     def enter(self, hidden: Tensor) -> None:
-        """The layer is called with these hidden states: [B, S, ...], or [S, D] where there is no batch."""
+        """The layer is called with these hidden states: [B, S, ...], or [S, D] where there is no batch.
+
+        A pooled layer is called with [B, ...], which is one position an input.
+        """
         self.grid = (hidden.shape[0], hidden.shape[1]) if hidden.dim() > 2 else (1, hidden.shape[0])
+        if self.layer.pooled:
+            self.grid = (hidden.shape[0], 1)
         self.rows = None
 
     def live(self, name: str) -> bool:

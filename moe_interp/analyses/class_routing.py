@@ -1,0 +1,316 @@
+"""Where do the classes go, which of them go together, and do trials agree? A table of class and expert, over trials.
+
+A trial is one model trained from its own seed, and the unit of every interval: a labelled result with ``label`` [image]
+and ``expert_id`` [image, slot] on the same test images, and ``group`` [class], a split of the classes in two
+(`moe_interp.zoo.vision_study` writes such). From "Do Experts Specialize?" (Poetzscher).
+
+The numbers of experts mean nothing across trials. Either tables are matched, by the assignment of experts that brings
+them closest (Kuhn 1955), or reduced to what numbers do not enter: correlation and covariance of classes over all
+experts of all trials, and the mutual information of class and expert.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from math import comb, log
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, Int
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+
+from moe_interp.errors import BadInput
+from moe_interp.results import Variable, labelled, provenance_of
+from moe_interp.stats import ratio, shares, student_interval
+
+Trials = Sequence[xr.Dataset]
+PERMUTATIONS = 999
+SPLITS = 10_000
+INTERVAL = "95 % interval over trials (Student's t); NaN for one trial"
+
+
+def class_routing(trials: Trials, *, permutations: int = PERMUTATIONS, seed: int = 0) -> xr.Dataset:
+    """Where each class goes, which classes go together, and how far trials agree on it.
+
+    Experts are numbered alike in all trials: matched, the first takes most of the group that the first class is in.
+
+    - ``share``: of a class's decisions that each expert gets; the null is ``expert_load``, the expert's share of all.
+    - ``correlation``, ``covariance`` of two classes' shares over all experts of all trials, as published: about the
+      mean 1/E, so that a load that is not even makes all classes correlate. ``correlation_excess`` is about the load.
+    - ``silhouette`` of the two groups of classes by the distance of their shares, -1 ... 1. Null: all other splits into
+      groups of these sizes. ``cluster``: the two groups that average linkage finds, without being told.
+    - ``consistency``: correlation of two trials' tables of excess shares after the best assignment of experts, mean
+      over pairs of trials. Null: permuted classes, matched anew, for a best assignment agrees somewhat with anything.
+    - ``agreement``: share of test images that go to the same (matched) expert in two trials, mean over pairs.
+      Controls: what it would be if the class alone decided, and if nothing did.
+    - ``information``: mutual information of class and expert, less its bias (Miller 1955). Null: permuted labels.
+
+    Args:
+        trials: of models with the same number of experts, on the same test images.
+        permutations: for the null of consistency and, a fifth of them, of information.
+        seed: of these.
+
+    Raises:
+        BadInput: no trials, or other classes, experts or test images in some.
+    """
+    check_trials(trials)
+    counts, ids = _matched_trials(trials)
+    rng = np.random.default_rng(seed)
+    tables = shares(counts)
+    variables = _shares_of(counts) | _together(tables) | _split(tables, trials[0]["group"].values)
+    variables |= _consistency(tables, permutations, rng) | _agreement(ids, trials[0]["label"].values, tables.shape[2])
+    variables |= _informations(trials, permutations // 5, rng)
+    classes = trials[0]["class"].values
+    coords = {"class": classes, "other": classes, "expert": np.arange(tables.shape[2])}
+    coords |= {"bound": np.array(["low", "high"]), "trial": np.arange(len(trials))}
+    provenance = common_provenance(trials, permutations=permutations, permutation_seed=seed)
+    return labelled(variables, coords, analysis="class routing", provenance=provenance)
+
+
+def check_trials(trials: Trials) -> None:
+    if not len(trials):
+        raise BadInput("no trials", expected="at least one", got="none")
+    first = trials[0]
+    for trial in trials:
+        if not all(np.array_equal(trial[name].values, first[name].values) for name in ("class", "label")):
+            raise BadInput("trials cannot be compared", expected="the same classes and test images", got="others")
+        if trial.sizes["expert"] != first.sizes["expert"]:
+            raise BadInput(
+                "trials cannot be compared",
+                expected=f"{first.sizes['expert']} experts in all",
+                got=str(trial.sizes["expert"]),
+            )
+
+
+def class_counts(trial: xr.Dataset) -> Int[np.ndarray, "C E"]:
+    """How many decisions of each class went to each expert."""
+    ids = trial["expert_id"].values
+    counts = np.zeros((trial.sizes["class"], trial.sizes["expert"]), dtype=np.int64)
+    np.add.at(counts, (np.broadcast_to(trial["label"].values[:, None], ids.shape), ids), 1)
+    return counts
+
+
+def best_assignment(table: Float[np.ndarray, "C E"], reference: Float[np.ndarray, "C E"]) -> Int[np.ndarray, " E"]:
+    """For each column of the reference the column of the table that it stands for, at the least squared distance."""
+    return linear_sum_assignment(-reference.T @ table)[1]
+
+
+def match(tables: Float[np.ndarray, "trials C E"]) -> Int[np.ndarray, "trials E"]:
+    """An order of the columns of each table in which all tables come close to their mean.
+
+    The first table is the first reference, then the mean of the tables as they were matched, until nothing changes.
+    """
+    reference, before = tables[0], None
+    for _ in range(20):
+        orders = np.stack([best_assignment(table, reference) for table in tables])
+        if before is not None and np.array_equal(orders, before):
+            break
+        reference = np.mean([table[:, order] for table, order in zip(tables, orders, strict=True)], axis=0)
+        before = orders
+    return orders
+
+
+def _matched_trials(trials: Trials) -> tuple[Int[np.ndarray, "trials C E"], Int[np.ndarray, "trials N K"]]:
+    """Counts and expert ids of every trial, experts numbered alike."""
+    counts = np.stack([class_counts(trial) for trial in trials])
+    orders = match(shares(counts))
+    matched = np.stack([table[:, order] for table, order in zip(counts, orders, strict=True)])
+    groups = trials[0]["group"].values
+    first = np.argsort(-shares(matched).mean(axis=0)[groups == groups[0]].mean(axis=0), kind="stable")
+    orders, matched = orders[:, first], matched[:, :, first]
+    ids = [
+        np.argsort(order)[trial["expert_id"].values] for trial, order in zip(trials, orders, strict=True)
+    ]  # argsort of an order is its inverse
+    return matched, np.stack(ids)
+
+
+def _shares_of(counts: Int[np.ndarray, "trials C E"]) -> dict[str, Variable]:
+    tables, load = shares(counts), shares(counts.sum(axis=1))
+    return {
+        "share": Variable(("class", "expert"), tables.mean(0), "1", "share of a class's decisions, 0 ... 1"),
+        "share_interval": Variable(("bound", "class", "expert"), student_interval(tables), "1", INTERVAL),
+        "share_trials": Variable(("trial", "class", "expert"), tables, "1", "the same by trial, experts matched"),
+        "expert_load": Variable(
+            ("expert",), load.mean(0), "1", "share of all decisions, the null of share; even is 1/E"
+        ),
+        "expert_load_interval": Variable(("bound", "expert"), student_interval(load), "1", INTERVAL),
+    }
+
+
+def class_covariance(tables: Float[np.ndarray, "trials C E"]) -> Float[np.ndarray, "trials C C"]:
+    """Covariance of classes' shares over the experts of each trial, about the mean share 1/E."""
+    centred = tables - 1 / tables.shape[2]
+    return centred @ centred.transpose(0, 2, 1) / tables.shape[2]
+
+
+def _correlation(tables: Float[np.ndarray, "trials C E"]) -> Float[np.ndarray, "C C"]:
+    """Of classes over all experts of all trials: from covariances pooled over trials."""
+    pooled = class_covariance(tables).mean(axis=0)
+    spread = np.sqrt(np.diag(pooled))
+    return _divided(pooled, np.outer(spread, spread))
+
+
+def _divided(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
+    return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom > 1e-15)
+
+
+def _excess(tables: Float[np.ndarray, "trials C E"]) -> Float[np.ndarray, "trials C E"]:
+    """Shares less the expert's mean over classes, about 1/E as `class_covariance` takes them."""
+    return tables - tables.mean(axis=1, keepdims=True) + 1 / tables.shape[2]
+
+
+def _together(tables: Float[np.ndarray, "trials C E"]) -> dict[str, Variable]:
+    covariance = class_covariance(tables)
+    pair = ("class", "other")
+    return {
+        "correlation": Variable(pair, _correlation(tables), "1", "of shares over experts and trials, -1 ... 1"),
+        "correlation_interval": Variable(("bound", *pair), _jackknife(_correlation, tables), "1", INTERVAL),
+        "correlation_excess": Variable(pair, _correlation(_excess(tables)), "1", "the same, the load taken off"),
+        "covariance": Variable(pair, covariance.mean(0), "1", "of classes' shares over experts, -1/4 ... 1/4"),
+        "covariance_interval": Variable(("bound", *pair), student_interval(covariance), "1", INTERVAL),
+    }
+
+
+def _jackknife(statistic: Callable[[np.ndarray], np.ndarray], tables: np.ndarray) -> Float[np.ndarray, "2 C C"]:
+    """Interval of a correlation: pseudo-values over trials (Tukey 1958), on Fisher's scale."""
+    count = len(tables)
+    whole = _fisher(statistic(tables))
+    if count < 2:
+        return np.full((2, *whole.shape), np.nan)
+    without = [_fisher(statistic(np.delete(tables, trial, axis=0))) for trial in range(count)]
+    return np.tanh(student_interval(count * whole - (count - 1) * np.stack(without)))
+
+
+def _fisher(correlation: np.ndarray) -> np.ndarray:
+    return np.arctanh(np.clip(correlation, -1 + 1e-9, 1 - 1e-9))
+
+
+def silhouette(distances: Float[np.ndarray, "C C"], inside: Any) -> float:
+    """Mean silhouette (Rousseeuw 1987) of a split in two, given one side: -1 ... 1, NaN if all coincide."""
+    member = np.zeros(len(distances), bool)
+    member[list(inside)] = True
+    same = member[:, None] == member[None, :]
+    own = ratio((distances * same).sum(1), np.maximum(same.sum(1) - 1, 1))
+    other = ratio((distances * ~same).sum(1), (~same).sum(1))
+    width = _divided(other - own, np.maximum(own, other))
+    return float(np.mean(np.where(same.sum(1) == 1, 0.0, width)))
+
+
+def _split(tables: Float[np.ndarray, "trials C E"], groups: np.ndarray) -> dict[str, Variable]:
+    """Do the classes of one group go together? Against all splits into groups of these sizes."""
+    profiles = tables.transpose(1, 0, 2).reshape(tables.shape[1], -1)
+    distances = cdist(profiles, profiles)
+    first = np.flatnonzero(groups == groups[0])
+    observed = silhouette(distances, first)
+    null = np.array([silhouette(distances, some) for some in _splits(len(groups), len(first))])
+    p = float((null >= observed - 1e-12).mean()) if np.isfinite(observed) else np.nan
+    cluster = fcluster(linkage(profiles, "average"), 2, "maxclust").astype(np.int64)
+    return {
+        "silhouette": _number(observed, "1", "of the two groups of classes by their shares, -1 ... 1"),
+        "silhouette_null": _number(null.mean(), "1", "its mean over all splits into groups of these sizes"),
+        "silhouette_p": _number(p, "1", "share of all those splits, this one included, that reach it"),
+        "cluster": Variable(("class",), cluster, "1", "the two clusters of average linkage"),
+    }
+
+
+def _splits(classes: int, size: int) -> list[tuple[int, ...]] | np.ndarray:
+    if comb(classes, size) <= SPLITS:
+        return list(combinations(range(classes), size))
+    rng = np.random.default_rng(0)
+    return np.stack([rng.permutation(classes)[:size] for _ in range(SPLITS)])
+
+
+def table_agreement(tables: Float[np.ndarray, "trials C E"]) -> float:
+    """Correlation of excess shares after the best assignment of experts, mean over pairs of trials: -1 ... 1."""
+    excess = tables - tables.mean(axis=1, keepdims=True)
+    values = [_pearson(one, other[:, best_assignment(other, one)]) for one, other in combinations(excess, 2)]
+    return float(np.mean(values)) if values else np.nan
+
+
+def _pearson(one: np.ndarray, other: np.ndarray) -> float:
+    """Of tables whose columns have mean 0."""
+    scale = np.sqrt((one**2).sum() * (other**2).sum())
+    return float((one * other).sum() / scale) if scale > 1e-12 else np.nan
+
+
+def _consistency(tables: np.ndarray, permutations: int, rng: np.random.Generator) -> dict[str, Variable]:
+    observed = table_agreement(tables)
+    null = np.array(
+        [table_agreement(np.stack([rng.permutation(table) for table in tables])) for _ in range(permutations)]
+    )
+    p = (1 + (null >= observed - 1e-12).sum()) / (1 + permutations) if np.isfinite(observed) else np.nan
+    return {
+        "consistency": _number(observed, "1", "correlation of trials' matched tables, mean over pairs, -1 ... 1"),
+        "consistency_null": _number(null.mean(), "1", "its mean with permuted classes, matched anew"),
+        "consistency_p": _number(p, "1", "of the permutation test"),
+    }
+
+
+def _agreement(ids: Int[np.ndarray, "trials N K"], labels: np.ndarray, experts: int) -> dict[str, Variable]:
+    """How often an image's experts are the same in two trials; by class and by load alone."""
+    used = np.zeros((len(ids), ids.shape[1], experts))
+    np.put_along_axis(used, ids, 1.0, axis=2)
+    used /= ids.shape[2]
+    by_class = np.stack([used[:, labels == label].mean(axis=1) for label in np.unique(labels)], axis=1)
+    sizes = np.bincount(labels)[np.unique(labels)] / len(labels)
+    values = {
+        "agreement": lambda a, b: (used[a] * used[b]).sum(-1).mean() * ids.shape[2],
+        "agreement_class": lambda a, b: sizes @ (by_class[a] * by_class[b]).sum(-1) * ids.shape[2],
+        "agreement_load": lambda a, b: (used[a].mean(0) * used[b].mean(0)).sum() * ids.shape[2],
+    }
+    said = {
+        "agreement": "share of an image's experts that are the same in two trials, mean over pairs, 0 ... 1",
+        "agreement_class": "the same if the class alone decided",
+        "agreement_load": "the same if nothing but the experts' loads did",
+    }
+    pairs = list(combinations(range(len(ids)), 2))
+    means = {name: float(np.mean([of(*pair) for pair in pairs])) if pairs else np.nan for name, of in values.items()}
+    return {name: _number(mean, "1", said[name]) for name, mean in means.items()}
+
+
+def mutual_information(counts: Int[np.ndarray, "C E"], images: int) -> float:
+    """Of class and expert in nats, less the bias of the plug-in estimate: about 0 ... min(ln E, H(class)).
+
+    Miller's correction, (cells - rows - columns + 1) / 2N with those that occur; N counts images, for the decisions of
+    one image are not independent.
+    """
+    joint = counts / counts.sum()
+    rows, columns = joint.sum(1, keepdims=True), joint.sum(0, keepdims=True)
+    seen = joint > 0
+    plug_in = (joint[seen] * np.log(joint[seen] / (rows * columns)[seen])).sum()
+    return float(plug_in - (seen.sum() - (rows > 0).sum() - (columns > 0).sum() + 1) / (2 * images))
+
+
+def information(trial: xr.Dataset) -> float:
+    """`mutual_information` of one trial."""
+    return mutual_information(class_counts(trial), trial.sizes["image"])
+
+
+def _informations(trials: Trials, permutations: int, rng: np.random.Generator) -> dict[str, Variable]:
+    values = np.array([information(trial) for trial in trials])
+    shuffled = [
+        information(trial.assign(label=("image", rng.permutation(trial["label"].values))))
+        for trial in trials
+        for _ in range(-(-permutations // len(trials)))
+    ]
+    said = "mutual information of class and expert, less its bias; at most ln E"
+    return {
+        "information": _number(values.mean(), "nats", said),
+        "information_interval": Variable(("bound",), student_interval(values), "nats", INTERVAL),
+        "information_null": _number(float(np.quantile(shuffled, 0.95)), "nats", "95 % of permuted labels give less"),
+        "information_trials": Variable(("trial",), values, "nats", "in every trial"),
+        "information_cap": _number(log(trials[0].sizes["expert"]), "nats", "ln E"),
+    }
+
+
+def common_provenance(trials: Trials, **more: str | int | float) -> dict[str, str | int | float]:
+    """What all trials have in common."""
+    first, *rest = map(provenance_of, trials)
+    same = {key: value for key, value in first.items() if all(other.get(key) == value for other in rest)}
+    return same | {"trials": len(trials)} | more
+
+
+def _number(value: float, units: str, meaning: str) -> Variable:
+    return Variable((), np.asarray(value), units, meaning)

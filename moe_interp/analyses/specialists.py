@@ -1,0 +1,185 @@
+"""Is it worth anything that experts specialize? Trials of one classifier in, labelled results with intervals out.
+
+The experiments of "Do Experts Specialize?" (Poetzscher) around the table of `moe_interp.analyses.class_routing`; trials
+are as there, and were classified under other routings too (`moe_interp.zoo.vision_study`).
+
+1. `accuracies`: the learned routing against random, permuted and fresh experts, and against dense models.
+2. `depth`: a short trunk against the base, by class covariance, whose scale depends on the load, and by mutual
+   information, whose does not.
+3. `probed`: how much of the class the router could have seen, and how much of that it used.
+"""
+
+from collections.abc import Mapping
+from math import log
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+from scipy.stats import ttest_ind
+
+from moe_interp.analyses.class_routing import (
+    INTERVAL,
+    Trials,
+    check_trials,
+    class_counts,
+    class_covariance,
+    common_provenance,
+    information,
+)
+from moe_interp.errors import BadInput
+from moe_interp.results import Variable, labelled
+from moe_interp.stats import shares, student_interval
+
+# 1. What the routing is worth
+
+
+def accuracies(
+    mixtures: Mapping[int, Trials], dense_one: Trials = (), dense_total: Mapping[int, Trials] | None = None
+) -> xr.Dataset:
+    """Accuracy of learned routing, of other routings of the same model, and of dense models.
+
+    Args:
+        mixtures: trials by number of experts, as many of each.
+        dense_one: dense models as large as one expert.
+        dense_total: dense models as large as all experts together, by number of experts.
+
+    Returns:
+        ``accuracy`` and ``gap`` (learned less the others, paired by trial) by experts and condition, with intervals;
+        ``accuracy_trials``, every trial's. Shares of test images, 0 ... 1, chance 1 / classes.
+
+    Raises:
+        BadInput: no trials, or different numbers of them.
+    """
+    every = [*mixtures.values(), *([dense_one] if dense_one else []), *(dense_total or {}).values()]
+    counts = sorted({len(trials) for trials in every})
+    if len(counts) != 1 or counts == [0]:
+        raise BadInput("trials cannot be compared", expected="as many of every kind", got=str(counts))
+    conditions = [str(name) for name in next(iter(mixtures.values()))[0]["condition"].values]
+    names = [*conditions, *(["dense, one expert"] if dense_one else []), *(["dense, total"] if dense_total else [])]
+    table = np.stack(
+        [_accuracies(mixtures[count], dense_one, (dense_total or {}).get(count, ())) for count in mixtures]
+    )
+    gap = table[:, :1] - table
+    chance = 1 / mixtures[next(iter(mixtures))][0].sizes["class"]
+    dims = ("experts", "condition")
+    variables = {
+        "accuracy": Variable(dims, table.mean(-1), "1", f"share of test images classified right, chance {chance:.3g}"),
+        "accuracy_interval": Variable((*dims, "bound"), _ends(table), "1", INTERVAL),
+        "gap": Variable(dims, gap.mean(-1), "1", "accuracy of learned routing less this one, paired by trial"),
+        "gap_interval": Variable((*dims, "bound"), _ends(gap), "1", INTERVAL),
+        "accuracy_trials": Variable((*dims, "trial"), table, "1", "the accuracy of every trial"),
+        "chance": Variable((), np.asarray(chance), "1", "accuracy of a guess"),
+    }
+    coords: dict[str, ArrayLike] = {"experts": np.array(list(mixtures)), "condition": names, "bound": ["low", "high"]}
+    coords["trial"] = np.arange(table.shape[-1])
+    everything = [trial for trials in every for trial in trials]
+    return labelled(variables, coords, analysis="accuracies", provenance=common_provenance(everything))
+
+
+def _accuracies(mixture: Trials, dense_one: Trials, dense_total: Trials) -> Float[np.ndarray, "conditions trials"]:
+    rows = list(np.stack([trial["accuracy"].values for trial in mixture], axis=-1))
+    rows += [
+        np.array([trial["accuracy"].values[0] for trial in dense]) for dense in (dense_one, dense_total) if len(dense)
+    ]
+    return np.stack(rows).astype(float)
+
+
+def _ends(values: Float[np.ndarray, "*rest trials"]) -> Float[np.ndarray, "*rest 2"]:
+    return np.moveaxis(student_interval(np.moveaxis(values, -1, 0)), 0, -1)
+
+
+# 2. Depth
+
+
+def depth(trials: Mapping[str, Trials]) -> xr.Dataset:
+    """Trunks of different depth: class covariance, mutual information and accuracy, with the differences.
+
+    Args:
+        trials: by name, such as "base" and "short"; all differences are to the first.
+
+    Returns:
+        ``variance`` (mean over classes of the variance of a class's shares over experts) and ``covariance`` (mean
+        absolute one of two classes), both about 1/E; ``information`` in nats; ``accuracy``. Each with an interval, and
+        its difference to the first trunk with Welch's.
+    """
+    values: dict[str, list[np.ndarray]] = {"variance": [], "covariance": [], "information": [], "accuracy": []}
+    for some in trials.values():
+        check_trials(some)
+        covariance = class_covariance(shares(np.stack([class_counts(trial) for trial in some])))
+        diagonal = np.eye(covariance.shape[1], dtype=bool)
+        values["variance"].append(covariance[:, diagonal].mean(1))
+        values["covariance"].append(np.abs(covariance[:, ~diagonal]).mean(1))
+        values["information"].append(np.array([information(trial) for trial in some]))
+        values["accuracy"].append(np.array([float(trial["accuracy"][0]) for trial in some]))
+    said = {
+        "variance": ("1", "mean over classes of the variance of a class's shares over experts, 0 ... 1/4"),
+        "covariance": ("1", "mean absolute covariance of two classes' shares over experts, 0 ... 1/4"),
+        "information": ("nats", "mutual information of class and expert, 0 ... ln E"),
+        "accuracy": ("1", "share of test images classified right, 0 ... 1"),
+    }
+    variables: dict[str, Variable] = {}
+    for name, (units, meaning) in said.items():
+        variables |= _compared(name, values[name], units, meaning)
+    coords = {"trunk": list(trials), "bound": ["low", "high"]}
+    everything = [trial for some in trials.values() for trial in some]
+    return labelled(variables, coords, analysis="depth", provenance=common_provenance(everything))
+
+
+def _compared(name: str, values: list[np.ndarray], units: str, meaning: str) -> dict[str, Variable]:
+    ends = np.stack([student_interval(some) for some in values])
+    differences = np.stack([_welch(some, values[0]) for some in values])
+    return {
+        name: Variable(("trunk",), np.array([some.mean() for some in values]), units, meaning),
+        f"{name}_interval": Variable(("trunk", "bound"), ends, units, INTERVAL),
+        f"{name}_difference": Variable(
+            ("trunk",), np.array([some.mean() - values[0].mean() for some in values]), units, "less the first trunk's"
+        ),
+        f"{name}_difference_interval": Variable(("trunk", "bound"), differences, units, "95 % (Welch's t)"),
+    }
+
+
+def _welch(one: np.ndarray, other: np.ndarray) -> Float[np.ndarray, " 2"]:
+    if one is other:
+        return np.zeros(2)
+    if min(len(one), len(other)) < 2:
+        return np.full(2, np.nan)
+    ends = ttest_ind(one, other, equal_var=False).confidence_interval()
+    return np.array([ends.low, ends.high])
+
+
+# 3. What the router could have used
+
+
+def probed(trials: Mapping[str, Trials]) -> xr.Dataset:
+    """Linear probes of the mixture's input beside what routing tells of the class, by trunk.
+
+    Returns:
+        ``accuracy`` and ``information`` (a lower bound, nats) of the probe and its controls; ``routed``, the mutual
+        information of class and expert; ``cap``, ln E, the most that a choice of one expert can tell; ``used``, routed
+        over the smaller of cap and the probe's information, 0 ... 1.
+    """
+    variables: dict[str, Variable] = {}
+    for name, units in (("accuracy", "1"), ("information", "nats")):
+        probes = [np.stack([trial[f"probe_{name}"].values for trial in some]) for some in trials.values()]
+        meaning = f"{name} of a linear probe of the mixture's input on test images"
+        means, ends = [some.mean(0) for some in probes], [student_interval(some) for some in probes]
+        variables[name] = Variable(("trunk", "probed"), np.stack(means), units, meaning)
+        variables[f"{name}_interval"] = Variable(("trunk", "bound", "probed"), np.stack(ends), units, INTERVAL)
+    routed = [np.array([information(trial) for trial in some]) for some in trials.values()]
+    there = [np.array([float(trial["probe_information"][0]) for trial in some]) for some in trials.values()]
+    cap = log(next(iter(trials.values()))[0].sizes["expert"])
+    used = [one / np.minimum(other, cap) for one, other in zip(routed, there, strict=True)]
+    for name, some, units, said in (
+        ("routed", routed, "nats", "mutual information of class and expert"),
+        ("used", used, "1", "routed over the smaller of cap and the probe's information, 0 ... 1"),
+    ):
+        variables[name] = Variable(("trunk",), np.array([one.mean() for one in some]), units, said)
+        variables[f"{name}_interval"] = Variable(
+            ("trunk", "bound"), np.stack([student_interval(one) for one in some]), units, INTERVAL
+        )
+    variables["cap"] = Variable((), np.asarray(cap), "nats", "ln E, the most that the choice of one expert can tell")
+    first = next(iter(trials.values()))[0]
+    coords: dict[str, ArrayLike] = {"trunk": list(trials), "probed": first["probed"].values, "bound": ["low", "high"]}
+    everything = [trial for some in trials.values() for trial in some]
+    return labelled(variables, coords, analysis="probed", provenance=common_provenance(everything))

@@ -1,0 +1,442 @@
+"""The vision mixture: its points against a slow reference, what it refuses, its training, its pictures, its study."""
+
+import copy
+import inspect
+import io
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+import moe_interp as moe
+from moe_interp.adapters import FAMILIES, Scoring
+from moe_interp.errors import BadData, BadInput, UnknownName, UnsupportedModel
+from moe_interp.points import POINTS
+from moe_interp.zoo import vision, vision_study
+from moe_interp.zoo.vision import Plan, VisionMoE, balance_loss, describe, train
+from moe_interp.zoo.vision_images import read_images
+from moe_interp.zoo.vision_study import STUDIES, Study, look, probe, routes, run_study
+from tests.reference import vision as slow
+
+TOLERANCE = 1e-5
+TINY = Plan(experts=3, width=8, neurons=12, epochs=2, batch=16)
+CASES = [(top_k, depth) for top_k in (1, 2) for depth in ("base", "short")]
+IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+HAS = [
+    "moe_in", "router_logits", "expert_ids", "gate_weights", "router_scores", "expert_act", "expert_out", "routed_out",
+    "moe_out",
+]  # fmt: skip
+
+
+def build(**changes) -> VisionMoE:
+    """A model whose norms and router are not neutral, in eval mode."""
+    hf = VisionMoE(3, 16, 5, replace(TINY, **changes))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in hf.state_dict().items():
+            if value.ndim == 1 and value.is_floating_point():
+                noise = torch.rand(value.shape, generator=generator)
+                value.copy_(noise + 0.5 if "running_var" in name else value + 0.3 * (noise - 0.5))
+        hf.moe.router.weight.mul_(6)
+    return hf.eval()
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+# The model, opened
+
+
+@pytest.mark.parametrize(("top_k", "depth"), CASES)
+def test_points_and_logits_equal_the_slow_reference(top_k, depth):
+    hf = build(top_k=top_k, depth=depth)
+    expected = slow.forward(hf, IMAGES)
+    with torch.no_grad():
+        assert error(hf(IMAGES), expected["logits"]) < TOLERANCE
+    with moe.wrap(hf) as model:
+        assert list(model.points) == HAS
+        run = model.run({"images": IMAGES}, read=HAS)
+        for name in HAS:
+            got = run[name, 0]
+            assert got.shape == expected[name].shape == (7, 1, *expected[name].shape[2:])
+            if name == "expert_ids":
+                assert torch.equal(got, expected[name]) and len(got.unique()) > 1
+            else:
+                assert error(got, expected[name]) < TOLERANCE, name
+        assert error(run.logits, expected["logits"]) < TOLERANCE
+        assert error(model.decode(run["moe_out", 0])[:, 0], run.logits) < TOLERANCE
+
+
+@pytest.mark.parametrize(("top_k", "depth"), CASES)
+def test_the_audit_passes(top_k, depth):
+    with moe.wrap(build(top_k=top_k, depth=depth)) as model:
+        audit = model.audit({"images": IMAGES})
+    assert audit.passed, str(audit)
+    assert [check.name for check in audit.checks if check.name.startswith("edit of")] == [
+        f"edit of {name} takes" for name in HAS if POINTS[name].editable
+    ]
+
+
+def test_the_audit_finds_a_wrong_description(monkeypatch):
+    def wrong(hf):
+        spec = describe(hf)
+        moe_spec = replace(spec.layers[0].moe, scoring=Scoring("sigmoid"))
+        return replace(spec, layers=(replace(spec.layers[0], moe=moe_spec),))
+
+    monkeypatch.setitem(FAMILIES, "VisionMoE", None)  # restores what is there when the test ends
+    moe.register_adapter("VisionMoE", wrong)
+    with moe.wrap(build(top_k=2)) as model:
+        failed = [check.name for check in model.audit({"images": IMAGES}).checks if not check.passed]
+    assert "gate_weights ∝ router_scores of expert_ids" in failed
+
+
+def test_the_adapter_is_one_public_call_of_less_than_forty_lines():
+    source = inspect.getsource(vision)
+    assert source.count("register_adapter(") == 1
+    assert "from moe_interp import register_adapter" in source
+    assert len(inspect.getsource(describe).splitlines()) + 1 < 40
+
+
+@pytest.mark.parametrize("point", [name for name in POINTS if name not in HAS])
+def test_points_that_it_lacks_are_refused(point):
+    with moe.wrap(build()) as model, pytest.raises(UnknownName, match=f"VisionMoE has no point '{point}'"):
+        model.run({"images": IMAGES}, read=point)
+
+
+def test_text_tokens_and_generation_are_refused():
+    with moe.wrap(build()) as model:
+        for given in ("a cat", [1, 2, 3], IMAGES):
+            with pytest.raises(BadInput, match="VisionMoE takes no tokens: expected a mapping"):
+                model.run(given)
+        with pytest.raises(UnsupportedModel, match="VisionMoE generates nothing"):
+            model.generate({"images": IMAGES})
+        with pytest.raises(BadInput, match="what to run on"):
+            model.audit()
+
+
+def test_an_ablated_expert_is_missing_where_it_was_chosen_and_nowhere_else():
+    hf = build()
+    with moe.wrap(hf) as model:
+        clean = model.run({"images": IMAGES}, read="expert_out")
+        chosen = clean.routing[0].ids[:, 0, 0] == 1
+        assert chosen.any() and not chosen.all()
+        edited = model.run({"images": IMAGES}, edit=moe.ablate(layer=0, expert=1, positions=0))
+        assert edited.touched == (int(chosen.sum()),)
+        assert torch.equal(edited.logits[~chosen], clean.logits[~chosen])
+        assert torch.allclose(edited.logits[chosen], hf.head.bias.expand(int(chosen.sum()), -1), atol=1e-6)
+        values, used = clean.expert(0, 1)
+        assert torch.equal(used[:, 0], chosen) and torch.equal(values[chosen], clean["expert_out", 0][chosen][:, :, 0])
+        with pytest.raises(BadInput, match="can never touch"):
+            moe_run = model.run({"images": IMAGES}, edit=moe.ablate(layer=0, expert=1, positions=3))
+            assert moe_run.touched == (0,)
+
+
+def test_gradients_reach_the_mixture_and_more_experts_can_be_kept():
+    with moe.wrap(build(top_k=2)) as model:
+        run = model.run({"images": IMAGES}, read="moe_in", grad=True)
+        (gradient,) = torch.autograd.grad(run.logits[:, 2].sum(), run["moe_in", 0])
+        assert gradient.abs().max() > 0
+        one = model.run({"images": IMAGES}, edit=moe.top_k(1)).logits
+    assert error(one, slow.forward(build(top_k=1), IMAGES)["logits"]) < TOLERANCE
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(BadInput, match="images of this size"):
+        VisionMoE(3, 10, 5, TINY)
+    for changes in ({"width": 6}, {"top_k": 4}, {"top_k": 0}):
+        with pytest.raises(BadInput, match="not a vision model"):
+            replace(TINY, **changes)
+
+
+def test_the_papers_sizes_are_the_defaults():
+    plan = Plan()
+    assert (plan.learning_rate, plan.weight_decay, plan.epochs, plan.balance, plan.top_k) == (1e-2, 1e-4, 10, 1e-5, 1)
+    base = VisionMoE(3, 32, 10, replace(plan, experts=5))
+    filters = [module.out_channels for module in base.trunk if isinstance(module, torch.nn.Conv2d)]
+    assert filters == [128, 256, 256, 512] and base.moe.router.in_features == 512 and len(base.moe.experts) == 5
+    short = VisionMoE(3, 32, 10, replace(plan, depth="short"))
+    pools = [module.kernel_size for module in short.trunk if isinstance(module, torch.nn.MaxPool2d)]
+    assert pools == [8] and short.moe.router.in_features == 512
+    assert STUDIES["full"] == Study() and Study().experts == (2, 3, 5) and Study().trials == 10
+
+
+# Training
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_balance_loss_is_switchs(top_k):
+    scores = torch.randn(30, 4, generator=torch.Generator().manual_seed(2)).softmax(dim=-1)
+    assert balance_loss(scores, top_k).item() == pytest.approx(slow.balance(scores, top_k), abs=1e-6)
+    collapsed = torch.tensor([[1.0, 0.0, 0.0]]).expand(8, 3)
+    assert balance_loss(collapsed, 1).item() == pytest.approx(3.0)
+    assert balance_loss(torch.eye(3).repeat(2, 1), 1).item() == pytest.approx(1.0)
+
+
+def pictures(count: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two classes that differ in brightness."""
+    labels = torch.arange(count) % 2
+    noise = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    return noise + 2.0 * labels[:, None, None, None] - 1.0, labels
+
+
+def trained(plan: Plan) -> tuple[VisionMoE, dict[str, float]]:
+    hf = VisionMoE(1, 8, 2, plan)
+    return hf, train(hf, *pictures(), plan)
+
+
+def test_training_learns_and_a_seed_decides_everything():
+    plan = replace(TINY, epochs=6)
+    (one, last), (other, again) = trained(plan), trained(plan)
+    assert last == again and last["loss"] < 0.2
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    third, _ = trained(replace(plan, seed=1))
+    assert not torch.equal(one.head.weight, third.head.weight)
+    with torch.no_grad():
+        images, labels = pictures()
+        assert not one.training and (one(images).argmax(-1) == labels).float().mean() > 0.9
+
+
+def test_sums_are_means_times_the_square_of_the_batch_and_top_k():
+    plan = replace(TINY, top_k=2, balance=1e-4, epochs=1)
+    sums, _ = trained(plan)
+    means, _ = trained(replace(plan, balance=1e-4 * 16**2 * 2, balance_over="means"))
+    weak, _ = trained(replace(plan, balance_over="means"))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(sums.parameters(), means.parameters(), strict=True))
+    assert not torch.allclose(sums.moe.router.weight, weak.moe.router.weight, atol=1e-4)
+
+
+def test_every_epoch_takes_every_image_once_in_whole_batches():
+    plan = replace(TINY, epochs=3)
+    steps = list(vision.batches(50, plan))
+    assert len(steps) == 3 * vision.steps_per_epoch(50, plan) == 9
+    for epoch in range(3):
+        drawn = torch.cat(steps[3 * epoch : 3 * epoch + 3])
+        assert len(drawn) == len(drawn.unique()) == 48
+    assert not torch.equal(steps[0], steps[3])
+
+
+# The measurements of a trial
+
+
+def forced(model, images, ids, weights=None):
+    edit = [moe.apply("expert_ids", lambda value: ids[:, None].expand_as(value).clone())]
+    if weights is not None:
+        edit.append(moe.apply("gate_weights", lambda value: weights[:, None]))
+    return model.run({"images": images}, edit=edit).logits.argmax(dim=-1)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_conditions_are_what_edits_of_the_points_do(top_k):
+    plan = replace(TINY, top_k=top_k, experts=3)
+    hf, labels = build(top_k=top_k), torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    with moe.wrap(hf) as model:
+        accuracy = dict(
+            zip(vision_study.CONDITIONS, routes(model, IMAGES, labels, plan)["accuracy"].values, strict=True)
+        )
+        run = model.run({"images": IMAGES}, read="router_scores")
+        scores, ids = run["router_scores", 0][:, 0], run.routing[0].ids[:, 0]
+        share = lambda predicted: (predicted == labels).float().mean().item()  # noqa: E731
+        draws = [torch.tensor(draw).expand_as(ids) for draw in permutations(range(3), top_k)]
+        expected = {
+            "learned": share(run.logits.argmax(-1)),
+            "random": np.mean([share(forced(model, IMAGES, draw)) for draw in draws]),
+            "random, own weights": np.mean([share(forced(model, IMAGES, d, scores.gather(1, d))) for d in draws]),
+            "permuted": np.mean([share(forced(model, IMAGES, (ids + shift) % 3)) for shift in (1, 2)]),
+        }
+    for name, value in expected.items():
+        assert accuracy[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_fresh_experts_are_other_experts_in_the_same_model():
+    plan, hf, labels = TINY, build(), torch.zeros(7, dtype=torch.long)
+    with moe.wrap(hf) as model:
+        got = float(routes(model, IMAGES, labels, plan)["accuracy"].values[-1])
+    hits = []
+    for number in range(vision_study.FRESH):
+        other = copy.deepcopy(hf)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1000 * (number + 1) + plan.seed)
+            other.moe.experts = vision.Mixture(32, plan).experts
+        with torch.no_grad():
+            hits.append((other(IMAGES).argmax(-1) == labels).float().mean().item())
+    assert got == pytest.approx(np.mean(hits), abs=1e-6)
+
+
+def test_every_expert_alone_by_class():
+    plan, labels = TINY, torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    with moe.wrap(build()) as model:
+        alone = routes(model, IMAGES, labels, plan)["alone"].values
+        for expert in range(3):
+            right = forced(model, IMAGES, torch.full((7, 1), expert)) == labels
+            for label in range(5):
+                assert alone[expert, label] == pytest.approx(right[labels == label].float().mean().item())
+
+
+def test_images_are_looked_at_in_chunks_without_a_seam(monkeypatch):
+    with moe.wrap(build()) as model:
+        whole = look(model, IMAGES)
+        monkeypatch.setattr(vision_study, "CHUNK", 3)
+        parts = look(model, IMAGES)
+    for name in ("hidden", "outputs", "ids", "weights", "scores"):
+        assert torch.allclose(getattr(whole, name), getattr(parts, name), atol=1e-6), name
+
+
+def test_many_draws_are_sampled_and_few_are_all():
+    assert vision_study._draws(5, 2) == list(permutations(range(5), 2))
+    many = vision_study._draws(9, 3)
+    assert len(many) == vision_study.DRAWS and all(len(set(draw)) == 3 for draw in many)
+
+
+def test_a_probe_is_ridge_regression_of_the_softmax():
+    linear = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=400)
+    inputs = rng.normal(size=(400, 6)) + np.eye(3, 6)[labels] * 1.5
+    x, y = torch.tensor(inputs, dtype=torch.float32), torch.tensor(labels)
+    accuracy, information = probe(x[:300], y[:300], x[300:], y[300:])
+    mean, std = inputs[:300].mean(0), inputs[:300].std(0, ddof=1)
+    scaled = (inputs - mean) / std
+    fitted = linear.LogisticRegression(C=1 / (2 * vision_study.RIDGE * 300), tol=1e-8, max_iter=2000)
+    fitted.fit(scaled[:300], labels[:300])
+    assert accuracy == pytest.approx(fitted.score(scaled[300:], labels[300:]), abs=0.011)
+    loss = -fitted.predict_log_proba(scaled[300:])[np.arange(100), labels[300:]].mean()
+    shares = np.bincount(labels[300:]) / 100
+    assert information == pytest.approx(-(shares * np.log(shares)).sum() - loss, abs=0.01)
+
+
+# The study
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pytest.importorskip("sklearn")
+    return read_images("digits", train=96, test=40)
+
+
+SMALL = Study("test", experts=(2,), trials=2, plan=Plan(width=8, neurons=8, epochs=1, batch=32))
+
+
+def test_a_study_resumes_where_it_stopped(digits, tmp_path, monkeypatch):
+    trials, made = vision_study.trial, []
+
+    def interrupted(*args, **options):
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append(args)
+        return trials(*args, **options)
+
+    monkeypatch.setattr(vision_study, "trial", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(SMALL, digits, tmp_path, quiet=True)
+    assert len(list(tmp_path.iterdir())) == 4  # and no half-written file
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    monkeypatch.setattr(vision_study, "trial", trials)
+    found = run_study(SMALL, digits, tmp_path, quiet=True)
+    assert {kind: len(some) for kind, some in found.items()} == {
+        "dense-1": 2, "base-2": 2, "short-2": 2, "dense-2": 2, "means-2": 2,
+    }  # fmt: skip
+    assert all((tmp_path / name).stat().st_mtime_ns == when for name, when in before.items())
+    whole = run_study(SMALL, digits, tmp_path / "whole", quiet=True)
+    for kind, some in whole.items():
+        for one, other in zip(some, found[kind], strict=True):
+            assert one.equals(other), kind
+
+
+def test_a_folder_of_another_study_is_refused(digits, tmp_path):
+    run_study(replace(SMALL, trials=1), digits, tmp_path, quiet=True)
+    other = replace(SMALL, trials=1, plan=replace(SMALL.plan, neurons=16))
+    with pytest.raises(BadData, match=r"dense-1-00.nc is a trial of another study: expected \{'neurons': 16\}"):
+        run_study(other, digits, tmp_path, quiet=True)
+
+
+def test_plans_differ_in_what_their_names_say():
+    plans = dict(Study(trials=2, plan=TINY).plans())
+    assert len(plans) == 2 * (1 + 3 * 4)
+    assert plans["base-3-01"] == replace(TINY, experts=3, seed=1)
+    assert plans["short-5-00"] == replace(TINY, experts=5, depth="short")
+    assert plans["means-2-00"] == replace(TINY, experts=2, balance_over="means")
+    total = VisionMoE(3, 16, 5, plans["dense-3-00"]).moe.experts
+    one = VisionMoE(3, 16, 5, plans["base-3-00"]).moe.experts
+    weights = [sum(p.numel() for p in experts.parameters() if p.ndim == 2) for experts in (total, one)]
+    assert weights[0] == weights[1]
+
+
+# Pictures
+
+
+def encoded(value: int) -> bytes:
+    image = pytest.importorskip("PIL.Image")
+    out = io.BytesIO()
+    image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(("folder", "column", "wrapped"), [("", "image", False), ("data", "img", True)])
+def test_parquet_as_hubs_lay_it_out(tmp_path, folder, column, wrapped):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    place = tmp_path / folder
+    place.mkdir(exist_ok=True)
+    for split, count in (("train", 5), ("test", 3)):
+        raw = [encoded(10 * row) for row in range(count)]
+        given = [{"bytes": one, "path": None} for one in raw] if wrapped else raw
+        table = pa.table({column: given, "label": [(row + 3) % 10 for row in range(count)]})
+        parquet.write_table(table, place / f"{split}-00000-of-00001.parquet")
+    images = read_images(tmp_path)
+    assert images.train.shape == (5, 3, 32, 32) and images.test.shape == (3, 3, 32, 32)
+    assert images.train[:, 1, 4, 4].tolist() == [0, 10, 20, 30, 40]
+    assert images.train_labels.tolist() == [3, 4, 5, 6, 7]
+    assert images.groups[:3] == ("vehicle", "vehicle", "animal") and images.classes[9] == "truck"
+    some = read_images(tmp_path, train=2, test=1)
+    assert len(some.train) == 2
+    assert all((row == images.train.flatten(1)).all(1).any() for row in some.train.flatten(1))
+
+
+def test_a_folder_for_each_class(tmp_path):
+    from moe_interp.zoo.vision_images import CIFAR10
+
+    for split in ("train", "test"):
+        for number, name in enumerate(CIFAR10):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.png").write_bytes(encoded(number))
+    images = read_images(tmp_path)
+    assert images.train[:, 0, 0, 0].tolist() == images.train_labels.tolist() == list(range(10))
+
+
+def test_pictures_that_cannot_be_read_are_refused(tmp_path):
+    with pytest.raises(BadData, match="no such folder"):
+        read_images(tmp_path / "none")
+    with pytest.raises(BadData, match="none of them"):
+        read_images(tmp_path)
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for bad, said in (
+        ({"image": [b"no picture"], "label": [0]}, "cannot read a picture"),
+        ({"image": [encoded(1)], "label": [11]}, "not CIFAR-10's"),
+        ({"pixels": [encoded(1)], "label": [1]}, "columns image and label"),
+    ):
+        for split in ("train", "test"):
+            parquet.write_table(pa.table(bad), tmp_path / f"{split}.parquet")
+        with pytest.raises(BadData, match=said):
+            read_images(tmp_path)
+    (tmp_path / "train.parquet").write_bytes(b"not parquet")
+    with pytest.raises(BadData, match="a parquet file"):
+        read_images(tmp_path)
+
+
+def test_digits_are_split_alike_every_time_and_normalised():
+    pytest.importorskip("sklearn")
+    one, other = read_images("digits"), read_images("digits")
+    assert torch.equal(one.train, other.train) and len(one.train) == 1347 and len(one.test) == 450
+    assert functional.one_hot(one.test_labels).sum(0).min() >= 43
+    assert int(one.train.max()) == 255 and int(one.train.min()) == 0
+    train_images, test_images = one.normalised()
+    assert train_images.mean().abs() < 1e-4 and float(train_images.std()) == pytest.approx(1, abs=1e-4)
+    mean, std = one.train.float().mean(), one.train.float().std()
+    assert torch.allclose(test_images, (one.test.float() - mean) / std, atol=1e-5)
