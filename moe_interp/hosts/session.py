@@ -62,6 +62,8 @@ class Session:
         there = [self.contexts[layer.index] for layer in self.spec.layers if layer.index in self.contexts]
         if main in self.known:
             return self.known[main]
+        if there:  # inputs without tokens: only the layers say how many positions there are
+            self._check_positions([context.tokens for context in there])
         for context in there:
             if context.layer is not None and self.spec.layers[context.layer].stack == main:
                 return context.tokens
@@ -87,12 +89,17 @@ class Session:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before every forward pass: which tokens are real, and a fresh context for every layer."""
         self.known, self.contexts = _tokens(self.spec, args, kwargs), {}
+        if self.known and kwargs.get("past_key_values") is None:
+            self._check_positions(list(self.known.values()))
+
+    def _check_positions(self, texts: Sequence[Tokens]) -> None:
+        """Refuse edits at positions that no text has."""
         for positions in self.positions:
-            if positions is None or not self.known or kwargs.get("past_key_values") is not None:
+            if positions is None:
                 continue
-            missed = [at for at in positions if not any(tokens.at((at,)).any() for tokens in self.known.values())]
+            missed = [at for at in positions if not any(tokens.at((at,)).any() for tokens in texts)]
             if missed:
-                longest = max(int(tokens.mask.sum(1).max()) for tokens in self.known.values())
+                longest = max(int(tokens.mask.sum(1).max()) for tokens in texts)
                 raise BadInput(
                     "an edit can never touch anything",
                     expected=f"positions within the {longest} tokens of the longest text",

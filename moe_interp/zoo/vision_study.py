@@ -82,7 +82,7 @@ class Study:
 
 STUDIES = {
     "full": Study(),
-    "small": Study("small", trials=3, plan=Plan(width=16, neurons=64, epochs=5), train=8_000, test=5_000),
+    "small": Study("small", trials=5, plan=Plan(width=16, neurons=64, epochs=5), train=8_000, test=5_000),
     "digits": Study("digits", trials=3, plan=Plan(width=16, neurons=64)),
 }
 

@@ -26,7 +26,7 @@ def forward(model, images: Tensor) -> dict[str, Tensor]:
 
 def _one(model, image: Tensor) -> dict[str, Tensor]:
     state = model.state_dict()
-    hidden = _trunk(state, image[None], short="trunk.6.weight" not in state)
+    hidden = _trunk(state, image[None], short="trunk.4.weight" not in state)
     count = len([name for name in state if name.endswith("up.weight")])
     logits = state["moe.router.weight"] @ hidden + state["moe.router.bias"]
     exponentials = [math.exp(value) for value in logits.tolist()]
