@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.types import Reference, forward, stacks
-from tests.tiny_types import TYPES, build, inputs, runner
+from tests.tiny_types import TYPES, build, images, inputs, runner
 
 QUICK = (
     "cohere2_moe", "deepseek_v3", "deepseek_v4", "doge", "gemma4", "inkling2_text", "llama4_text", "longcat_flash",
@@ -72,6 +72,18 @@ def test_the_output_is_the_models_under_padding(model_type):
         reference = forward(model, padded).output
     assert error(reference[0], run(model, padded)[0]) < TOLERANCE
     assert error(reference[1, 3:], run(model, padded)[1, 3:]) < TOLERANCE
+
+
+def test_an_image_goes_through_the_models_own_tower():
+    model = eager("dots3_note")
+    with torch.no_grad():
+        got = forward(model, images(model)).output
+    assert error(got, run(model, images(model))) < TOLERANCE
+
+
+def test_vision_experts_in_the_text_model_are_refused():
+    with pytest.raises(ValueError, match="vision experts"):
+        forward(eager("ernie4_5_vl_moe"), images(eager("ernie4_5_vl_moe")))
 
 
 # Switches that the tiny models leave one way
