@@ -280,6 +280,48 @@ def test_points_are_what_the_models_modules_are_given_and_return(model_type):
             assert torch.equal(got, expected), key
 
 
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_points_of_one_layer_fit_together(model_type):
+    points = plain(model_type).points
+    for layer in (layer for point, layer in points if point == "moe_out"):
+        shapes = {point: tuple(value.shape) for (point, number), value in points.items() if number == layer}
+        slots = shapes["expert_ids"]
+        assert slots[:2] == (2, 8) and slots == shapes["gate_weights"]
+        assert shapes["expert_act"][:3] == shapes["expert_out"][:3] == slots
+        assert shapes["expert_out"][3:] == shapes["routed_out"][2:]
+        assert shapes["moe_in"] == shapes["moe_out"] == (2, 8, 64)
+        assert shapes["router_logits"] == shapes["router_scores"]
+        assert shapes["router_logits"][2] > points["expert_ids", layer].max()
+        for edge in ("resid_pre", "resid_mid", "resid_post"):
+            assert edge not in shapes or shapes[edge] in ((2, 8, 64), (2, 8, 4, 64))
+
+
+UNLIKE_SCORES = ("phimoe", "nllb-moe", "gemma4", "gemma4_text", "diffusion_gemma", "switch_transformers", "zaya")
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_weights_are_the_scores_of_the_chosen_up_to_a_factor(model_type):
+    points = plain(model_type).points
+    for layer in (layer for point, layer in points if point == "router_scores"):
+        scores, ids = points["router_scores", layer], points["expert_ids", layer]
+        assert torch.allclose(scores.sum(dim=-1), torch.ones(2, 8)) and (scores >= 0).all()
+        if model_type not in UNLIKE_SCORES:  # those scale each expert, or have slots of zero weight
+            chosen, weights = scores.gather(-1, ids), points["gate_weights", layer]
+            first = weights[..., :1] / chosen[..., :1]
+            assert torch.allclose(weights, first * chosen, rtol=1e-4, atol=1e-6)
+
+
+def test_zero_experts_return_their_input_and_have_no_neurons():
+    points = plain("longcat_flash").points
+    for layer in (1, 3):
+        zero = points["expert_ids", layer] >= 8
+        assert zero.any() and not zero.all()
+        assert (points["expert_act", layer][zero] == 0).all()
+        assert (points["expert_act", layer][~zero] != 0).any(dim=-1).all()
+        given = points["moe_in", layer][:, :, None].expand_as(points["expert_out", layer])
+        assert torch.equal(points["expert_out", layer][zero], given[zero])
+
+
 # Edits
 
 
