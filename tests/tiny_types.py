@@ -60,17 +60,21 @@ def build(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **
     return model.eval()
 
 
-def inputs(model: PreTrainedModel, batch: int = 2, length: int = 8, seed: int = 1) -> dict[str, Tensor]:
-    """Arguments of a text forward of `model`: ids [batch, length], the decoder's too where it has one."""
+def inputs(model: PreTrainedModel | str, batch: int = 2, length: int = 8, seed: int = 1) -> dict[str, Tensor]:
+    """Arguments of a text forward of a model or model type: ids [batch, length], the decoder's too where it has one."""
+    model_type = model if isinstance(model, str) else model.config.model_type
     generator = torch.Generator().manual_seed(seed)
 
     def ids() -> Tensor:
         return torch.randint(3, 90, (batch, length), generator=generator)
 
     arguments = {"input_ids": ids(), "attention_mask": torch.ones(batch, length, dtype=torch.long)}
-    if model.config.is_encoder_decoder or model.config.model_type == "diffusion_gemma":
+    if model_type in _WITH_DECODER:
         arguments["decoder_input_ids"] = ids()
     return arguments
+
+
+_WITH_DECODER = ("diffusion_gemma", "nllb-moe", "switch_transformers")
 
 
 def images(model: PreTrainedModel, seed: int = 1) -> dict[str, Tensor]:
@@ -194,7 +198,8 @@ def _distribution(name: str, tensor: Tensor, owner: nn.Module) -> tuple[float, f
         return 0.0, 0.15
     first = tensor.flatten()[0].item()
     constant = bool((tensor == first).all()) and abs(first) <= 1.0
-    if constant and (tensor.ndim == 1 or leaf != "weight"):
+    matrix = tensor.ndim > 1 and (leaf == "weight" or leaf.endswith("_proj"))  # not always set when a model is fresh
+    if constant and not matrix:
         return first, 0.3 if first == 0.0 and "norm" not in name else 0.2
     if tensor.ndim == 1 or leaf.endswith("bias") or leaf == "A_log":
         return 0.0, 0.3
