@@ -1,7 +1,7 @@
 """How long ``model.audit()`` takes on a model of a billion parameters, on this machine.
 
-    python benchmarks/audit.py                        OLMoE-shaped, 1.0 B parameters, float32
-    python benchmarks/audit.py --dtype bfloat16 --rounds 5
+python benchmarks/audit.py                        OLMoE-shaped, 1.0 B parameters, float32
+python benchmarks/audit.py --dtype bfloat16 --rounds 5
 """
 
 import argparse

@@ -25,6 +25,7 @@ from moe_interp.model import MoEModel, check_weights
 from moe_interp.points import POINTS
 from moe_interp.run import Run
 
+MANY, FEW = (2, 16), (1, 4)  # texts, tokens: an edit is one of a dozen runs, and most of a run is fetching experts
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 Pair = tuple[Tensor, Tensor]
@@ -34,13 +35,15 @@ Pair = tuple[Tensor, Tensor]
 class Relation:
     """Two ways to the same value at one layer: ``pair`` gives what is there and what follows from other points.
 
-    ``pair`` is None where an architecture has no such relation; ``layers`` are those at which it can be asked for.
+    ``pair`` gives None where an architecture has no such relation. ``after`` names the edits after which it is looked
+    at again, where that is costly and no other edit can break it; None: all.
     """
 
     name: str
     gives: str
     needs: tuple[str, ...]
     pair: Callable[[MoEModel, Run, int], Pair | None]
+    after: tuple[str, ...] | None = None
 
 
 def _resid_pre(model: MoEModel, run: Run, layer: int) -> Pair | None:
@@ -122,12 +125,15 @@ def _logits(model: MoEModel, run: Run, layer: int) -> Pair | None:
     return None if model.spec.final is None else (run.output, model.decode(run["resid_post", layer]))
 
 
+INTO_EXPERTS = ("moe_in", "router_logits", "expert_ids", "gate_weights", "expert_act")
 RELATIONS = (
     Relation("resid_pre = embed, or resid_post of the layer before", "resid_pre", ("resid_pre",), _resid_pre),
     Relation("resid_mid = resid_pre + attn_out", "resid_mid", ("resid_mid",), _resid_mid),
     Relation("gate_weights ∝ router_scores of expert_ids", "gate_weights", ("router_scores", "gate_weights"), _weights),
-    Relation("expert_out = experts(moe_in, expert_ids)", "expert_out", ("moe_in", "expert_out"), _expert_out),
-    Relation("expert_out = down-projection of expert_act", "expert_out", ("expert_act",), _projected),
+    Relation(
+        "expert_out = experts(moe_in, expert_ids)", "expert_out", ("moe_in", "expert_out"), _expert_out, INTO_EXPERTS
+    ),
+    Relation("expert_out = down-projection of expert_act", "expert_out", ("expert_act",), _projected, INTO_EXPERTS),
     Relation("routed_out = Σ gate_weights · expert_out", "routed_out", ("routed_out",), _routed),
     Relation("moe_out = routed_out + shared_out", "moe_out", ("moe_out",), _moe_out),
     Relation("resid_post = resid_mid + moe_out (or mlp_out)", "resid_post", ("resid_post",), _resid_post),
@@ -181,12 +187,13 @@ def audit(model: MoEModel, inputs: Any = None) -> Audit:
 
     Args:
         model: the model to check.
-        inputs: what to run on; by default 2 x 16 random token ids, seeded.
+        inputs: what to run on; by default 2 x 16 random token ids, seeded, and 1 x 4 for the edits.
 
     Raises:
         BadInput: no inputs, for a model that does not take tokens.
     """
-    inputs = _random_tokens(model) if inputs is None else inputs
+    chosen = inputs is None
+    inputs = _random_tokens(model, MANY) if chosen else inputs
     try:
         check_weights(model.hf)
     except BadCheckpoint as error:
@@ -194,15 +201,17 @@ def audit(model: MoEModel, inputs: Any = None) -> Audit:
     clean = model.run(inputs, read=list(model.points))
     checks = [Check("weights are finite", 0.0, 0.0), _equal(model, inputs), _complete(model, clean)]
     checks += [check for relation in RELATIONS if (check := _holds(relation, model, clean))]
-    checks += [_edit_takes(point, model, inputs, clean) for point in model.points if POINTS[point].editable]
+    few = _random_tokens(model, FEW) if chosen else inputs
+    clean = model.run(few, read=list(model.points)) if chosen else clean
+    checks += [_edit_takes(point, model, few, clean) for point in model.points if POINTS[point].editable]
     return Audit(model.name, tuple(checks), model.provenance())
 
 
-def _random_tokens(model: MoEModel) -> Any:
+def _random_tokens(model: MoEModel, shape: tuple[int, int]) -> Any:
     spec, generator = model.spec, torch.Generator().manual_seed(0)
     if spec.kind == "other":
         raise BadInput("what to run on?", expected="model inputs: model.audit(inputs)", got="a model without tokens")
-    ids = torch.randint(spec.vocab_size, (2, min(16, spec.context_length)), generator=generator)
+    ids = torch.randint(spec.vocab_size, (shape[0], min(shape[1], spec.context_length)), generator=generator)
     return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if spec.kind == "encoder-decoder" else ids
 
 
@@ -269,7 +278,10 @@ def _edit_takes(point: str, model: MoEModel, inputs: Any, clean: Run) -> Check:
     holding = [
         check
         for relation in RELATIONS
-        if relation.gives != point and relation.name not in skipped and (check := _holds(relation, model, run))
+        if relation.gives != point
+        and relation.name not in skipped
+        and (relation.after is None or point in relation.after)
+        and (check := _holds(relation, model, run))
     ]
     worst = max(holding, key=lambda check: check.error)
     error = worst.error if moved > 0 else torch.inf

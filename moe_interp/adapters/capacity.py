@@ -90,6 +90,7 @@ def _nllb(crossed: bool) -> Family:
         mid_join=None if crossed else lambda layer: Sum(),
         renormalises=False,
         proportional=False,
+        runs=2,
         kernel=_NLLB,
         call=forward_nllb,
         top_k=2,

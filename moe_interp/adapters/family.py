@@ -103,7 +103,7 @@ class Family:
         wide: whether the router, given here, takes another number of experts in ``top_k``.
         columns: how many of the router's logits are experts, given the router; None: all.
         call: a function that takes the place of the block's forward.
-        weights_on, proportional: as in `MoESpec`.
+        weights_on, proportional, runs: as in `MoESpec`.
         sites: sites that differ, given a layer.
         embedding, final: as in `ModelSpec`, given the body.
         logits: fields of `ModelSpec` about logits, given the text config.
@@ -139,6 +139,7 @@ class Family:
     call: Callable[..., Any] | None = None
     weights_on: Any = "output"
     proportional: bool = True
+    runs: int | None = None
     sites: Callable[[At, bool], Mapping[str, Site]] = lambda layer, mixture: {}
     embedding: Callable[[At], tuple[Step, ...] | None] = none
     final: Callable[[At], tuple[Step, ...] | None] | None = None
@@ -287,6 +288,7 @@ class Family:
             adds_shared=not self.shared_beside,
             weights_on=self.weights_on,
             proportional=self.proportional,
+            runs=self.runs,
         )
 
     @property
