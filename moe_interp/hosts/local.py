@@ -15,6 +15,7 @@ What is installed, and taken away again by `LocalHost.remove`:
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -98,8 +99,9 @@ class LocalHost:
         # Compiled code does not ask whether hooks came or went: it would run on without them.
         for path in {"", self.spec.entry}:
             module: Any = self.hf.get_submodule(path)
-            eager = torch.compiler.disable(module.forward, reason="opened by moe_interp: points need eager execution")
-            self._set(module, "forward", eager)
+            self._set(module, "forward", _eagerly(module.forward))
+            if module._compiled_call_impl is not None:
+                self._set(module, "_compiled_call_impl", None)
 
     def _replace_forward(self, module: Any, forward: Callable[..., Any]) -> None:
         # accelerate wraps an offloaded module's forward and calls the original from there.
@@ -107,9 +109,9 @@ class LocalHost:
 
     def _set(self, module: nn.Module, name: str, value: Any) -> None:
         """An attribute of the instance, for as long as the model is open."""
-        before = vars(module).get(name)
+        there, before = name in vars(module), vars(module).get(name)
         setattr(module, name, value)
-        self.undo.append(lambda: delattr(module, name) if before is None else setattr(module, name, before))
+        self.undo.append(lambda: setattr(module, name, before) if there else delattr(module, name))
 
     def remove(self) -> None:
         """Leave the model as it was found."""
@@ -184,6 +186,17 @@ def _attribute(layer: LayerSpec) -> str:
 def asks_registry(experts: nn.Module) -> bool:
     """Whether a module looks its forward up in transformers' registry, by its config."""
     return hasattr(experts, "_is_expert_parallel") and hasattr(experts, "config")
+
+
+def _eagerly(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with nothing in it compiled."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.compiler.set_stance("force_eager"):
+            return forward(*args, **kwargs)
+
+    return torch.compiler.disable(run, reason="opened by moe_interp: points need eager execution")
 
 
 def _choosing(config: Any, implementation: str) -> Any:
