@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "model": ("MoEModel", "load", "wrap"),
+    "adapters": ("Family", "register_adapter"),
     "run": ("Routing", "Run", "select"),
     "points": ("POINTS",),
     "interventions": ("Intervention", "ablate", "apply", "from_json", "scale", "to_json", "top_k"),
@@ -32,6 +33,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
+    from moe_interp.adapters import Family, register_adapter
     from moe_interp.analyses.attribution import logit_attribution
     from moe_interp.analyses.lens import expert_lens
     from moe_interp.analyses.perplexity import perplexity
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = [
     "POINTS",
     "Corpus",
+    "Family",
     "Intervention",
     "MoEError",
     "MoEModel",
@@ -63,6 +66,7 @@ __all__ = [
     "logit_attribution",
     "perplexity",
     "read_corpus",
+    "register_adapter",
     "report",
     "routing",
     "routing_from_counts",

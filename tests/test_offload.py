@@ -74,7 +74,9 @@ def test_a_device_map_with_cpu_and_disk(tmp_path):
         given = {"edit": edit, "max_new_tokens": 4, "do_sample": False}
         assert torch.equal(model.generate(IDS, **given), expected.generate(IDS, **given))
         mine, theirs = (one.run(IDS, read=["expert_out"], grad=True) for one in (model, expected))
-        gradients = [torch.autograd.grad(run.logits.sum(), run.values["expert_out", LAYER])[0] for run in (mine, theirs)]
+        gradients = [
+            torch.autograd.grad(run.logits.sum(), run.values["expert_out", LAYER])[0] for run in (mine, theirs)
+        ]
         assert torch.equal(mine.logits, theirs.logits)
         assert (gradients[0] - gradients[1]).abs().max() <= 1e-6 * gradients[1].abs().max()
 

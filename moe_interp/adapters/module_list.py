@@ -61,8 +61,8 @@ def linear_gate(
     Args:
         kernel: where an expert keeps its linear maps.
         order: softmax over all experts and the k largest, or the k largest and softmax over them; in float32.
-        renormalise: whether the k weights are scaled to sum to 1 (they do anyway in the second order), or the
-            attribute of the block that says so.
+        renormalise: whether the k weights of the first order are scaled to sum to 1, as those of the second do; or
+            the attribute of the block that says so.
         top_k: attribute of the block that says k.
         shared: names of the shared expert and of its gate, a linear map whose sigmoid scales it (None: no gate).
         returns_logits: whether the block returns ``(out, logits)``, as Mixtral's did before transformers 5.
@@ -71,11 +71,12 @@ def linear_gate(
     def forward(block: Any, tap: Tap, hidden_states: Tensor) -> Any:
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits = block.gate(hidden)
-        scores = logits.softmax(dim=-1, dtype=torch.float32) if order == "softmax, top-k" else logits
+        first = order == "softmax, top-k"
+        scores = logits.softmax(dim=-1, dtype=torch.float32) if first else logits
         weights, ids = scores.topk(getattr(block, top_k), dim=-1)
-        if order == "top-k, softmax":
-            weights = functional.softmax(weights, dim=-1, dtype=torch.float32)
-        if getattr(block, renormalise) if isinstance(renormalise, str) else renormalise:
+        if not first:
+            weights = weights.softmax(dim=-1, dtype=torch.float32)
+        elif getattr(block, renormalise) if isinstance(renormalise, str) else renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         out = run_experts(tap, kernel, block.experts, hidden, ids, weights.to(hidden.dtype), in_turn=True)
         if shared is not None:
