@@ -16,9 +16,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "model": ("MoEModel", "load", "wrap"),
+    "adapters": ("Family", "register_adapter"),
     "run": ("Routing", "Run", "select"),
     "points": ("POINTS",),
-    "adapters": ("Family", "register_adapter"),
     "interventions": ("Intervention", "ablate", "apply", "from_json", "scale", "to_json", "top_k"),
     "data": ("Corpus", "read_corpus", "sample"),
     "analyses.routing": ("routing", "routing_map"),

@@ -71,14 +71,14 @@ def page(rows: dict[str, dict[str, str | float]]) -> str:
         "value. *untouched output*: to the plain model, 0 where it is bit-equal. *block*, *resid_mid*, *resid_post*,",
         "*logits*: of the sums in which parts give the value. All have bounds: 1e-5, gradients 1e-4.",
         "",
-        "| model type | points it lacks | " + " | ".join(COLUMNS.values()) + " |",
-        "|---" * (len(names) + 2) + "|",
+        "| model type | opened by | points it lacks | " + " | ".join(COLUMNS.values()) + " |",
+        "|---" * (len(names) + 3) + "|",
     ]
     for model_type in TYPES:
         row = rows[model_type]
         lacks = [point for point in POINTS if point not in str(row["points"]).split()]
         cells = [shown(row[name]) if name in row else "–" for name in names]
-        lines.append(f"| {model_type} | {' '.join(lacks) or 'none'} | " + " | ".join(cells) + " |")
+        lines.append(f"| {model_type} | {row['adapter']} | {' '.join(lacks) or 'none'} | " + " | ".join(cells) + " |")
     lines += ["", "## What is not checked", ""]
     for name, reason in SKIPS.items():
         types = [model_type for model_type in TYPES if name not in rows[model_type]]

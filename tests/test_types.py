@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import moe_interp as moe
+from moe_interp.adapters import FAMILIES, Family
 from moe_interp.points import POINTS
 from tests.reference.types import Reference, forward
 from tests.tiny_types import TYPES, build, inputs, runner
@@ -54,6 +55,14 @@ def output_of(output: Any) -> Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
+def opened_by(hf: Any) -> str:
+    """The shape of the adapter: a row of a table, a row and a block's own forward, or a function."""
+    adapter = FAMILIES[hf.config.get_text_config().model_type]
+    if not isinstance(adapter, Family):
+        return "function"
+    return "row" if adapter.call is None else "row, own block"
+
+
 @pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_every_point_reads_what_the_reference_computes(model_type, record_property):
     reference = clean(model_type)
@@ -72,6 +81,7 @@ def test_every_point_reads_what_the_reference_computes(model_type, record_proper
     worst = max(errors.values())
     record_property("points", " ".join(sorted({name for name, _ in reference.points}, key=list(POINTS).index)))
     record_property("read", worst)
+    record_property("adapter", opened_by(tiny(model_type)))
     record_property("notes", " ".join(notes))
     assert worst < TOLERANCE, {key: value for key, value in errors.items() if value >= TOLERANCE}
 

@@ -18,8 +18,8 @@ from moe_interp.adapters.family import At, Described, Family, never, text_config
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.adapters.sums import Sum
 
-_SWITCH = Separate(up="wi", down="wo", act="act", key="expert_{}")
-_NLLB = Separate(up="fc1", down="fc2", act="act", key="expert_{}")
+_SWITCH = Separate(up="wi", down="wo", key="expert_{}")
+_NLLB = Separate(up="fc1", down="fc2", key="expert_{}")
 
 
 def forward_switch(block: Any, tap: Tap, hidden_states: Tensor) -> Tensor:
