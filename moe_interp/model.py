@@ -384,6 +384,19 @@ def _tokenizer(source: str, trust_remote_code: bool) -> Any:
         ) from error
 
 
+def _loader(source: str, trust_remote_code: bool, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class that loads a checkpoint, and the options for it."""
+    import transformers
+
+    where = {key: options[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in options}
+    published, _ = transformers.PreTrainedConfig.get_config_dict(source, **where)
+    if published.get("model_type") != "deepseek":
+        return transformers.AutoModelForCausalLM, {"trust_remote_code": trust_remote_code, **options}
+    from moe_interp.adapters.deepseek import DeepseekV1ForCausalLM, native_config
+
+    return DeepseekV1ForCausalLM, {"dtype": "auto", "config": native_config(published), **options}
+
+
 def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **options: Any) -> MoEModel:
     """Load a checkpoint and open it: the bundled reference model, a hub id, or a folder.
 
@@ -397,17 +410,13 @@ def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **o
         UnsupportedModel: an unknown or dense architecture.
         BadCheckpoint: nothing there, not readable, or weights that are missing or not finite.
     """
-    import transformers
-
-    loader: Any = transformers.AutoModelForCausalLM
     source = str(REFERENCE if name is None else name)
     if name is None:
         options = {"dtype": "float32"} | options
     try:
+        loader, options = _loader(source, trust_remote_code, options)
         # Safetensors only: a pickled checkpoint could run anything.
-        hf, report = loader.from_pretrained(
-            source, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **options
-        )
+        hf, report = loader.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
         tokenizer = _tokenizer(source, trust_remote_code)
     except MoEError:
         raise
