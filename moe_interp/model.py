@@ -437,21 +437,31 @@ def _tokenizer(source: str, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _loader(source: str, trust_remote_code: bool, options: Mapping[str, Any]) -> Any:
+def _loader(source: str, trust_remote_code: bool, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class that loads a checkpoint, and the options for it."""
+    import transformers
+
+    where = {key: options[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in options}
+    published, _ = transformers.PreTrainedConfig.get_config_dict(source, **where)
+    if published.get("model_type") == "deepseek":
+        from moe_interp.adapters.deepseek import DeepseekV1ForCausalLM, native_config
+
+        return DeepseekV1ForCausalLM, {"dtype": "auto", "config": native_config(published), **options}
+    if trust_remote_code and "auto_map" in published:
+        return transformers.AutoModelForCausalLM, {"trust_remote_code": True, **options}
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
+    return _own_class(config), {"trust_remote_code": trust_remote_code, **options}
+
+
+def _own_class(config: Any) -> Any:
     """The class that a checkpoint was saved from, or the first auto class that takes its config."""
     import transformers
 
-    where = {key: options[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in options}
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
-    if trust_remote_code and getattr(config, "auto_map", None):
-        return transformers.AutoModelForCausalLM
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    for name in AUTO_CLASSES:
-        if type(config) in getattr(transformers, name)._model_mapping:
-            return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM
+    fitting = (getattr(transformers, name) for name in AUTO_CLASSES)
+    return next((auto for auto in fitting if type(config) in auto._model_mapping), transformers.AutoModelForCausalLM)
 
 
 def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **options: Any) -> MoEModel:
@@ -471,10 +481,9 @@ def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **o
     if name is None:
         options = {"dtype": "float32"} | options
     try:
+        loader, options = _loader(source, trust_remote_code, options)
         # Safetensors only: a pickled checkpoint could run anything.
-        hf, report = _loader(source, trust_remote_code, options).from_pretrained(
-            source, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **options
-        )
+        hf, report = loader.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
         tokenizer = _tokenizer(source, trust_remote_code)
     except MoEError:
         raise

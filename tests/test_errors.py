@@ -35,7 +35,8 @@ def test_a_message_reads_what_expected_got_and_what_to_do():
 def test_unknown_model_type():
     hf = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20))
     with pytest.raises(
-        errors.UnsupportedModel, match=r"cannot open model type 'gpt2', .* expected fused experts .*transformer.*register_adapter"
+        errors.UnsupportedModel,
+        match=r"cannot open model type 'gpt2', .* expected fused experts .*transformer.*register_adapter",
     ):
         moe.wrap(hf)
     assert not hasattr(hf, "moe_points")

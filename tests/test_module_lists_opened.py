@@ -208,6 +208,33 @@ def test_the_checkpoint_in_transformers_own_class_has_the_same_points(tmp_path):
         assert error(other.run(IDS, edit=edit).logits, model.run(IDS, edit=edit).logits) < TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loading_such_a_checkpoint(dtype, tmp_path):
+    hf = deepseek_v1.build(dtype=dtype)
+    deepseek_v1.write_checkpoint(hf, tmp_path)
+    native, _ = deepseek_v1.load_native(tmp_path)
+    with moe.load(tmp_path) as model, moe.wrap(native) as other:
+        assert model.dtype is dtype
+        assert torch.equal(model.run(IDS).logits, other.run(IDS).logits)
+        if dtype is torch.float32:
+            assert error(model.run(IDS).logits, hf(IDS).logits.detach()) < TOLERANCE
+        audit = model.audit()
+        assert audit.passed, str(audit)
+        generated = model.generate(IDS[:1], max_new_tokens=3, do_sample=False)
+        steps = IDS[:1]
+        for _ in range(3):
+            steps = torch.cat([steps, model.run(steps).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        assert torch.equal(generated, steps)
+
+
+@pytest.mark.parametrize("field", [{"norm_topk_prob": True}, {"moe_layer_freq": 2}])
+def test_a_checkpoint_that_the_class_would_compute_wrongly_is_refused(field, tmp_path):
+    deepseek_v1.write_checkpoint(deepseek_v1.build(**field), tmp_path)
+    (name,) = field
+    with pytest.raises(moe.MoEError, match=f"with {name}: expected {name} = .*open it with moe.wrap"):
+        moe.load(tmp_path)
+
+
 # Experts whose linear maps are quantised
 
 
