@@ -20,7 +20,8 @@ _HOMES = {
     "points": ("POINTS",),
     "interventions": ("Intervention", "ablate", "apply", "from_json", "scale", "to_json", "top_k"),
     "data": ("Corpus", "read_corpus", "sample"),
-    "analyses.routing": ("routing", "routing_map"),
+    "analyses.routing": ("routing",),
+    "analyses.routing_map": ("routing_map",),
     "analyses.recorded": ("routing_from_counts",),
     "analyses.lens": ("expert_lens",),
     "analyses.attribution": ("logit_attribution",),
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from moe_interp.analyses.lens import expert_lens
     from moe_interp.analyses.perplexity import perplexity
     from moe_interp.analyses.recorded import routing_from_counts
-    from moe_interp.analyses.routing import routing, routing_map
+    from moe_interp.analyses.routing import routing
+    from moe_interp.analyses.routing_map import routing_map
     from moe_interp.analyses.similarity import ensemble_similarity
     from moe_interp.data import Corpus, read_corpus, sample
     from moe_interp.errors import MoEError

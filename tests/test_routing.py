@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import moe_interp as moe
 from moe_interp import results, stats
-from moe_interp.analyses.routing import RoutingCounts, routing, routing_map
+from moe_interp.analyses.routing import RoutingCounts, routing
+from moe_interp.analyses.routing_map import routing_map
 from moe_interp.data import Corpus
 from moe_interp.errors import BadCheckpoint, BadInput
 from moe_interp.run import Routing, Run, Tokens
@@ -166,7 +167,7 @@ def test_a_stored_state_goes_on_where_it_was(tmp_path):
 
 
 def test_counts_over_something_else_are_not_merged():
-    with pytest.raises(BadInput, match=r"cannot merge routing counts: expected layers, K, \[N, L, E\]"):
+    with pytest.raises(BadInput, match=r"cannot merge RoutingCounts: expected .*'counts': \(2, 2, 6\)"):
         RoutingCounts.empty(2, LAYERS, 6, 3).merge(RoutingCounts.empty(3, LAYERS, 6, 3))
     with pytest.raises(BadInput, match="cannot merge"):
         RoutingCounts.empty(2, LAYERS, 6, 3).merge(RoutingCounts.empty(2, (0, 3), 6, 3))

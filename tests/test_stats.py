@@ -65,7 +65,7 @@ def test_jackknife_is_the_textbook_formula():
 
 def test_jackknife_in_chunks_is_the_same(monkeypatch):
     whole = stats.jackknife(stats.divergence_from_rest, COUNTS, GROUPS, 3)
-    monkeypatch.setattr(stats, "_CHUNK", 4)
+    monkeypatch.setattr(stats.resampling, "_CHUNK", 4)
     np.testing.assert_allclose(stats.jackknife(stats.divergence_from_rest, COUNTS, GROUPS, 3), whole, rtol=1e-12)
 
 

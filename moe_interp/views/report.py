@@ -17,7 +17,8 @@ from jinja2 import Environment, StrictUndefined
 
 from moe_interp.analyses.lens import expert_lens
 from moe_interp.analyses.perplexity import perplexity
-from moe_interp.analyses.routing import routing, routing_map
+from moe_interp.analyses.routing import routing
+from moe_interp.analyses.routing_map import routing_map
 from moe_interp.analyses.similarity import ensemble_similarity
 from moe_interp.data import Corpus
 from moe_interp.errors import BadOutput
