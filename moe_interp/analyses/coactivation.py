@@ -2,8 +2,8 @@
 
 1. `PairCounts` counts, for every MoE layer, the tokens that chose both experts of a pair: all K (K - 1) / 2 slot pairs
    of a token. OLMoE's released script counts only pairs adjacent in rank, 7 of 28 for K = 8: `as_coded`.
-2. From N_ij, N_i and the T tokens: the co-activation N_ij / N_i (Muennighoff et al. 2024, arXiv 2409.02060, eq. 8),
-   lift N_ij T / (N_i N_j) and nPMI.
+2. From N_ij, N_i and the T tokens: the co-activation N_ij / N_i (Muennighoff et al. 2024, arXiv 2409.02060, section
+   5.2), lift N_ij T / (N_i N_j) and nPMI.
 3. Controls: lift under a router that draws K of E equal experts, (K - 1) E / (K (E - 1)); and under draws of K distinct
    experts with the layer's own loads and nothing else (`stats.draws`), which is below 1 for busy experts.
 4. A table per document would be too large: tables are kept for blocks of documents, and intervals come from leaving
@@ -25,7 +25,7 @@ from moe_interp.analyses.collect import Options, collect
 from moe_interp.analyses.exact import Exact, Provenance, flat_counts
 from moe_interp.data import Corpus
 from moe_interp.model import MoEModel
-from moe_interp.results import Variable, labelled
+from moe_interp.results import Description, described, labelled
 from moe_interp.run import Routing, Run
 
 BLOCKS = 20
@@ -78,15 +78,11 @@ class PairCounts(Exact):
     def result(self, *, provenance: Provenance, resamples: int = 1000, seed: int = 0) -> xr.Dataset:
         """The Dataset that `coactivation` gives."""
         parts = [self._layer(index, resamples, seed) for index in range(len(self.layers))]
-        values = {
-            name: np.stack([part[name] for part in parts], axis=1 if "interval" in name else 0) for name in parts[0]
-        }
+        values = {name: np.stack([part[name] for part in parts], axis=_layer_axis(name)) for name in parts[0]}
         experts = self.pairs.shape[-1]
         values["lift_uniform"] = np.array((self.top_k - 1) * experts / (self.top_k * max(experts - 1, 1)))
         values["coactivation_uniform"] = np.array((self.top_k - 1) / max(experts - 1, 1))
-        variables = {
-            name: Variable(*_VARIABLES[name][:1], value, *_VARIABLES[name][1:]) for name, value in values.items()
-        }
+        variables = described(values, _VARIABLES)
         coords: dict[str, Any] = {
             "bound": ["low", "high"],
             "layer": np.array(self.layers, dtype=np.int64),
@@ -121,6 +117,10 @@ class PairCounts(Exact):
         }
 
 
+def _layer_axis(name: str) -> int:
+    return 1 if name.endswith("_interval") else 0
+
+
 def _kept(routing: Routing, blocks: Int[Tensor, " B"]) -> tuple[Int[Tensor, " T"], Int[Tensor, "T K"]]:
     """Block and experts, heaviest first, of every real token."""
     mask = routing.mask.cpu()
@@ -149,7 +149,7 @@ def off_diagonal(table: Float[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
 
 
 _LEO = ("layer", "expert", "other")
-_VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
+_VARIABLES: dict[str, Description] = {
     "pairs": (_LEO, "tokens", "tokens that chose both experts; on the diagonal those that chose the one"),
     "coactivation": (_LEO, "1", "share of the expert's tokens that chose the other too, 0 ... 1"),
     "coactivation_uniform": ((), "1", "co-activation under a uniform router, (K - 1) / (E - 1)"),

@@ -23,6 +23,44 @@ Provenance = Mapping[str, str | int | float]
 Some = TypeVar("Some", bound="Exact")  # an accumulator; typing.Self is not understood where annotations are executed
 
 
+class SparseCounts:
+    """Counts of what few of very many possible things occur: codes, and how often each was seen.
+
+    Holds 16 bytes for each different code, and up to as much again between two tidyings.
+    """
+
+    def __init__(self, codes: Int[np.ndarray, " X"] | None = None, counts: Int[np.ndarray, " X"] | None = None):
+        nothing = np.zeros(0, np.int64)
+        self._parts = [(nothing if codes is None else codes, nothing if counts is None else counts)]
+
+    def add(self, codes: Int[np.ndarray, " X"]) -> None:
+        """Counts each code once."""
+        self._parts.append(tuple(np.unique(codes, return_counts=True)))  # type: ignore[arg-type]
+        if sum(len(part) for part, _ in self._parts[1:]) > len(self._parts[0][0]) + 2**20:
+            self.tidy()
+
+    def tidy(self) -> tuple[Int[np.ndarray, " X"], Int[np.ndarray, " X"]]:
+        """Every code once, ascending, and its counts."""
+        if len(self._parts) > 1:
+            codes, counts = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+            unique, place = np.unique(codes, return_inverse=True)
+            sums = np.zeros(len(unique), np.int64)
+            np.add.at(sums, place, counts)
+            self._parts = [(unique, sums)]
+        return self._parts[0]
+
+    def __add__(self, other: "SparseCounts") -> "SparseCounts":
+        found = SparseCounts(*self.tidy())
+        found._parts.append(other.tidy())
+        found.tidy()
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return sum(array.nbytes for part in self._parts for array in part)
+
+
 class Exact:
     """What every accumulator can do: add itself to another, be stored, be taken up again.
 
@@ -48,18 +86,23 @@ class Exact:
         if mine != others:
             raise BadInput(f"cannot merge {type(self).__name__}", expected=str(mine), got=str(others))
         parts = {
-            name: value + getattr(other, name) if isinstance(value, np.ndarray) else value
-            for name, value in _items(self)
+            name: value + getattr(other, name) if isinstance(value, _ADDED) else value for name, value in _items(self)
         }
         return type(self)(**parts)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two of a kind to be added: shapes of what adds up, values of what does not."""
-        return {name: value.shape if isinstance(value, np.ndarray) else value for name, value in _items(self)}
+        return {
+            name: value.shape if isinstance(value, np.ndarray) else value
+            for name, value in _items(self)
+            if not isinstance(value, SparseCounts)
+        }
 
     def state(self) -> Values:
         """All there is, as arrays by name: for ``np.savez``, a queue, a checkpoint."""
-        return {name: np.asarray(value) for name, value in _items(self)}
+        dense = {name: np.asarray(value) for name, value in _items(self) if not isinstance(value, SparseCounts)}
+        sparse = {name: np.stack(value.tidy()) for name, value in _items(self) if isinstance(value, SparseCounts)}
+        return dense | sparse
 
     @classmethod
     def from_state(cls: type[Some], state: Mapping[str, np.ndarray]) -> Some:
@@ -68,8 +111,11 @@ class Exact:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held, which do not grow with the number of tokens."""
-        return sum(value.nbytes for _, value in _items(self) if isinstance(value, np.ndarray))
+        """Bytes that are held."""
+        return sum(value.nbytes for _, value in _items(self) if isinstance(value, _ADDED))
+
+
+_ADDED = (np.ndarray, SparseCounts)
 
 
 def _items(sums: Any) -> list[tuple[str, Any]]:
@@ -77,6 +123,8 @@ def _items(sums: Any) -> list[tuple[str, Any]]:
 
 
 def _field(kind: Any, stored: np.ndarray) -> Any:
+    if kind is SparseCounts:
+        return SparseCounts(*stored)
     if kind is int:
         return int(stored)
     return tuple(stored.tolist()) if getattr(kind, "__origin__", None) is tuple else stored

@@ -1,4 +1,4 @@
-"""From layer to layer: which experts a token's experts are followed by, and how much one layer's choice says of the next.
+"""From layer to layer: which experts follow which, and how much one layer's choice says of the next.
 
 1. `TransitionCounts` counts e -> e' over all K x K slots of every token, between consecutive MoE layers; and the same
    with the second layer's choices shuffled over the tokens of the document.
@@ -11,6 +11,7 @@ Permutations depend on the seed, the document and the layer alone, so that batch
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +27,7 @@ from moe_interp.analyses.exact import Exact, Provenance, flat_counts
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
-from moe_interp.results import Variable, labelled
+from moe_interp.results import Description, described, labelled
 from moe_interp.run import Run
 
 
@@ -71,7 +72,7 @@ class TransitionCounts(Exact):
         for row, document in enumerate(documents.tolist()):
             ids = [self._ids(run, layer, row) for layer in self.layers]
             block = document % len(self.flows)
-            for index, (before, after) in enumerate(zip(ids, ids[1:], strict=False)):
+            for index, (before, after) in enumerate(pairwise(ids)):
                 order = np.random.default_rng([self.seed, document, index]).permutation(len(after))
                 self.flows[block, index] += self._table(before, after)
                 self.shuffled[block, index] += self._table(before, after[torch.from_numpy(order)])
@@ -88,9 +89,10 @@ class TransitionCounts(Exact):
     def result(self, *, provenance: Provenance) -> xr.Dataset:
         """The Dataset that `transitions` gives."""
         flows, shuffled = self.flows.sum(axis=0), self.shuffled.sum(axis=0)
-        gain, interval = stats.block_jackknife(_gain, np.stack([self.flows, self.shuffled], axis=1))
+        gain, interval = stats.block_jackknife(_gain, np.stack([self.flows, self.shuffled], axis=1), debias=False)
         rows, columns = flows.sum(axis=-1), flows.sum(axis=-2)
         values = {
+            "next_layer": np.array(self.layers[1:], dtype=np.int64),
             "flows": flows,
             "flow": stats.ratio(flows, rows),
             "flow_shuffled": stats.ratio(shuffled, shuffled.sum(axis=-1)),
@@ -101,20 +103,16 @@ class TransitionCounts(Exact):
             "gain": gain,
             "gain_interval": interval,
         }
-        variables = {
-            name: Variable(*_VARIABLES[name][:1], value, *_VARIABLES[name][1:]) for name, value in values.items()
-        }
+        variables = described(values, _VARIABLES)
         coords: dict[str, Any] = {
             "bound": ["low", "high"],
             "layer": np.array(self.layers[:-1], dtype=np.int64),
-            "next_layer": ("layer", np.array(self.layers[1:], dtype=np.int64)),
             "expert": np.arange(flows.shape[-1]),
             "next_expert": np.arange(flows.shape[-1]),
         }
-        next_layer = Variable(("layer",), coords.pop("next_layer")[1], "layer", "the MoE layer that follows")
         how = {"tokens": int(flows[0].sum()) // self.top_k**2, "top_k": self.top_k, "blocks": len(self.flows)}
         about = {**provenance, **how, "seed": self.seed}
-        return labelled(variables | {"next_layer": next_layer}, coords, analysis="transitions", provenance=about)
+        return labelled(variables, coords, analysis="transitions", provenance=about)
 
 
 def _gain(tables: Num[np.ndarray, "two M E E"]) -> np.ndarray:
@@ -123,7 +121,8 @@ def _gain(tables: Num[np.ndarray, "two M E E"]) -> np.ndarray:
 
 
 _LEN = ("layer", "expert", "next_expert")
-_VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
+_VARIABLES: dict[str, Description] = {
+    "next_layer": (("layer",), "layer", "the MoE layer that follows"),
     "flows": (_LEN, "token-slots", "slot pairs of tokens with the expert here and the other in the next MoE layer"),
     "flow": (_LEN, "1", "share of the expert's flow that goes to the other, 0 ... 1/K"),
     "flow_shuffled": (_LEN, "1", "flow with the next layer's choices shuffled over the tokens of each document"),
@@ -135,7 +134,11 @@ _VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
         "nats",
         "the same with the next layer's choices shuffled over the tokens of each document: bias and topic",
     ),
-    "gain": (("layer",), "nats", "mutual information above that of the shuffle, bias removed by leaving out blocks"),
+    "gain": (
+        ("layer",),
+        "nats",
+        "mutual information above the shuffle's, which has the same bias; 0 under the null",
+    ),
     "gain_interval": (("bound", "layer"), "nats", "95 % interval over blocks of documents: gain"),
 }
 

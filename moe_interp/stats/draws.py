@@ -5,7 +5,10 @@ entropy gives a set a probability proportional to the product of its weights w_e
 Dempster & Liu 1994, Biometrika 81, 457). With R(k, A) the elementary symmetric polynomial of degree k of the weights in
 A:
 
-1. `inclusion_weights` finds w from pi: w_e <- w_e pi_e / (w_e R(K-1, all but e) / R(K, all)), repeated (ibid. eq. 7).
+1. `inclusion_weights` finds w from pi: with p_e = w_e R(K-1, all but e) / R(K, all), the chance that w gives, each
+   weight is multiplied by the root of the odds of pi_e over those of p_e until they agree. (The odds themselves are
+   the exact step for one weight and overshoot when all move; the published step, pi_e / p_e, takes thousands of
+   rounds where an expert is nearly always chosen.)
 2. `pair_inclusion`: pi_ij = w_i w_j R(K-2, all but i and j) / R(K, all).
 3. `distinct_draws` goes through the experts in turn and takes each with the probability that its weight and the sets
    still possible give it.
@@ -13,11 +16,12 @@ A:
    where n is small.
 """
 
+from collections.abc import Callable
+
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 _ROUNDS = 2000
-_LONGEST = 4096  # tokens drawn at most; beyond, the mean goes to its limit as 1 / sqrt(n)
 
 
 def inclusion_weights(inclusion: Float[np.ndarray, " E"]) -> Float[np.ndarray, " E"]:
@@ -30,13 +34,19 @@ def inclusion_weights(inclusion: Float[np.ndarray, " E"]) -> Float[np.ndarray, "
         Weights that sum to K. An expert that is never drawn has weight 0.
     """
     draws = round(float(inclusion.sum()))
+    if np.count_nonzero(inclusion) <= draws:
+        return (inclusion > 0).astype(float)
     wanted = np.minimum(inclusion, 1 - 1e-6)
+    certain = inclusion > wanted
+    if not certain.all():
+        wanted[~certain] *= (draws - wanted[certain].sum()) / max(wanted[~certain].sum(), 1e-300)
     weights = wanted.copy()
     for _ in range(_ROUNDS):
         found = _inclusion(weights, draws)
         if np.abs(found - wanted).max() < 1e-9:
             break
-        weights = np.divide(weights * wanted, found, out=np.zeros_like(weights), where=found > 0)
+        odds = np.divide(wanted * (1 - found), found * (1 - wanted), out=np.zeros_like(weights), where=found > 0)
+        weights *= np.sqrt(odds)
         weights *= draws / weights.sum()
     return weights
 
@@ -92,25 +102,23 @@ def distinct_draws(
 
 
 def largest_share_null(
-    weights: Float[np.ndarray, " E"], draws: int, sizes: Int[np.ndarray, " X"], *, repeats: int = 100, seed: int = 0
-) -> Float[np.ndarray, " X"]:
-    """Mean over draws of max_e (tokens that drew e) / n, for n tokens.
+    weights: Float[np.ndarray, " E"], draws: int, *, longest: int = 4096, repeats: int = 100, seed: int = 0
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Mean over draws of max_e (tokens that drew e) / n, as a function of n, 1 or more tokens.
 
     Args:
         weights: of the experts.
         draws: K.
-        sizes: n, 1 or more. Up to 64 each is drawn, beyond only some are, up to 4,096; others are interpolated in
-            1 / sqrt(n), and the limit is the largest probability.
+        longest: n up to 64 are all drawn, beyond only some are, up to this; others are interpolated in 1 / sqrt(n),
+            and the limit is the largest probability.
         repeats: draws averaged over.
         seed: of the draws.
     """
-    if not len(sizes):
-        return np.zeros(0)
-    longest = int(min(sizes.max(), _LONGEST))
     grid = np.unique(np.concatenate([np.arange(1, min(longest, 64) + 1), np.geomspace(1, longest, 40).astype(int)]))
     rng, means = np.random.default_rng(seed), np.zeros(len(grid))
     for _ in range(repeats):
         counts = distinct_draws(weights, draws, longest, rng).cumsum(axis=0)
         means += counts[grid - 1].max(axis=1) / grid / repeats
-    limit = _inclusion(weights, draws).max()
-    return np.interp(1 / np.sqrt(sizes), [0.0, *(1 / np.sqrt(grid[::-1]))], [limit, *means[::-1]])
+    places = np.array([0.0, *(1 / np.sqrt(grid[::-1]))])
+    values = np.array([_inclusion(weights, draws).max(), *means[::-1]])
+    return lambda sizes: np.interp(1 / np.sqrt(sizes), places, values)

@@ -75,14 +75,14 @@ def _entropy(p: np.ndarray) -> np.ndarray:
 def mutual_information(joint: Num[np.ndarray, "*rest E F"]) -> Float[np.ndarray, "*rest"]:
     """Mutual information of the two axes of a table of counts in nats: 0 (independent) ... ln min(E, F)."""
     p = ratio(joint, joint.sum(axis=(-2, -1)))
-    return _entropy(p.sum(axis=-1)) + _entropy(p.sum(axis=-2)) - _entropy(p.reshape(*p.shape[:-2], -1))
+    return np.asarray(_entropy(p.sum(axis=-1)) + _entropy(p.sum(axis=-2)) - _entropy(p.reshape(*p.shape[:-2], -1)))
 
 
 def lift(
     joint: Num[np.ndarray, "*rest E F"],
     rows: Num[np.ndarray, "*rest E"],
     columns: Num[np.ndarray, "*rest F"],
-    total: Num[np.ndarray, "*rest"],
+    total: ArrayLike,
 ) -> Float[np.ndarray, "*rest E F"]:
     """N_ij T / (N_i N_j): how many times as often two go together as if they were independent, 0 ...
 

@@ -176,9 +176,11 @@ def by_layer(counts: np.ndarray, groups: np.ndarray, num_groups: int) -> Iterato
 def block_jackknife(
     statistic: Callable[[np.ndarray], np.ndarray],
     blocks: Num[np.ndarray, "Z *table"],
+    *,
+    debias: bool = True,
     level: float = 0.95,
 ) -> tuple[Float[np.ndarray, "*out"], Float[np.ndarray, "2 *out"]]:
-    """A statistic of summed tables, its bias of order 1/n taken off, with an interval over blocks of documents.
+    """A statistic of summed tables with an interval over blocks of documents, its bias of order 1/n taken off.
 
     theta - (Z - 1) (mean of theta without a block - theta), and that plus or minus the quantile of Student's t with
     Z - 1 degrees of freedom times the delete-a-group standard error.
@@ -186,6 +188,7 @@ def block_jackknife(
     Args:
         statistic: of the sum of tables.
         blocks: a table for each block of documents; empty ones are left out, Z counts the others.
+        debias: whether to take the bias off; not for a difference from a null with the same bias.
         level: coverage aimed at.
 
     Returns:
@@ -203,6 +206,6 @@ def block_jackknife(
     without = np.stack([statistic(total - one) for one in held])
     centre = without.mean(axis=0)
     error = np.sqrt((count - 1) / count * ((without - centre) ** 2).sum(axis=0))
-    estimate = whole - (count - 1) * (centre - whole)
+    estimate = whole - (count - 1) * (centre - whole) if debias else whole
     half = t.ppf((1 + level) / 2, count - 1) * error
     return estimate, np.stack([estimate - half, estimate + half])
