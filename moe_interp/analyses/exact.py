@@ -68,9 +68,11 @@ class Exact:
 
     Attributes:
         reads: points that `update` looks at.
+        maxima: names of fields of which two together have the larger value in place of the sum.
     """
 
     reads: ClassVar[tuple[str, ...]] = ()
+    maxima: ClassVar[tuple[str, ...]] = ()
 
     def update(self, run: Run, documents: Int[np.ndarray, " B"]) -> None:
         """Adds a run; row b belongs to document ``documents[b]``, and only tokens in the run's masks count."""
@@ -88,6 +90,7 @@ class Exact:
         parts = {
             name: value + getattr(other, name) if isinstance(value, _ADDED) else value for name, value in _items(self)
         }
+        parts |= {name: np.maximum(getattr(self, name), getattr(other, name)) for name in self.maxima}
         return type(self)(**parts)
 
     def identity(self) -> dict[str, Any]:
