@@ -174,6 +174,33 @@ def test_disjoint_loads_are_ln_2_apart_and_no_load_has_no_statistics():
     assert np.isnan(stats.dead_experts(nothing)).all()
 
 
+def test_sign_flip_max_against_loops():
+    differences = RNG.normal(size=(9, 2, 5)) + 0.4
+    differences[:, 1, 3] = 0.0  # nothing to test
+    found = stats.sign_flip_max(differences, flips=60, seed=4)
+    signs = np.random.default_rng(4).choice([-1.0, 1.0], size=(61, 9))
+    signs[0] = 1.0
+    for family in range(2):
+        expected = slow.sign_flip_p(differences[:, family].tolist(), signs.tolist())
+        np.testing.assert_allclose(found[family], expected)
+    assert found[1, 3] == 1.0
+    assert np.isnan(stats.sign_flip_max(differences[:1])).all()
+
+
+def test_block_jackknife_of_a_mean_is_the_textbook_interval():
+    from scipy.stats import t
+
+    blocks = RNG.normal(size=(12, 3))
+    blocks = np.column_stack([blocks[:, :2], np.ones(12)])
+    estimate, (low, high) = stats.block_jackknife(lambda total: total[:2] / total[2], blocks)
+    mean, error = blocks[:, :2].mean(axis=0), blocks[:, :2].std(axis=0, ddof=1) / np.sqrt(12)
+    np.testing.assert_allclose(estimate, mean)
+    np.testing.assert_allclose(high - low, 2 * t.ppf(0.975, 11) * error)
+    empty = np.concatenate([blocks, np.zeros((3, 3))])
+    np.testing.assert_allclose(stats.block_jackknife(lambda total: total[:2] / total[2], empty)[0], mean)
+    assert np.isnan(stats.block_jackknife(lambda total: total[:2], blocks[:1])[1]).all()
+
+
 # Where there is nothing to say
 
 

@@ -101,14 +101,14 @@ def _joined(parts: list[tuple[int, Inputs]]) -> Inputs:
     return Inputs(moe_in, scores, chosen, weights, np.concatenate(documents))
 
 
-@torch.no_grad()
 def every_expert(model: MoEModel, layer: int, moe_in: Float[Tensor, "T D"]) -> Iterator[Float[Tensor, "t E D"]]:
     """Unweighted outputs of all experts of a layer, some tokens at a time, in float32."""
     count = model.spec.moe(layer).num_experts
     experts = model.experts(layer)
     for some in moe_in.split(max(1, _HELD // (count * moe_in.shape[1]))):
-        ids = torch.arange(count, device=some.device).expand(len(some), count)
-        yield experts(some, ids).float()
+        with torch.no_grad():
+            outputs = experts(some, torch.arange(count, device=some.device).expand(len(some), count)).float()
+        yield outputs
 
 
 def per_document(

@@ -2,8 +2,8 @@
 
 Neuron f adds its activation times column f of the down-projection to the residual. Decoded by the model's own final
 norm and unembedding (Geva et al. 2022, arXiv 2203.14680, for dense layers) the column says which tokens it raises,
-and its negative which it lowers. Every direction raises some token most: `z_null` is how far the first token of a random
-direction stands out, and a neuron says something as far as its own ``z`` is above that.
+and its negative which it lowers. Every direction raises some token most: `z_null` is how far the first token of a
+random direction stands out, and a neuron says something as far as its own ``z`` is above that.
 """
 
 from typing import Any

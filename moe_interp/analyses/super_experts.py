@@ -64,7 +64,9 @@ def super_experts(
     found = np.argwhere(flags)
     ranked = found[np.argsort(-sums.largest[flags], kind="stable")][:most]
     chosen = sums.counts.sum(axis=0)
-    controls = np.array([_alike(chosen[layer], flags[layer], expert) for layer, expert in ranked], dtype=np.int64)
+    controls = np.array(
+        [_alike(chosen[layer], flags[layer], expert) for layer, expert in ranked.tolist()], dtype=np.int64
+    )
     values = (
         _removed(model, corpus, options, ranked, controls, resamples, seed)
         | _sizes(sums)

@@ -233,3 +233,18 @@ def mean_log_ratio(left, right):
     return math.exp(
         math.fsum(math.log(one) - math.log(other) for one, other in zip(left, right, strict=True)) / len(left)
     )
+
+
+def sign_flip_p(differences, signs):
+    """Single-step p of sums of differences over documents, of which each row of signs flips some; row 0 flips none."""
+    tests = range(len(differences[0]))
+    size = [math.sqrt(sum(row[t] ** 2 for row in differences)) for t in tests]
+    rows = [
+        [
+            sum(s * row[t] for s, row in zip(flips, differences, strict=True)) / size[t] if size[t] else 0.0
+            for t in tests
+        ]
+        for flips in signs
+    ]
+    largest = [max(row) for row in rows]
+    return [sum(1 for one in largest if one >= rows[0][t] - 1e-9) / len(rows) if size[t] else 1.0 for t in tests]
