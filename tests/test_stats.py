@@ -35,7 +35,8 @@ def test_bootstrap_ratio_is_the_quantiles_of_resampled_ratios(strata):
     ends = stats.bootstrap_ratio(COUNTS, tokens, strata=strata, resamples=60, seed=3, level=0.9)
     draws = stats.resampling_weights(np.zeros(11, int) if strata is None else strata, 60, 3)
     for layer, expert in np.ndindex(3, 6):
-        expected = slow.bootstrap_interval(COUNTS[:, layer, expert].tolist(), tokens.tolist(), draws, 0.9)
+        groups = 1 if strata is None else 3
+        expected = slow.bootstrap_interval(COUNTS[:, layer, expert].tolist(), tokens.tolist(), draws, 0.9, groups)
         np.testing.assert_allclose(ends[:, layer, expert], expected, rtol=1e-12)
 
 
@@ -232,7 +233,7 @@ def test_intervals_cover_clustered_documents_where_independent_tokens_would_not(
     chose = rng.binomial(length, rng.beta(2.0, 8.0, size=length.shape))
     low, high = stats.bootstrap_ratio(chose[:, :, None], length, resamples=400)[..., 0]
     covered = ((low <= 0.2) & (high >= 0.2)).mean()
-    assert 0.90 <= covered <= 0.97
+    assert 0.92 <= covered <= 0.98
     share = chose.sum(axis=0) / length.sum(axis=0)
     half = 1.96 * np.sqrt(share * (1 - share) / length.sum(axis=0))
     assert (np.abs(share - 0.2) <= half).mean() < 0.4

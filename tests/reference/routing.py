@@ -5,6 +5,9 @@ A *choice* is what one token did at one layer: a dict of document, layer, ids, w
 
 import math
 from itertools import combinations
+from statistics import NormalDist
+
+from scipy.stats import t
 
 
 def count(choices, document, layer, expert):
@@ -193,13 +196,22 @@ def quantile(values, level):
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def bootstrap_interval(top, bottom, draws, level):
+def tails(documents, strata=1, level=0.95):
+    """Normal tail of Student's t over the factor by which the bootstrap's spread is too small."""
+    free = documents - strata
+    narrow = math.sqrt(free / documents)
+    low = NormalDist().cdf(float(t.ppf((1 - level) / 2, free)) / narrow)
+    return low, 1 - low
+
+
+def bootstrap_interval(top, bottom, draws, level, strata=1):
     """Quantiles of sum/sum over resamples, each given by how often it draws each document."""
     ratios = []
     for drawn in draws:
         documents = [document for document, times in enumerate(drawn) for _ in range(round(times))]
         ratios.append(sum(top[d] for d in documents) / sum(bottom[d] for d in documents))
-    return quantile(ratios, (1 - level) / 2), quantile(ratios, (1 + level) / 2)
+    low, high = tails(len(draws[0]), strata, level)
+    return quantile(ratios, low), quantile(ratios, high)
 
 
 def max_statistic_p(rows):
