@@ -209,7 +209,7 @@ def norm_and_weight(result: xr.Dataset) -> go.Figure:
     for index, layer in enumerate(layers):
         at = result.sel(layer=layer)
         figure.add_trace(
-            go.Scattergl(
+            go.Scatter(  # not Scattergl: pages are opened where there is no WebGL too
                 x=at["norm_chosen"].values.astype(np.float32),
                 y=at["weight_chosen"].values.astype(np.float32),
                 customdata=at["expert"].values,
