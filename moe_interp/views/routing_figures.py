@@ -230,4 +230,4 @@ def norm_and_weight(result: xr.Dataset) -> go.Figure:
     figure.update_xaxes(type="log", title="mean norm of the output", row=1, col=1)
     figure.update_yaxes(title="mean weight", row=1, col=1)
     figure.update_xaxes(title="layer", row=1, col=2)
-    return style(figure, 440, legend={"x": 1, "y": 0.02, "xanchor": "right", "yanchor": "bottom"})
+    return style(figure, 440, legend={"x": 0.57, "y": 1, "xanchor": "left", "yanchor": "top"})
