@@ -227,3 +227,33 @@ def test_the_parts_add_up(model_type, record_property):
         if name in found:
             record_property(short, found[name])
     assert audit.passed, str(audit)
+
+
+NO_GENERATION = {
+    "diffusion_gemma": "writes a canvas, not token after token",
+    "doge": "its router mixes the tokens of a pass, so that a cached step routes differently",
+    "openai_privacy_filter": "a classifier",
+}
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_generation_makes_the_edit_at_every_step(model_type):
+    hf = tiny(model_type)
+    if model_type in NO_GENERATION or not runner(hf).can_generate():
+        pytest.skip(NO_GENERATION.get(model_type, "transformers has no generate for it: ends when it has"))
+    prompt = {name: value[:1] for name, value in inputs(hf).items() if "decoder" not in name}
+    crossed = "decoder_input_ids" in inputs(hf)
+    options: dict[str, Any] = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    with moe.wrap(hf) as model:
+        layer = model.layers[-1]
+        edit = moe.apply("routed_out", lambda value: change("routed_out", value), layers=layer)
+        ids = torch.zeros(1, 1, dtype=torch.long) if crossed else prompt["input_ids"]
+        start = {"decoder_start_token_id": 0} if crossed else {}
+        got = model.generate(prompt, edit=edit, **start, **options)
+        for _ in range(4):
+            known = (
+                {"decoder_input_ids": ids} if crossed else {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            )
+            output = model.run({**prompt, **known}, edit=edit).output
+            ids = torch.cat([ids, output[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(got, ids)
