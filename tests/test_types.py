@@ -234,6 +234,8 @@ NO_GENERATION = {
     "doge": "its router mixes the tokens of a pass, so that a cached step routes differently",
     "openai_privacy_filter": "a classifier",
 }
+# transformers' own cached step differs from a whole pass there, by 0.47 in the logits: its sparse attention pools.
+WITHOUT_CACHE = ("glm5_next",)
 
 
 @pytest.mark.parametrize("model_type", EACH_TYPE)
@@ -244,6 +246,7 @@ def test_generation_makes_the_edit_at_every_step(model_type):
     prompt = {name: value[:1] for name, value in inputs(hf).items() if "decoder" not in name}
     crossed = "decoder_input_ids" in inputs(hf)
     options: dict[str, Any] = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    options |= {"use_cache": False} if model_type in WITHOUT_CACHE else {}
     with moe.wrap(hf) as model:
         layer = model.layers[-1]
         edit = moe.apply("routed_out", lambda value: change("routed_out", value), layers=layer)
