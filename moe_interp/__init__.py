@@ -16,13 +16,29 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "model": ("MoEModel", "load", "wrap"),
+    "adapters": ("Family", "register_adapter"),
     "run": ("Routing", "Run", "select"),
     "points": ("POINTS",),
-    "adapters": ("Family", "register_adapter"),
     "interventions": ("Intervention", "ablate", "apply", "from_json", "scale", "to_json", "top_k"),
     "data": ("Corpus", "read_corpus", "sample"),
-    "analyses.routing": ("routing", "routing_map"),
+    "analyses.routing": ("routing",),
+    "analyses.routing_map": ("routing_map",),
     "analyses.recorded": ("routing_from_counts",),
+    "analyses.collect": ("collect",),
+    "analyses.labels": ("routing_by_label", "spans"),
+    "analyses.coactivation": ("coactivation",),
+    "analyses.transitions": ("transitions",),
+    "analyses.vocabulary": ("vocabulary_specialization",),
+    "analyses.token_identity": ("token_identity",),
+    "analyses.profiles": ("expert_profiles",),
+    "analyses.norms": ("norm_and_weight",),
+    "analyses.redundancy": ("expert_similarity",),
+    "analyses.shared_experts": ("shared_experts",),
+    "analyses.super_experts": ("super_experts",),
+    "analyses.neurons": ("neuron_lens",),
+    "analyses.saturation": ("reference_saturation", "router_saturation"),
+    "analyses.training": ("RoutingCallback", "RoutingWatch", "routing_health", "to_tensorboard"),
+    "views.profile": ("profile", "profile_page"),
     "analyses.lens": ("expert_lens",),
     "analyses.attribution": ("logit_attribution",),
     "analyses.similarity": ("ensemble_similarity",),
@@ -35,17 +51,33 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from moe_interp.adapters import Family, register_adapter
     from moe_interp.analyses.attribution import logit_attribution
+    from moe_interp.analyses.coactivation import coactivation
+    from moe_interp.analyses.collect import collect
+    from moe_interp.analyses.labels import routing_by_label, spans
     from moe_interp.analyses.lens import expert_lens
+    from moe_interp.analyses.neurons import neuron_lens
+    from moe_interp.analyses.norms import norm_and_weight
     from moe_interp.analyses.perplexity import perplexity
+    from moe_interp.analyses.profiles import expert_profiles
     from moe_interp.analyses.recorded import routing_from_counts
-    from moe_interp.analyses.routing import routing, routing_map
+    from moe_interp.analyses.redundancy import expert_similarity
+    from moe_interp.analyses.routing import routing
+    from moe_interp.analyses.routing_map import routing_map
+    from moe_interp.analyses.saturation import reference_saturation, router_saturation
+    from moe_interp.analyses.shared_experts import shared_experts
     from moe_interp.analyses.similarity import ensemble_similarity
+    from moe_interp.analyses.super_experts import super_experts
+    from moe_interp.analyses.token_identity import token_identity
+    from moe_interp.analyses.training import RoutingCallback, RoutingWatch, routing_health, to_tensorboard
+    from moe_interp.analyses.transitions import transitions
+    from moe_interp.analyses.vocabulary import vocabulary_specialization
     from moe_interp.data import Corpus, read_corpus, sample
     from moe_interp.errors import MoEError
     from moe_interp.interventions import Intervention, ablate, apply, from_json, scale, to_json, top_k
     from moe_interp.model import MoEModel, load, wrap
     from moe_interp.points import POINTS
     from moe_interp.run import Routing, Run, select
+    from moe_interp.views.profile import profile, profile_page
     from moe_interp.views.report import report
 
 __all__ = [
@@ -56,26 +88,47 @@ __all__ = [
     "MoEError",
     "MoEModel",
     "Routing",
+    "RoutingCallback",
+    "RoutingWatch",
     "Run",
     "ablate",
     "apply",
+    "coactivation",
+    "collect",
     "ensemble_similarity",
     "expert_lens",
+    "expert_profiles",
+    "expert_similarity",
     "from_json",
     "load",
     "logit_attribution",
+    "neuron_lens",
+    "norm_and_weight",
     "perplexity",
+    "profile",
+    "profile_page",
     "read_corpus",
+    "reference_saturation",
     "register_adapter",
     "report",
+    "router_saturation",
     "routing",
+    "routing_by_label",
     "routing_from_counts",
+    "routing_health",
     "routing_map",
     "sample",
     "scale",
     "select",
+    "shared_experts",
+    "spans",
+    "super_experts",
     "to_json",
+    "to_tensorboard",
+    "token_identity",
     "top_k",
+    "transitions",
+    "vocabulary_specialization",
     "wrap",
 ]
 

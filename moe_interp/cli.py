@@ -1,4 +1,4 @@
-"""The commands: ``moe-interp report | routing | lens | similarity | perplexity | audit | models``.
+"""The commands: ``moe-interp report | routing | labels | profile | saturation | lens | similarity | perplexity | ...``.
 
 Everything they do is one call of the library. Errors of moe_interp are printed without a traceback; the exit status is
 then 2 (1 for an audit that failed).
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import moe_interp as moe
-from moe_interp.errors import MoEError
+from moe_interp.errors import BadInput, MoEError
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -114,6 +114,106 @@ def _peak(at: "xr.Dataset") -> str:
     domain = at["domain"].values[here["domain"]]
     share = 100 * float(at["specialization"][here])
     return escape(f"{here['expert']}: {share:.0f} % [{low:.0f}, {high:.0f}] of {domain}")
+
+
+@app.command()
+def labels(
+    label: Annotated[str, typer.Argument(help="kind, punctuation, script or position.")] = "kind",
+    model: Annotated[str | None, typer.Option("--model", help="Hub id or folder.")] = None,
+    data: Data = None,
+    output: Output = None,
+    limit: Limit = None,
+    max_tokens: MaxTokens = 256,
+    dtype: DType = "auto",
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Which expert takes which kind of token."""
+    _check_output(output)
+    corpus = _corpus(data, limit)
+    opened = _load(model, dtype, device_map, trust_remote_code)
+    result = moe.routing_by_label(opened, corpus, label, max_tokens=max_tokens)
+    _save(result, output)
+    table = Table("label", "tokens", "layer", "expert", "% of the label's tokens", "of others", "p", title="By label")
+    for name in result["label"].values:
+        here = result.sel(label=name)
+        lead = (here["specialization"] - here["specialization_rest"]).fillna(-1.0)
+        for layer in result["layer"].values:
+            at = here.sel(layer=layer, expert=int(lead.sel(layer=layer).values.argmax()))
+            low, high = (100 * float(end) for end in at["specialization_interval"])
+            share = f"{100 * float(at['specialization']):.1f} [{low:.1f}, {high:.1f}]"
+            table.add_row(
+                escape(str(name)),
+                str(int(at["tokens"])),
+                str(layer),
+                str(int(at["expert"])),
+                escape(share),
+                f"{100 * float(at['specialization_rest']):.1f}",
+                f"{float(at['specialization_p']):.3f}",
+            )
+    console.print(table)
+    console.print(f"Under a uniform router: {100 * float(result['specialization_baseline']):.1f} %")
+
+
+@app.command()
+def profile(
+    layer: Annotated[int | None, typer.Argument(help="An MoE layer; all experts if left out (with --output).")] = None,
+    expert: Annotated[int | None, typer.Argument(help="One of its experts.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Hub id or folder.")] = None,
+    data: Data = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML page of all experts.")] = None,
+    limit: Limit = None,
+    max_tokens: MaxTokens = 256,
+    dtype: DType = "auto",
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """What is known of an expert, or a page of them all."""
+    if output is None and (layer is None or expert is None):
+        raise BadInput("which expert", expected="a layer and an expert, or --output for a page of all", got="neither")
+    _check_output(output)
+    opened = _load(model, dtype, device_map, trust_remote_code)
+    if layer is not None and expert is not None:
+        opened.spec.check_expert(layer, expert)
+    result = moe.expert_profiles(opened, _corpus(data, limit), max_tokens=max_tokens)
+    if layer is not None and expert is not None:
+        console.print(escape(str(moe.profile(result, layer, expert))))
+    if output is not None:
+        console.print(f"wrote {escape(str(moe.profile_page(result, output).resolve()))}", soft_wrap=True)
+
+
+@app.command()
+def saturation(
+    checkpoints: Annotated[list[str] | None, typer.Argument(help="Folders or hub ids, the final one last.")] = None,
+    revision: Annotated[list[str] | None, typer.Option(help="Of the one hub id, the final one last.")] = None,
+    data: Data = None,
+    output: Output = None,
+    limit: Limit = None,
+    dtype: DType = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """How early in training the routing was settled; of the bundled model's own training if nothing is named."""
+    _check_output(output)
+    options: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
+    result = (
+        moe.router_saturation(
+            checkpoints, _corpus(data, limit), revisions=revision, trust_remote_code=trust_remote_code, **options
+        )
+        if checkpoints
+        else moe.reference_saturation()
+    )
+    _save(result, output)
+    table = Table("step", *(f"layer {layer}" for layer in result["layer"].values), title="Router saturation")
+    for step in result["step"].values:
+        at = result.sel(step=step)
+        low, high = at["saturation_interval"].values
+        cells = zip(at["saturation"].values, low, high, strict=True)
+        table.add_row(escape(str(step)), *(escape(f"{mean:.2f} [{a:.2f}, {b:.2f}]") for mean, a, b in cells))
+    console.print(table)
+    first = float(result["independent"].isel(step=0).mean())
+    console.print(
+        f"Uniform router: {float(result['saturation_baseline']):.2f}; by loads alone at the first: {first:.2f}"
+    )
 
 
 @app.command()

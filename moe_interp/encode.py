@@ -1,6 +1,8 @@
-"""Text and token ids into model inputs, refused with a reason where they cannot be right."""
+"""Text and token ids into model inputs, refused with a reason where they cannot be right; and ids back into text."""
 
+import codecs
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -120,3 +122,44 @@ def _check(ids: Tensor, spec: ModelSpec, mask: Tensor | None) -> None:
             got=str(length),
             do="Shorten it, or split it into documents.",
         )
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """What a reader sees of one token: its text, or its bytes as <e4 b8> where they are only a part of a character.
+
+    The id itself where nothing decodes it.
+    """
+    text = "" if tokenizer is None else str(tokenizer.decode([token]))
+    if "\ufffd" in text:
+        text = _token_bytes(tokenizer, token) or text
+    return text.replace("\0", "\N{SYMBOL FOR NULL}") or str(token)  # a stored string cannot hold NUL
+
+
+def _token_bytes(tokenizer: Any, token: int) -> str:
+    """A byte-level token with what is no whole character as hexadecimal bytes; empty for another kind of token."""
+    name = tokenizer.convert_ids_to_tokens(token) if hasattr(tokenizer, "convert_ids_to_tokens") else None
+    if not isinstance(name, str):
+        return ""
+    if len(name) == 6 and name.startswith("<0x"):  # SentencePiece's byte fallback
+        return f"<{name[3:5].lower()}>"
+    if not all(sign in _bytes_of_signs() for sign in name):
+        return ""
+    raw = bytes(_bytes_of_signs()[sign] for sign in name)
+    return raw.decode("utf-8", "hexbytes")
+
+
+@cache
+def _bytes_of_signs() -> dict[str, int]:
+    """The byte that each sign of a byte-level vocabulary stands for (Radford et al. 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _as_hex(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "<" + error.object[error.start : error.end].hex(" ") + ">", error.end
+
+
+codecs.register_error("hexbytes", _as_hex)

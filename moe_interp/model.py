@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moe_interp import __version__
 from moe_interp.adapters import ModelSpec, describe, is_known
 from moe_interp.adapters.experts import Experts, ExpertWeights
+from moe_interp.adapters.formats import in_memory, rounding_without_gradient, stored
 from moe_interp.adapters.sums import follow
 from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadCheckpoint, BadInput, MoEError, UnsupportedModel
@@ -56,6 +57,8 @@ class MoEModel:
     spec: ModelSpec
 
     def __init__(self, hf: nn.Module, tokenizer: Any = None, name: str | None = None, spec: ModelSpec | None = None):
+        # torch.compile puts a model into a wrapper, whose hooks the model's own methods would not reach.
+        hf = getattr(hf, "_orig_mod", hf)
         self.hf, self.tokenizer = hf, tokenizer
         self._open(hf, describe(hf) if spec is None else spec)
         self.name = name or getattr(hf, "name_or_path", "") or self.spec.model_type
@@ -91,7 +94,12 @@ class MoEModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self._first_parameter.device
+        parameter = self._first_parameter
+        if not parameter.is_meta:
+            return parameter.device
+        # Offloaded: accelerate says where its forward will run.
+        hook = getattr(self._embedding, "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or "cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,9 +107,12 @@ class MoEModel:
         return self._first_parameter.dtype
 
     @property
+    def _embedding(self) -> nn.Module:
+        return self.hf if self.spec.embed is None else self.hf.get_submodule(self.spec.embed)
+
+    @property
     def _first_parameter(self) -> Tensor:
-        within = self.hf if self.spec.embed is None else self.hf.get_submodule(self.spec.embed)
-        return next(within.parameters())
+        return next(self._embedding.parameters())
 
     def run(self, inputs: Inputs, *, read: Reads | str | Read = (), edit: Edits = (), grad: bool = False) -> Run:
         """One forward pass: read points, make edits.
@@ -114,10 +125,12 @@ class MoEModel:
 
         Raises:
             UnknownName: a point, layer or expert that the model does not have.
-            BadInput: inputs or edits that cannot be right.
+            BadInput: inputs or edits that cannot be right, or gradients of weights that have none.
             BadCheckpoint: the weights are not finite.
         """
         self._check_open()
+        if grad:
+            self._check_gradients()
         interventions = _listed(edit, Intervention)
         session = Session(self._host, interventions, [_as_read(one) for one in _listed(read, (str, Read))], grad)
         model_inputs = self.encode(inputs)
@@ -244,13 +257,27 @@ class MoEModel:
         return encode(inputs, self.tokenizer, self.spec, self.device)
 
     @property
-    def exact(self) -> bool:
-        """Whether all mixtures run on transformers' ``grouped_mm``, to which an untouched run is bit-equal."""
+    def exact(self) -> str | None:
+        """What an untouched run is bit-equal to: transformers' "grouped_mm", or "eager" where that cannot run.
+
+        None where a block computes in its own way, or nothing of transformers can run the experts on this device.
+        """
         return self._host.exact
+
+    @property
+    def has_plain(self) -> bool:
+        """Whether transformers itself can run the experts on this device."""
+        return None not in self._host.plain.values()
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """The model as it was found, with transformers' ``grouped_mm`` experts, inside the ``with``."""
+        """The model as it was found, uncompiled, with transformers' own experts, inside the ``with``.
+
+        They are its ``grouped_mm`` where that can run, else ``eager``, its loop over experts.
+
+        Raises:
+            UnsupportedModel: neither can: FP8 experts on CPU.
+        """
         with self._host.removed():
             yield
 
@@ -270,6 +297,16 @@ class MoEModel:
         if not self._host.handles:
             raise BadInput("the model is plain", expected="a call outside `with model.plain()`")
 
+    def _check_gradients(self) -> None:
+        rounding = rounding_without_gradient(self.hf)
+        if rounding is not None:
+            raise BadInput(
+                "gradients would be wrong",
+                expected="weights that multiply what they are given as it is",
+                got=f"{rounding}, which rounds it to 8 bits first",
+                do="Load with weights that are quantised alone, such as torchao's Int8WeightOnlyConfig.",
+            )
+
     def _check_finite(self, logits: Tensor, mask: Tensor, edited: bool) -> None:
         # NaN anywhere in a hidden state reaches every logit of that token, so one column tells.
         first = logits[..., 0].detach()
@@ -288,15 +325,29 @@ def check_weights(hf: nn.Module) -> None:
     Raises:
         BadCheckpoint: naming the first such parameter.
     """
-    for name, parameter in hf.named_parameters():
-        bad = int((~parameter.isfinite()).sum()) if not parameter.is_meta else 0
-        if bad:
-            raise BadCheckpoint(
-                "weights are not finite",
-                expected="finite values",
-                got=f"{bad} NaN or infinite values in {name}",
-                do="The checkpoint is damaged: fetch it again.",
-            )
+    for path, module in hf.named_modules():
+        with in_memory(module, inner=False):
+            for name, parameter in module.named_parameters(recurse=False):
+                bad = sum(_not_finite(part) for part in stored(parameter))
+                if bad:
+                    raise BadCheckpoint(
+                        "weights are not finite",
+                        expected="finite values",
+                        got=f"{bad} NaN or infinite values in {path + '.' if path else ''}{name}",
+                        do="The checkpoint is damaged: fetch it again.",
+                    )
+
+
+def _not_finite(values: Tensor) -> int:
+    """How many values are NaN or infinite."""
+    if not values.is_floating_point():
+        return 0
+    values = values.detach()
+    values = values.float() if values.element_size() == 1 else values  # torch cannot tell for numbers of one byte
+    # A sum that is finite has finite terms, and takes a tenth of the time of looking at each.
+    if bool(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).isfinite()):
+        return 0
+    return int((~values.isfinite()).sum())
 
 
 def _are_texts(inputs: Inputs) -> bool:
@@ -350,6 +401,7 @@ def wrap(hf: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> Mo
     Raises:
         UnsupportedModel: its architecture cannot be opened correctly.
     """
+    hf = getattr(hf, "_orig_mod", hf)
     return MoEModel(hf, tokenizer, name) if is_known(hf) or not _has_config(hf) else _wrap_unseen(hf, tokenizer, name)
 
 
@@ -395,21 +447,31 @@ def _tokenizer(source: str, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _loader(source: str, trust_remote_code: bool, options: Mapping[str, Any]) -> Any:
+def _loader(source: str, trust_remote_code: bool, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class that loads a checkpoint, and the options for it."""
+    import transformers
+
+    where = {key: options[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in options}
+    published, _ = transformers.PreTrainedConfig.get_config_dict(source, **where)
+    if published.get("model_type") == "deepseek":
+        from moe_interp.adapters.deepseek import DeepseekV1ForCausalLM, native_config
+
+        return DeepseekV1ForCausalLM, {"dtype": "auto", "config": native_config(published), **options}
+    if trust_remote_code and "auto_map" in published:
+        return transformers.AutoModelForCausalLM, {"trust_remote_code": True, **options}
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
+    return _own_class(config), {"trust_remote_code": trust_remote_code, **options}
+
+
+def _own_class(config: Any) -> Any:
     """The class that a checkpoint was saved from, or the first auto class that takes its config."""
     import transformers
 
-    where = {key: options[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in options}
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
-    if trust_remote_code and getattr(config, "auto_map", None):
-        return transformers.AutoModelForCausalLM
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    for name in AUTO_CLASSES:
-        if type(config) in getattr(transformers, name)._model_mapping:
-            return getattr(transformers, name)
-    return transformers.AutoModelForCausalLM
+    fitting = (getattr(transformers, name) for name in AUTO_CLASSES)
+    return next((auto for auto in fitting if type(config) in auto._model_mapping), transformers.AutoModelForCausalLM)
 
 
 def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **options: Any) -> MoEModel:
@@ -429,10 +491,9 @@ def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **o
     if name is None:
         options = {"dtype": "float32"} | options
     try:
+        loader, options = _loader(source, trust_remote_code, options)
         # Safetensors only: a pickled checkpoint could run anything.
-        hf, report = _loader(source, trust_remote_code, options).from_pretrained(
-            source, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True, **options
-        )
+        hf, report = loader.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
         tokenizer = _tokenizer(source, trust_remote_code)
     except MoEError:
         raise

@@ -40,6 +40,15 @@ class Variable(NamedTuple):
     meaning: str
 
 
+Description = tuple[tuple[str, ...], str, str]
+"""Dims, units and meaning of one quantity."""
+
+
+def described(values: Mapping[str, ArrayLike], table: Mapping[str, Description]) -> dict[str, Variable]:
+    """The values as `Variable`s, by what a table says of each name."""
+    return {name: Variable(table[name][0], value, *table[name][1:]) for name, value in values.items()}
+
+
 def labelled(
     variables: Mapping[str, Variable],
     coords: Mapping[str, ArrayLike],

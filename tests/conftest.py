@@ -44,7 +44,7 @@ class Coverage:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not report.nodeid.startswith(RECORDED) or report.when != "call":
             return
-        self.failed |= not report.passed
+        self.failed |= report.failed
         model_type = report.nodeid.partition("[")[2].removesuffix("]").removesuffix("-dtype0").removesuffix("-dtype1")
         if model_type not in TYPES or "-dtype1" in report.nodeid:
             return
@@ -71,18 +71,23 @@ def page(rows: dict[str, dict[str, str | float]]) -> str:
         "value. *untouched output*: to the plain model, 0 where it is bit-equal. *block*, *resid_mid*, *resid_post*,",
         "*logits*: of the sums in which parts give the value. All have bounds: 1e-5, gradients 1e-4.",
         "",
-        "| model type | points it lacks | " + " | ".join(COLUMNS.values()) + " |",
-        "|---" * (len(names) + 2) + "|",
+        "| model type | opened by | points it lacks | " + " | ".join(COLUMNS.values()) + " |",
+        "|---" * (len(names) + 3) + "|",
     ]
     for model_type in TYPES:
         row = rows[model_type]
         lacks = [point for point in POINTS if point not in str(row["points"]).split()]
         cells = [shown(row[name]) if name in row else "–" for name in names]
-        lines.append(f"| {model_type} | {' '.join(lacks) or 'none'} | " + " | ".join(cells) + " |")
+        lines.append(f"| {model_type} | {row['adapter']} | {' '.join(lacks) or 'none'} | " + " | ".join(cells) + " |")
     lines += ["", "## What is not checked", ""]
     for name, reason in SKIPS.items():
         types = [model_type for model_type in TYPES if name not in rows[model_type]]
         lines.append(f"- *{COLUMNS[name]}* of {', '.join(types)}: {reason}.")
+    unwritten = defaultdict(list)
+    for model_type in TYPES:
+        if "generation" in rows[model_type]:
+            unwritten[str(rows[model_type]["generation"])].append(model_type)
+    lines += [f"- *generation under edits* of {', '.join(types)}: {reason}." for reason, types in unwritten.items()]
     lines += ["", "## What is special", ""]
     notes = defaultdict(list)
     for model_type in TYPES:

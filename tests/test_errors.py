@@ -15,6 +15,8 @@ from moe_interp import errors
 from moe_interp.model import _listed
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
+from tests.tiny_types import build as build_type
+from tests.tiny_types import inputs as type_inputs
 
 IDS = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(7))
 
@@ -35,7 +37,8 @@ def test_a_message_reads_what_expected_got_and_what_to_do():
 def test_unknown_model_type():
     hf = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20))
     with pytest.raises(
-        errors.UnsupportedModel, match=r"cannot open model type 'gpt2': expected one of .*olmoe.*transformer"
+        errors.UnsupportedModel,
+        match=r"cannot open model type 'gpt2', .* expected fused experts .*transformer.*register_adapter",
     ):
         moe.wrap(hf)
     assert not hasattr(hf, "moe_points")
@@ -111,11 +114,6 @@ def test_edits_that_cannot_be(model, edit, message):
 def test_inputs_that_cannot_be(model, inputs, message):
     with pytest.raises(errors.BadInput, match=message):
         model.run(inputs)
-
-
-def test_float64_is_refused_when_opening():
-    with pytest.raises(errors.UnsupportedModel, match="expected float32, bfloat16 or float16.*got float64"):
-        moe.wrap(build("olmoe", dtype=torch.float64))
 
 
 def test_nan_in_weights_is_told_under_edits_too():
@@ -268,3 +266,20 @@ def test_commands_exit_with_2_and_no_traceback(arguments, message, tmp_path, mon
     assert message in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_an_expert_that_the_models_code_never_runs_is_refused_with_the_reason():
+    hf = build_type("nllb-moe")
+    with moe.wrap(hf) as opened:
+        edit = moe.ablate(layer=opened.layers[0], expert=5)
+        with pytest.raises(
+            errors.UnknownName, match="never runs: expected an expert from 0 to 1: transformers 5.23 runs"
+        ):
+            opened.run(type_inputs(hf), edit=edit)
+        assert opened.weights(opened.layers[0], 5).up.shape[1] == opened.spec.d_model
+
+
+def test_more_experts_than_a_router_can_choose_are_refused():
+    hf = build_type("gemma4_text")
+    with moe.wrap(hf) as opened, pytest.raises(errors.BadInput, match="cannot choose 5 experts"):
+        opened.run(type_inputs(hf), edit=moe.top_k(5))

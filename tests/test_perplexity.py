@@ -26,6 +26,7 @@ from tests.reference.perplexity import (
     nothing,
     token_perplexity,
 )
+from tests.reference.routing import tails
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
 
@@ -206,7 +207,7 @@ def test_batches_do_not_matter_and_seeds_do() -> None:
 
 
 def test_intervals_resample_documents_in_pairs() -> None:
-    model, resamples, seed = model_of("olmoe"), 41, 7  # of which the 2nd and 40th bound 95 %
+    model, resamples, seed = model_of("olmoe"), 41, 7
     got = perplexity(model, CORPUS, ks=[1], resamples=resamples, seed=seed)
     scored = [index for index, text in enumerate(CORPUS.texts) if len(text) > 1]
     labels = CORPUS.labels[scored]
@@ -214,7 +215,8 @@ def test_intervals_resample_documents_in_pairs() -> None:
 
     def ends(members: np.ndarray, weights: np.ndarray, of: Callable[[list[int]], float]) -> np.ndarray:
         drawn = [np.repeat(members, row.astype(int)).tolist() for row in weights]
-        return np.quantile([of(one) for one in drawn], [0.025, 0.975])
+        strata = 1 if len(members) < len(labels) else len(set(labels.tolist()))
+        return np.exp(np.quantile(np.log([of(one) for one in drawn]), tails(len(members), strata)))
 
     for aggregate, reference in AGGREGATES.items():
         figures: dict[str, Callable[[list[int]], float]] = {

@@ -4,16 +4,16 @@ Unedited: the output, and every value that a module of the model is given or ret
 changed in the reference and by a hook on a copy of the model. A judge has to be judged first.
 """
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.module_sites import cacheless, hooked, output_of, router_of, run, sites
 from tests.reference.types import Reference, forward, stacks
-from tests.tiny_types import TYPES, build, inputs, runner
+from tests.tiny_types import TYPES, build, images, inputs, runner
 
 QUICK = (
     "cohere2_moe", "deepseek_v3", "deepseek_v4", "doge", "gemma4", "inkling2_text", "llama4_text", "longcat_flash",
@@ -29,21 +29,6 @@ def eager(model_type: str) -> Any:
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     return model
-
-
-def run(model: Any, arguments: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return output_of(runner(model)(**arguments, **cacheless(model)))
-
-
-def cacheless(model: Any) -> dict[str, bool]:
-    """diffusion_gemma's decoder reads the encoder's cache."""
-    return {} if model.config.model_type == "diffusion_gemma" else {"use_cache": False}
-
-
-def output_of(output: Any) -> Tensor:
-    logits = getattr(output, "logits", None)
-    return output.last_hidden_state if logits is None else logits
 
 
 @cache
@@ -72,6 +57,18 @@ def test_the_output_is_the_models_under_padding(model_type):
         reference = forward(model, padded).output
     assert error(reference[0], run(model, padded)[0]) < TOLERANCE
     assert error(reference[1, 3:], run(model, padded)[1, 3:]) < TOLERANCE
+
+
+def test_an_image_goes_through_the_models_own_tower():
+    model = eager("dots3_note")
+    with torch.no_grad():
+        got = forward(model, images(model)).output
+    assert error(got, run(model, images(model))) < TOLERANCE
+
+
+def test_vision_experts_in_the_text_model_are_refused():
+    with pytest.raises(ValueError, match="vision experts"):
+        forward(eager("ernie4_5_vl_moe"), images(eager("ernie4_5_vl_moe")))
 
 
 # Switches that the tiny models leave one way
@@ -124,130 +121,6 @@ def test_without_its_lightest_slot_the_output_is_another(model_type):
     assert error(dropped, reference.output) > 1e-3
 
 
-# Where points are in the model's own modules
-
-
-class Site(NamedTuple):
-    """A value that a module is given (argument `index`) or returns (`index` None). `in_place`: others hold the very
-    tensor that the module is given, and read it later."""
-
-    module: Any
-    index: int | None = None
-    in_place: bool = False
-
-
-ATTENTION = ("self_attn", "linear_attn", "mamba", "conv", "self_attention", "norm_attn_norm.attn",
-             "layer.0.SelfAttention")  # fmt: skip
-BRANCH = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "layer.1.mlp", "layer.2.mlp")
-MIDDLE = ("pre_mlp_layernorm", "pre_feedforward_layernorm", "ffn_hc", "mlp_hyper_connection", "mlp_input", "ffn_norm",
-          "pre_ff_layernorm", "ff_layer_norm", "norm_attn_norm.norm_2", "layer.2.layer_norm", "layer.1.layer_norm",
-          "post_attention_layernorm")  # fmt: skip
-
-
-def sites(model: Any) -> dict[tuple[str, int | None], Site]:
-    layers = [layer for stack in stacks(model) for layer in stack]
-    found: dict[tuple[str, int | None], Site] = {}
-    for index, layer in enumerate(layers):
-        if model.config.model_type == "longcat_flash":
-            found.update(_longcat_sites(layer, index))
-        else:
-            found.update({(point, index): site for point, site in _layer_sites(layer).items()})
-        if type(layer).__name__.startswith("Inkling2") and index > 0:  # the model keeps what it gave: too late there
-            found["resid_pre", index] = Site(layers[index - 1])
-    return found
-
-
-def _layer_sites(layer: Any) -> dict[str, Site]:
-    found = {"resid_pre": Site(layer, 0), "resid_post": Site(layer)}
-    attention, block = _inner(layer, ATTENTION), _inner(layer, BRANCH)
-    if hasattr(layer, "mixer"):
-        mixes = layer.block_type.endswith("_attention")
-        attention, block = (layer.mixer, None) if mixes else (None, layer.mixer)
-    if attention is not None:
-        found["attn_out"] = Site(attention)
-    if not hasattr(layer, "mixer") and not type(layer).__name__.startswith("Cohere2"):
-        found["resid_mid"] = _middle(layer)
-    if hasattr(layer, "experts"):
-        return found | {"router_logits": Site(layer.router.proj), **_experts_sites(layer.experts)}
-    return found | ({} if block is None else _block_sites(block))
-
-
-def _middle(layer: Any) -> Site:
-    """Where the layer reads its residual stream between the branches, while it holds the tensor for later."""
-    name = type(layer).__name__
-    if name.startswith("FlexOlmo"):
-        return Site(layer.mlp, 0, in_place=True)
-    if name == "MiniMaxDecoderLayer":
-        return Site(layer.post_attention_layernorm)
-    return Site(_inner(layer, MIDDLE), 1 if name.startswith("Inkling2") else 0, in_place=True)
-
-
-def _block_sites(block: Any) -> dict[str, Site]:
-    dense = not any(hasattr(block, name) for name in ("experts", "text_moe", "input_linear", "router_gate"))
-    if dense:
-        return {"mlp_out": Site(block)}
-    found = {"moe_in": Site(block, 0), "moe_out": Site(block)}
-    experts = getattr(getattr(block, "text_moe", block), "experts", None)
-    return found if experts is None else found | _experts_sites(experts)
-
-
-def _experts_sites(experts: Any) -> dict[str, Site]:
-    if type(experts).__name__.startswith(("Llama4", "NllbMoe", "SwitchTransformers")):
-        return {}
-    return {"expert_ids": Site(experts, 1), "gate_weights": Site(experts, 2), "routed_out": Site(experts)}
-
-
-def _longcat_sites(layer: Any, index: int) -> dict[tuple[str, int | None], Site]:
-    first, second = 2 * index, 2 * index + 1
-    found = {("attn_out", number): Site(layer.self_attn[i]) for i, number in enumerate((first, second))}
-    found |= {("mlp_out", number): Site(layer.mlps[i]) for i, number in enumerate((first, second))}
-    found |= {("resid_pre", first): Site(layer, 0), ("resid_post", second): Site(layer)}
-    found |= {
-        ("resid_mid", number): Site(layer.post_attention_layernorm[i], 0, in_place=True)
-        for i, number in enumerate((first, second))
-    }
-    return found | {(point, second): site for point, site in _block_sites(layer.mlp).items()}
-
-
-def _inner(module: Any, paths: tuple[str, ...]) -> Any:
-    def walk(path: str) -> Any:
-        found = module
-        for name in path.split("."):
-            found = dict(found.named_children()).get(name) if found is not None else None
-        return found
-
-    return next((found for found in map(walk, paths) if found is not None), None)
-
-
-def hooked(model: Any, at: dict[Any, Site], change: Callable[[Any, Tensor], Tensor]) -> Tensor:
-    """The model's output, with `change(key, value)` in place of the value at each site."""
-
-    def handle(key: Any, site: Site) -> Any:
-        def returned(_module: Any, _args: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (change(key, output[0]), *output[1:])
-            return change(key, output)
-
-        def given(_module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if site.in_place:
-                args[site.index].copy_(change(key, args[site.index]))
-                return args, kwargs
-            if not args:
-                return args, {**kwargs, "hidden_states": change(key, kwargs["hidden_states"])}
-            return (*args[: site.index], change(key, args[site.index]), *args[site.index + 1 :]), kwargs
-
-        if site.index is None:
-            return site.module.register_forward_hook(returned)
-        return site.module.register_forward_pre_hook(given, with_kwargs=True)
-
-    handles = [handle(key, site) for key, site in at.items()]
-    try:
-        return run(model, inputs(model))
-    finally:
-        for handle_ in handles:
-            handle_.remove()
-
-
 @pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_points_are_what_the_models_modules_are_given_and_return(model_type):
     model, reference = eager(model_type), plain(model_type)
@@ -266,6 +139,48 @@ def test_points_are_what_the_models_modules_are_given_and_return(model_type):
             assert error(got, expected) < TOLERANCE, key
         else:
             assert torch.equal(got, expected), key
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_points_of_one_layer_fit_together(model_type):
+    points = plain(model_type).points
+    for layer in (layer for point, layer in points if point == "moe_out"):
+        shapes = {point: tuple(value.shape) for (point, number), value in points.items() if number == layer}
+        slots = shapes["expert_ids"]
+        assert slots[:2] == (2, 8) and slots == shapes["gate_weights"]
+        assert shapes["expert_act"][:3] == shapes["expert_out"][:3] == slots
+        assert shapes["expert_out"][3:] == shapes["routed_out"][2:]
+        assert shapes["moe_in"] == shapes["moe_out"] == (2, 8, 64)
+        assert shapes["router_logits"] == shapes["router_scores"]
+        assert shapes["router_logits"][2] > points["expert_ids", layer].max()
+        for edge in ("resid_pre", "resid_mid", "resid_post"):
+            assert edge not in shapes or shapes[edge] in ((2, 8, 64), (2, 8, 4, 64))
+
+
+UNLIKE_SCORES = ("phimoe", "nllb-moe", "gemma4", "gemma4_text", "diffusion_gemma", "switch_transformers", "zaya")
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_weights_are_the_scores_of_the_chosen_up_to_a_factor(model_type):
+    points = plain(model_type).points
+    for layer in (layer for point, layer in points if point == "router_scores"):
+        scores, ids = points["router_scores", layer], points["expert_ids", layer]
+        assert torch.allclose(scores.sum(dim=-1), torch.ones(2, 8)) and (scores >= 0).all()
+        if model_type not in UNLIKE_SCORES:  # those scale each expert, or have slots of zero weight
+            chosen, weights = scores.gather(-1, ids), points["gate_weights", layer]
+            first = weights[..., :1] / chosen[..., :1]
+            assert torch.allclose(weights, first * chosen, rtol=1e-4, atol=1e-6)
+
+
+def test_zero_experts_return_their_input_and_have_no_neurons():
+    points = plain("longcat_flash").points
+    for layer in (1, 3):
+        zero = points["expert_ids", layer] >= 8
+        assert zero.any() and not zero.all()
+        assert (points["expert_act", layer][zero] == 0).all()
+        assert (points["expert_act", layer][~zero] != 0).any(dim=-1).all()
+        given = points["moe_in", layer][:, :, None].expand_as(points["expert_out", layer])
+        assert torch.equal(points["expert_out", layer][zero], given[zero])
 
 
 # Edits
@@ -307,16 +222,6 @@ def test_edits_do_what_they_do_in_the_models_modules(model_type):
         effect = (expected - reference.output).abs().max().item()
         assert effect > 1e-3 * reference.output.abs().max().item(), key
         assert (got - expected).abs().max().item() < 1e-4 * max(effect, reference.output.abs().max().item()), key
-
-
-ROUTERS = ("gate.wg", "gate.router_mlp.out_proj", "router.gate", "router.layer", "router.classifier", "router.proj",
-           "text_moe.gate", "gate", "router", "router_gate")  # fmt: skip
-
-
-def router_of(layer: Any) -> Any:
-    """The module whose parameters make the layer's router logits, or None."""
-    block = layer.mixer if hasattr(layer, "mixer") else _inner(layer, BRANCH)
-    return _inner(layer if hasattr(layer, "experts") else block, ROUTERS)
 
 
 @pytest.mark.parametrize("model_type", EACH_TYPE)

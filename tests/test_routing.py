@@ -11,55 +11,17 @@ from hypothesis import strategies as st
 
 import moe_interp as moe
 from moe_interp import results, stats
-from moe_interp.analyses.routing import RoutingCounts, routing, routing_map
+from moe_interp.analyses.routing import RoutingCounts, routing
+from moe_interp.analyses.routing_map import routing_map
 from moe_interp.data import Corpus
 from moe_interp.errors import BadCheckpoint, BadInput
 from moe_interp.run import Routing, Run, Tokens
+from tests.random_runs import EXPERTS, LAYERS, TOP_K, choices_of, random_run
 from tests.reference import routing as slow
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
 
-LAYERS, EXPERTS, TOP_K = (1, 3), 6, 3
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-# Random runs: what a model might give, padding filled with NaN
-
-
-def random_run(seed: int, lengths: list[int], padding: str = "right") -> Run:
-    """A run of texts of these lengths; values of padding are NaN, its ids arbitrary."""
-    draw = torch.Generator().manual_seed(seed)
-    size = (len(lengths), max(lengths) + 2)
-    place = torch.arange(size[1])[None]
-    length = torch.tensor(lengths)[:, None]
-    mask = place < length if padding == "right" else place >= size[1] - length
-    routes = {}
-    for layer in LAYERS:
-        logits = 3 * torch.randn(*size, EXPERTS, generator=draw)
-        scores = logits.softmax(dim=-1)
-        ids = (scores + torch.rand(scores.shape, generator=draw)).argsort(dim=-1)[..., :TOP_K]  # not by score
-        weights = 1.7 * scores.gather(2, ids)
-        nan = torch.where(mask, 0.0, torch.nan)[..., None]
-        routes[layer] = Routing(ids, weights + nan, mask, logits + nan, scores + nan)
-    return Run(
-        torch.zeros(*size, 1),
-        torch.zeros(size, dtype=torch.long),
-        Tokens.from_mask(mask, size[1]),
-        routes,
-        {},
-    )
-
-
-def choices_of(run: Run, documents: list[int]) -> list[dict]:
-    """The same as lists, for the reference; padding left out."""
-    found = []
-    for layer, route in run.routing.items():
-        for row, column in run.mask.nonzero().tolist():
-            values = {
-                name: getattr(route, name)[row, column].tolist() for name in ("ids", "weights", "logits", "scores")
-            }
-            found.append({"document": documents[row], "layer": layer, **values})
-    return found
 
 
 def counted(documents: int, *runs: tuple[Run, list[int]]) -> RoutingCounts:
@@ -166,7 +128,7 @@ def test_a_stored_state_goes_on_where_it_was(tmp_path):
 
 
 def test_counts_over_something_else_are_not_merged():
-    with pytest.raises(BadInput, match=r"cannot merge routing counts: expected layers, K, \[N, L, E\]"):
+    with pytest.raises(BadInput, match=r"cannot merge RoutingCounts: expected .*'counts': \(2, 2, 6\)"):
         RoutingCounts.empty(2, LAYERS, 6, 3).merge(RoutingCounts.empty(3, LAYERS, 6, 3))
     with pytest.raises(BadInput, match="cannot merge"):
         RoutingCounts.empty(2, LAYERS, 6, 3).merge(RoutingCounts.empty(2, (0, 3), 6, 3))
@@ -282,7 +244,7 @@ def test_intervals_equal_resampled_ratios():
         expected = slow.bootstrap_interval([row[4] for row in weight], [sum(row) for row in weight], draws, 0.95)
         np.testing.assert_allclose(here.weight_share_interval.sel(expert=4), expected, rtol=1e-9)
     draws = stats.resampling_weights(GROUPS, 50, 2)
-    overall = slow.bootstrap_interval(sums.counts[:, 0, 2].tolist(), sums.tokens.tolist(), draws, 0.95)
+    overall = slow.bootstrap_interval(sums.counts[:, 0, 2].tolist(), sums.tokens.tolist(), draws, 0.95, strata=2)
     found = dataset.utilisation_overall_interval.sel(layer=1, expert=2)
     np.testing.assert_allclose(found, np.array(overall) / TOP_K, rtol=1e-9)
 

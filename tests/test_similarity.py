@@ -19,6 +19,7 @@ from moe_interp.analyses.similarity import ensemble_similarity
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput, UnknownName
 from moe_interp.stats import resampling_weights
+from tests.reference.routing import tails
 from tests.reference.similarity import Token, as_coded, paper, tokens_of
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
@@ -235,7 +236,7 @@ def test_intervals_resample_documents() -> None:
             / sum(weight * len(rows[member]) for weight, member in zip(row, members, strict=True))
             for row in weights
         ]
-        return np.quantile(drawn, [0.025, 0.975], axis=0)
+        return np.quantile(drawn, tails(len(members), 1 if len(members) < len(CORPUS) else len(CORPUS.domains)), axis=0)
 
     for number, domain in enumerate(CORPUS.domains):
         members = np.flatnonzero(CORPUS.labels == number).tolist()

@@ -168,7 +168,7 @@ def test_information_is_debiased_and_bounded(trials):
     assert float(result["information"]) > 3 * float(result["information_null"])
     assert float(result["information_cap"]) == pytest.approx(np.log(3))
     perfect = np.diag([40, 40, 40])
-    assert routing.mutual_information(perfect, 120) == pytest.approx(np.log(3), abs=0.01)
+    assert routing.debiased_information(perfect, 120) == pytest.approx(np.log(3), abs=0.01)
 
 
 def test_a_router_that_sends_all_to_one_expert_has_no_correlations():

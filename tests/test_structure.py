@@ -86,3 +86,21 @@ def test_the_check_above_can_fail():
 
 def test_opening_a_model_loads_no_other_host_and_no_plotting():
     assert loaded("import moe_interp; moe_interp.wrap").isdisjoint({"nnsight", "transformer_lens", "plotly", "ray"})
+
+
+PUBLIC = """
+    POINTS Corpus Family Intervention MoEError MoEModel Routing RoutingCallback RoutingWatch Run ablate apply
+    coactivation collect ensemble_similarity expert_lens expert_profiles expert_similarity from_json load
+    logit_attribution neuron_lens norm_and_weight perplexity profile profile_page read_corpus register_adapter
+    reference_saturation report router_saturation routing routing_by_label routing_from_counts routing_health
+    routing_map sample scale select shared_experts spans super_experts to_json to_tensorboard token_identity
+    top_k transitions vocabulary_specialization wrap
+"""
+
+
+def test_the_public_names_are_these_and_all_are_there():
+    import moe_interp as moe
+
+    assert set(moe.__all__) == set(PUBLIC.split())
+    for name in moe.__all__:
+        assert getattr(moe, name) is not None

@@ -47,11 +47,16 @@ def made(tmp_path_factory):
         corpus = moe.Corpus.from_texts(texts)
         options = {"resamples": 20, "seed": 0, "max_tokens": 20}
         results = page.Results(
-            moe.routing(model, corpus, **options),
-            moe.routing_map(model, "first text"),
-            moe.expert_lens(model, "first text"),
-            moe.ensemble_similarity(model, corpus, **options),
-            moe.perplexity(model, corpus, renormalise="both", **options),
+            routing=moe.routing(model, corpus, **options),
+            routing_map=moe.routing_map(model, "first text"),
+            lens=moe.expert_lens(model, "first text"),
+            similarity=moe.ensemble_similarity(model, corpus, **options),
+            perplexity=moe.perplexity(model, corpus, renormalise="both", **options),
+            coactivation=moe.coactivation(model, corpus, **options),
+            transitions=moe.transitions(model, corpus, max_tokens=20),
+            vocabulary=moe.vocabulary_specialization(model, corpus, at_least=3, max_tokens=20),
+            norms=moe.norm_and_weight(model, corpus, **options),
+            saturation=None,
         )
         moe.report(model, corpus, target, text="first text", resamples=20, max_tokens=20)
     return target.read_text(encoding="utf-8"), results

@@ -99,7 +99,9 @@ TYPE_FIELDS: dict[str, dict[str, Any]] = {
     "diffusion_gemma": dict(canvas_length=8),
     "diffusion_gemma_text": dict(_GEMMA, num_hidden_layers=2, layer_types=SLIDING_FULL[:2]),
     "doge": dict(is_moe=True, num_experts=16),
-    "dots1": dict(n_routed_experts=E, n_shared_experts=1, num_experts_per_tok=K, first_k_dense_replace=1),
+    "dots1": dict(n_routed_experts=E, n_shared_experts=1, num_experts_per_tok=K, first_k_dense_replace=1,
+                  layer_types=SLIDING_FULL),
+    "dots3_note": dict(image_token_id=92),
     "dots3_note_text": dict(
         swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_q_lora_rank=16, swa_kv_lora_rank=16,
         swa_head_dim=16, swa_qk_nope_head_dim=8, swa_v_head_dim=16,
@@ -108,6 +110,7 @@ TYPE_FIELDS: dict[str, dict[str, Any]] = {
         num_hidden_layers=2, mlp_layer_types=["dense", "sparse"], adapter_in_dim=64,
         per_layer_config={1: dict(num_local_experts=E, num_experts_per_tok=K)},
     ),
+    "ernie4_5_vl_moe": dict(image_token_id=92),
     "ernie4_5_vl_moe_text": dict(moe_intermediate_size=[24, 12], rope_parameters=_mrope(2, 2, 4)),
     "exaone_moe": dict(layer_types=SLIDING_FULL),
     "flint": dict(mlp_only_layers=[1], layer_types=SLIDING_FULL),
@@ -132,11 +135,18 @@ TYPE_FIELDS: dict[str, dict[str, Any]] = {
     "llama4_text": dict(moe_layers=[0, 2, 3]),
     "longcat_flash": dict(head_dim=8),
     "mellum": dict(layer_types=SLIDING_FULL, mlp_layer_types=DENSE_SECOND),
+    "glm_moe_dsa": dict(indexer_types=["full", "shared", "full", "shared"]),
     "minimax_m3_vl_text": dict(
         layer_types=["full_attention", "minimax_m3_sparse"] * 2, mlp_layer_types=DENSE_FIRST
     ),
+    "mistral_large4_text": dict(indexer_types=["full", "shared"] * 2, kv_source_layers=[0, 1, 1, 3]),
+    "mixtral": dict(sliding_window=6),
     "mistral4": dict(first_k_dense_replace=1),
-    "muse_spark_text": dict(layer_types=SLIDING_FULL, mlp_layer_types=DENSE_SECOND),
+    # It makes ten times as much of a rounding error as others do: three layers, and a larger eps where it norms each
+    # expert's output, however small.
+    "muse_spark_text": dict(
+        num_hidden_layers=3, layer_types=SLIDING_FULL[:3], mlp_layer_types=DENSE_SECOND[:3], post_norm_eps=0.05
+    ),
     "nemotron_h": _NEMOTRON,
     "nllb-moe": dict(encoder_sparse_step=2, decoder_sparse_step=2, router_bias=True),
     "phimoe": dict(num_experts_per_tok=2, router_jitter_noise=0.3),
@@ -157,7 +167,6 @@ TYPE_FIELDS: dict[str, dict[str, Any]] = {
         indexer_head_dim=16, indexer_budget=4, indexer_compress_ratio=2, ple_layer_ids=[3], ple_embed_dim=16,
         eos_token_id=2,
     ),
-    "solar_open": dict(first_k_dense_replace=1),
     "step3p5": dict(
         sliding_window=6,
         layer_types=SLIDING_FULL, mlp_layer_types=DENSE_FIRST,
@@ -165,7 +174,7 @@ TYPE_FIELDS: dict[str, dict[str, Any]] = {
     ),
     "switch_transformers": dict(num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, expert_capacity=2),
     "unlimited_ocr_text": dict(num_experts_per_tok=K, topk_method="group_limited_greedy", n_group=2, topk_group=1),
-    "zaya": dict(num_experts_per_tok=1),
+    "zaya": dict(num_experts_per_tok=1, sliding_window=6, layer_types=["hybrid", "hybrid_sliding"] * 2),
     # towers
     "muse_spark_audio": dict(hidden_sizes=(16, 16, 32, 32), depths=(1, 1, 1, 1)),
     "radio": dict(video_temporal_patch_size=2),

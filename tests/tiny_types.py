@@ -60,16 +60,34 @@ def build(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **
     return model.eval()
 
 
-def inputs(model: PreTrainedModel, batch: int = 2, length: int = 8, seed: int = 1) -> dict[str, Tensor]:
-    """Arguments of a text forward of `model`: ids [batch, length], the decoder's too where it has one."""
+def inputs(model: PreTrainedModel | str, batch: int = 2, length: int = 8, seed: int = 1) -> dict[str, Tensor]:
+    """Arguments of a text forward of a model or model type: ids [batch, length], the decoder's too where it has one."""
+    model_type = model if isinstance(model, str) else model.config.model_type
     generator = torch.Generator().manual_seed(seed)
 
     def ids() -> Tensor:
         return torch.randint(3, 90, (batch, length), generator=generator)
 
     arguments = {"input_ids": ids(), "attention_mask": torch.ones(batch, length, dtype=torch.long)}
-    if model.config.is_encoder_decoder or model.config.model_type == "diffusion_gemma":
+    if model_type in _WITH_DECODER:
         arguments["decoder_input_ids"] = ids()
+    return arguments
+
+
+_WITH_DECODER = ("diffusion_gemma", "nllb-moe", "switch_transformers")
+
+
+def images(model: PreTrainedModel, seed: int = 1) -> dict[str, Tensor]:
+    """Arguments with an image of 4 x 4 patches, four tokens of it, in each text: they reach the vision experts of
+    dots3_note (in the vision tower) and of ernie4_5_vl_moe (for image tokens, in the text model)."""
+    arguments = inputs(model, batch=2, length=10, seed=seed)
+    arguments["input_ids"][:, 3:7] = model.config.image_token_id
+    patch = 3 * model.config.vision_config.patch_size**2
+    arguments["pixel_values"] = torch.randn(2 * 16, patch, generator=torch.Generator().manual_seed(seed))
+    arguments["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 2)
+    if model.config.model_type == "ernie4_5_vl_moe":
+        kinds = (arguments["input_ids"] == model.config.image_token_id).int()
+        arguments |= {"mm_token_type_ids": kinds, "moe_mm_token_type_ids": kinds}
     return arguments
 
 
@@ -140,7 +158,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
         leaf = name.rpartition(".")[2]
         if leaf == "tid2eid":
             tensor.copy_(_expert_ids(tensor, model, generator))
-        if leaf in _COMPUTED or not tensor.is_floating_point():
+        if name.endswith(_COMPUTED) or not tensor.is_floating_point():
             continue
         owner = owners[name.rpartition(".")[0]]
         mean, std = _distribution(name, tensor, owner)
@@ -151,7 +169,7 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
 
 _SCALE_EMBEDDINGS = {"afmoe", "diffusion_gemma", "gemma4", "gemma4_text", "nllb-moe"}
 _DECAYS = {"slope_rate", "query_decay", "key_decay", "diagonal_decay"}
-_COMPUTED = _DECAYS | {"alpha"}
+_COMPUTED = (*_DECAYS, "rotary_emb.alpha")
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -176,13 +194,19 @@ def _distribution(name: str, tensor: Tensor, owner: nn.Module) -> tuple[float, f
     leaf = name.rpartition(".")[2]
     if isinstance(owner, nn.Embedding):
         return 0.0, 1.0
+    if leaf in _SELECTION_BIASES:
+        return 0.0, 0.15
     first = tensor.flatten()[0].item()
     constant = bool((tensor == first).all()) and abs(first) <= 1.0
-    if constant and (tensor.ndim == 1 or leaf != "weight"):
+    matrix = tensor.ndim > 1 and (leaf == "weight" or leaf.endswith("_proj"))  # not always set when a model is fresh
+    if constant and not matrix:
         return first, 0.3 if first == 0.0 and "norm" not in name else 0.2
     if tensor.ndim == 1 or leaf.endswith("bias") or leaf == "A_log":
         return 0.0, 0.3
     return 0.0, _gain(name) * _fan_in(tensor, owner, leaf) ** -0.5
+
+
+_SELECTION_BIASES = {"e_score_correction_bias", "expert_bias", "balancing_biases"}
 
 
 def _fan_in(tensor: Tensor, owner: nn.Module, leaf: str) -> int:
@@ -194,6 +218,8 @@ def _fan_in(tensor: Tensor, owner: nn.Module, leaf: str) -> int:
 
 
 def _gain(name: str) -> float:
+    if name.endswith(".router_mlp.out_proj.weight"):
+        return 4.0  # what it reads is small
     return 2.0 if name.endswith(_ROUTERS) else 1.0
 
 

@@ -18,8 +18,8 @@ from moe_interp.adapters.family import At, Described, Family, never, text_config
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.adapters.sums import Sum
 
-_SWITCH = Separate(up="wi", down="wo", act="act", key="expert_{}")
-_NLLB = Separate(up="fc1", down="fc2", act="act", key="expert_{}")
+_SWITCH = Separate(up="wi", down="wo", key="expert_{}")
+_NLLB = Separate(up="fc1", down="fc2", key="expert_{}")
 
 
 def forward_switch(block: Any, tap: Tap, hidden_states: Tensor) -> Tensor:
@@ -90,6 +90,7 @@ def _nllb(crossed: bool) -> Family:
         mid_join=None if crossed else lambda layer: Sum(),
         renormalises=False,
         proportional=False,
+        runs=2,
         kernel=_NLLB,
         call=forward_nllb,
         top_k=2,

@@ -3,9 +3,9 @@
 from typing import Any
 
 from torch import Tensor
-from transformers.integrations.moe import _grouped_linear
 
 from moe_interp.adapters.experts import ExpertWeights, Grouping, OnAct
+from moe_interp.adapters.formats import Matrices, in_memory
 
 
 class FlatMatrices:
@@ -14,16 +14,19 @@ class FlatMatrices:
     def outputs(self, experts: Any, hidden: Tensor, ids: Tensor, on_act: OnAct | None = None) -> Tensor:
         """Unweighted outputs [T*K, D], slot by slot."""
         groups = Grouping(ids, experts.num_experts)
-        gate, up, down = self._matrices(experts)
         rows = groups.sort(hidden)
-        act = experts.mlp.activation_fn(_grouped_linear(rows, gate, groups.ends))
-        act = groups.shown(act * _grouped_linear(rows, up, groups.ends), on_act)
-        return _grouped_linear(act, down, groups.ends, is_transposed=True)[groups.inverse]
+        with in_memory(experts):
+            gate, up, down = self._matrices(experts)
+            act = experts.mlp.activation_fn(Matrices(gate).times(rows, groups.ends))
+            act = groups.shown(act * Matrices(up).times(rows, groups.ends), on_act)
+            return Matrices(down, transposed=True).times(act, groups.ends)[groups.inverse]
 
     def weights(self, experts: Any, expert: int) -> ExpertWeights:
         """The matrices of one expert, detached."""
-        gate, up, down = (matrix[expert].detach() for matrix in self._matrices(experts))
-        return ExpertWeights(gate, up, down.T)
+        with in_memory(experts) as brought:
+            gate, up, down = (matrix[expert].detach() for matrix in self._matrices(experts))
+            found = ExpertWeights(gate, up, down.T)
+            return found.copied() if brought else found
 
     def _matrices(self, experts: Any) -> tuple[Tensor, Tensor, Tensor]:
         shape = (experts.num_experts, experts.ffn_hidden_size, experts.hidden_size)

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from moe_interp.adapters.experts import ExpertWeights, OnAct, Tap, run_experts
 from moe_interp.adapters.family import At
+from moe_interp.adapters.formats import in_memory
 from moe_interp.adapters.spec import BlockCall, Site
 
 
@@ -29,8 +30,10 @@ class RankOne:
 
     def weights(self, experts: Any, expert: int) -> ExpertWeights:
         """The two vectors of one expert, as matrices."""
-        up = experts.down_embed.weight[expert].detach()[None]
-        return ExpertWeights(None, up, experts.up_embed.weight[expert].detach()[:, None])
+        with in_memory(experts) as brought:
+            up = experts.down_embed.weight[expert].detach()[None]
+            found = ExpertWeights(None, up, experts.up_embed.weight[expert].detach()[:, None])
+            return found.copied() if brought else found
 
 
 KERNEL = RankOne()

@@ -18,8 +18,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.integrations.moe import _grouped_linear
 
+from moe_interp.adapters.formats import check_format, in_memory, linear_weight, matrices
 from moe_interp.errors import BadInput, UnsupportedModel
 
 OnAct = Callable[[Tensor], Tensor]
@@ -58,6 +58,10 @@ class ExpertWeights:
     up_bias: Float[Tensor, " F"] | None = None
     down_bias: Float[Tensor, " D"] | None = None
 
+    def copied(self) -> "ExpertWeights":
+        """The same in tensors of their own."""
+        return ExpertWeights(*(None if one is None else one.clone() for one in vars(self).values()))  # type: ignore[arg-type]
+
 
 @runtime_checkable
 class Kernel(Protocol):
@@ -79,8 +83,12 @@ def run_experts(
     weights: Float[Tensor, "T K"],
     *,
     weights_on: Literal["output", "input"] = "output",
+    in_turn: bool = False,
 ) -> Float[Tensor, "T D2"]:
-    """``experts(hidden, ids, weights)`` with arguments, neurons, outputs and result passed through their points."""
+    """``experts(hidden, ids, weights)`` with arguments, neurons, outputs and result passed through their points.
+
+    ``in_turn``: the sum is taken as `added_in_turn` does, not as `weighted_sum` does.
+    """
     slots = ids.shape[-1]
     ids = tap("expert_ids", ids)
     weights = tap("gate_weights", weights)
@@ -91,7 +99,8 @@ def run_experts(
         outputs = tap("expert_out", kernel.outputs(experts, rows, ids.reshape(-1, 1), on_act), slots)
         return tap("routed_out", outputs.view(*ids.shape, -1).sum(dim=1))
     outputs = tap("expert_out", kernel.outputs(experts, hidden, ids, on_act), slots)
-    return tap("routed_out", weighted_sum(outputs, weights, hidden.dtype))
+    total = added_in_turn(outputs, ids, weights) if in_turn else weighted_sum(outputs, weights, hidden.dtype)
+    return tap("routed_out", total)
 
 
 def weighted_sum(
@@ -100,6 +109,17 @@ def weighted_sum(
     """The sum over slots of weight times output, in the order and precision of ``grouped_mm``."""
     weighted = outputs * weights.reshape(-1, 1)
     return weighted.view(*weights.shape, -1).sum(dim=1).to(dtype)
+
+
+def added_in_turn(
+    outputs: Float[Tensor, "TK D"], ids: Int[Tensor, "T K"], weights: Float[Tensor, "T K"]
+) -> Float[Tensor, "T D"]:
+    """The sum over slots of weight times output, added up one expert after another: as loops over experts round."""
+    weighted = (outputs * weights.reshape(-1, 1)).to(outputs.dtype)
+    total = outputs.new_zeros(len(ids), outputs.shape[-1])
+    for _, slots in by_expert(ids):
+        total = total.index_add(0, slots // ids.shape[-1], weighted[slots])
+    return total
 
 
 class Grouping:
@@ -158,8 +178,9 @@ class Fused:
         """What a module decorated by transformers' ``use_experts_implementation`` says of itself.
 
         Raises:
-            UnsupportedModel: not such a module, of another dtype than ``grouped_mm`` takes, or split over processes.
+            UnsupportedModel: not such a module, of packed weights, or split over processes.
         """
+        check_format(experts, path)
         missing = [name for name in LAYOUT if not hasattr(experts, name)]
         if missing:
             raise UnsupportedModel(
@@ -167,7 +188,6 @@ class Fused:
                 expected="fused experts as transformers 5 builds them",
                 got=f"{type(experts).__name__} without {', '.join(missing)}",
             )
-        check_placement(experts, path)
         return cls(
             has_gate=experts.has_gate,
             has_bias=experts.has_bias,
@@ -180,17 +200,17 @@ class Fused:
     def outputs(self, experts: Any, hidden: Tensor, ids: Tensor, on_act: OnAct | None = None) -> Tensor:
         """Unweighted outputs [T*K, D], slot by slot."""
         groups = Grouping(ids, _attribute(experts, self.count))
-        act = self._activate(experts, self._linear(experts, self.first, groups.sort(hidden), groups))
-        out = self._linear(experts, self.down, groups.shown(act, on_act), groups)
-        if self.has_post_expert_norm:
-            out = experts.post_expert_norm(out)
+        with in_memory(experts):
+            act = self._activate(experts, self._linear(experts, self.first, groups.sort(hidden), groups))
+            out = self._linear(experts, self.down, groups.shown(act, on_act), groups)
+            if self.has_post_expert_norm:
+                out = experts.post_expert_norm(out)
         return out[groups.inverse]
 
     def _linear(self, experts: Any, name: str, rows: Tensor, groups: Grouping) -> Tensor:
         bias = getattr(experts, f"{name}_bias")[groups.ids] if self.has_bias else None
-        weight, count = _attribute(experts, name), len(groups.ends)
-        weight = weight if len(weight) == count else weight[:count]  # some checkpoints hold more than they use
-        return _grouped_linear(rows, weight, groups.ends, bias=bias, is_transposed=self.is_transposed)
+        stored = matrices(experts, name, transposed=self.is_transposed, count=len(groups.ends))
+        return stored.times(rows, groups.ends, bias)
 
     def _activate(self, experts: Any, projected: Tensor) -> Tensor:
         if self.act is not None:
@@ -200,15 +220,20 @@ class Fused:
 
     def weights(self, experts: Any, expert: int) -> ExpertWeights:
         """The matrices of one expert, detached and in one layout."""
-        first = _attribute(experts, self.first)[expert].detach()
-        down = _attribute(experts, self.down)[expert].detach()
-        if self.is_transposed:
-            first, down = first.T, down.T
-        gate, up = self._split(first)
+        with in_memory(experts) as brought:
+            first, down = (
+                matrices(experts, name, transposed=self.is_transposed).full(expert).detach()
+                for name in (self.first, self.down)
+            )
+            found = ExpertWeights(*self._split(first), down, *self._biases(experts, expert))
+            # A view would keep the matrices of all experts in memory.
+            return found.copied() if brought else found
+
+    def _biases(self, experts: Any, expert: int) -> tuple[Any, ...]:
         if not self.has_bias:
-            return ExpertWeights(gate, up, down)
-        gate_bias, up_bias = self._split(getattr(experts, f"{self.first}_bias")[expert].detach())
-        return ExpertWeights(gate, up, down, gate_bias, up_bias, getattr(experts, f"{self.down}_bias")[expert].detach())
+            return ()
+        first, down = (getattr(experts, f"{name}_bias")[expert].detach() for name in (self.first, self.down))
+        return (*self._split(first), down)
 
     def _split(self, rows: Tensor) -> tuple[Any, Tensor]:
         if not self.has_gate:
@@ -224,78 +249,76 @@ def _attribute(experts: Any, name: str) -> Any:
     return getattr(experts.get_submodule(owner), last)
 
 
-def check_placement(experts: nn.Module, path: str) -> None:
-    """Refuse experts that `Fused` could not multiply.
-
-    Raises:
-        UnsupportedModel: of another dtype than ``grouped_mm`` takes, or split over processes.
-    """
-    if next(experts.parameters()).dtype is torch.float64:
-        raise UnsupportedModel(
-            f"cannot open the experts at {path}",
-            expected="float32, bfloat16 or float16, which grouped_mm takes",
-            got="float64",
-            do="Load with another dtype.",
-        )
-    if getattr(experts, "_is_expert_parallel", False):
-        raise UnsupportedModel(
-            f"cannot open the experts at {path}",
-            expected="all experts of a layer on this process",
-            got="expert-parallel experts",
-            do="Load without expert parallelism.",
-        )
-
-
 @dataclass(frozen=True)
 class Separate:
     """Experts that are modules of their own, in a ModuleList or a ModuleDict.
 
+    Each expert's own forward is called on its tokens, so whatever it is made of (quantised or adapted linear maps, any
+    activation) is what runs. Neurons are what its ``down`` is given, taken there by a hook; once somebody looks at
+    them, the expert is called a second time, with the neurons that came back.
+
     Attributes:
         up, down, gate: names of an expert's linear maps; ``gate`` is None where there is none.
-        act: name of its activation.
         key: an expert's name in the container.
+        stable: whether an expert gets its tokens in the order of the text, to the last bit of the result.
     """
 
     up: str
     down: str
     gate: str | None = None
-    act: str = "act_fn"
     key: str = "{}"
+    stable: bool = True
 
     def outputs(self, experts: Any, hidden: Tensor, ids: Tensor, on_act: OnAct | None = None) -> Tensor:
         """Unweighted outputs [T*K, D], slot by slot."""
-        rows = hidden.repeat_interleave(ids.shape[-1], dim=0)
-        act = self._each(experts, ids, rows, self._neurons)
-        act = act if on_act is None else on_act(act)
-        return self._each(experts, ids, act, lambda expert, some: getattr(expert, self.down)(some))
-
-    def _each(self, experts: Any, ids: Tensor, rows: Tensor, function: Callable[[Any, Tensor], Tensor]) -> Tensor:
-        """The function of each row's own expert."""
-        flat = ids.reshape(-1)
-        chosen = [(int(expert), (flat == expert).nonzero().flatten()) for expert in flat.unique()]
-        parts = [function(self._expert(experts, expert), rows[where]) for expert, where in chosen]
-        back = torch.cat([where for _, where in chosen]).argsort()
-        return torch.cat(parts)[back]
+        groups = by_expert(ids, self.stable)
+        calls = [(self._expert(experts, expert), hidden[slots // ids.shape[-1]]) for expert, slots in groups]
+        back = torch.cat([slots for _, slots in groups]).argsort()
+        if on_act is None:
+            return torch.cat([expert(rows) for expert, rows in calls])[back]
+        acts = on_act(torch.cat([self._neurons(expert, rows) for expert, rows in calls])[back])
+        given = [acts[slots] for _, slots in groups]
+        return torch.cat([self._onwards(*call, act) for call, act in zip(calls, given, strict=True)])[back]
 
     def _expert(self, experts: Any, expert: int) -> Any:
         return experts.get_submodule(self.key.format(expert))
 
-    def _neurons(self, expert: Any, rows: Tensor) -> Tensor:
-        act = getattr(expert, self.act)
-        up = getattr(expert, self.up)(rows)
-        return act(up) if self.gate is None else act(getattr(expert, self.gate)(rows)) * up
+    def _neurons(self, expert: nn.Module, rows: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        self._call(expert, rows, lambda module, args: seen.append(args[0]))
+        return seen[0]
+
+    def _onwards(self, expert: nn.Module, rows: Tensor, act: Tensor) -> Tensor:
+        return self._call(expert, rows, lambda module, args: (act,))
+
+    def _call(self, expert: nn.Module, rows: Tensor, at_down: Callable[..., Any]) -> Tensor:
+        handle = expert.get_submodule(self.down).register_forward_pre_hook(at_down)
+        try:
+            return expert(rows)
+        finally:
+            handle.remove()
 
     def weights(self, experts: Any, expert: int) -> ExpertWeights:
         """The matrices of one expert, detached."""
         one = self._expert(experts, expert)
-        names = (self.gate, self.up, self.down)
-        matrices = [None if name is None else getattr(one, name).weight.detach() for name in names]
-        biases = [None if name is None else _bias(getattr(one, name)) for name in names]
-        return ExpertWeights(*matrices, *biases)  # type: ignore[arg-type]
+        with in_memory(one) as brought:
+            linears = [None if name is None else getattr(one, name) for name in (self.gate, self.up, self.down)]
+            matrices = [None if linear is None else linear_weight(linear) for linear in linears]
+            biases = [None if linear is None else _bias(linear) for linear in linears]
+            found = ExpertWeights(*matrices, *biases)  # type: ignore[arg-type]
+            return found.copied() if brought else found
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:
     return None if linear.bias is None else linear.bias.detach()
+
+
+def by_expert(ids: Int[Tensor, "T K"], stable: bool = True) -> list[tuple[int, Tensor]]:
+    """The experts that were chosen, each with the numbers of its token-slots."""
+    flat = ids.reshape(-1)
+    counts = flat.bincount().tolist()
+    split = flat.argsort(stable=stable).split(counts)
+    return [(expert, slots) for expert, slots in enumerate(split) if len(slots)]
 
 
 @dataclass(frozen=True)

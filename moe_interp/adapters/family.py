@@ -22,6 +22,7 @@ from moe_interp.adapters.spec import (
     Output,
     ResidualInput,
     RouterLinear,
+    RouterOutput,
     Scoring,
     Site,
 )
@@ -102,8 +103,9 @@ class Family:
         num_experts, top_k: attributes in the block; ``top_k`` None: the router's, a number where it is fixed.
         wide: whether the router, given here, takes another number of experts in ``top_k``.
         columns: how many of the router's logits are experts, given the router; None: all.
+        returns_logits: whether the router is called for the logits and returns just these, as a plain linear map does.
         call: a function that takes the place of the block's forward.
-        weights_on, proportional: as in `MoESpec`.
+        weights_on, proportional, runs: as in `MoESpec`.
         sites: sites that differ, given a layer.
         embedding, final: as in `ModelSpec`, given the body.
         logits: fields of `ModelSpec` about logits, given the text config.
@@ -136,9 +138,11 @@ class Family:
     top_k: str | int | None = None
     wide: Callable[[Any], bool] = lambda router: True
     columns: Callable[[Any], int | None] = lambda router: None
+    returns_logits: bool = False
     call: Callable[..., Any] | None = None
     weights_on: Any = "output"
     proportional: bool = True
+    runs: int | None = None
     sites: Callable[[At, bool], Mapping[str, Site]] = lambda layer, mixture: {}
     embedding: Callable[[At], tuple[Step, ...] | None] = none
     final: Callable[[At], tuple[Step, ...] | None] | None = None
@@ -250,7 +254,8 @@ class Family:
     def moe_sites(self, layer: At, moe: MoESpec) -> dict[str, Site]:
         block = layer.sub(self.block)
         router = layer.sub(self._mixture).sub(self.router)
-        logits = RouterLinear(router.path, self.columns(router.module))
+        linear = RouterLinear(router.path, self.columns(router.module))
+        logits = RouterOutput(router.path) if self.returns_logits else linear
         sites: dict[str, Site] = {
             "moe_in": Input(block.path),
             "router_logits": logits,
@@ -287,6 +292,7 @@ class Family:
             adds_shared=not self.shared_beside,
             weights_on=self.weights_on,
             proportional=self.proportional,
+            runs=self.runs,
         )
 
     @property

@@ -1,55 +1,93 @@
 """Experts in a ModuleList, one MLP each, as checkpoints before transformers 5 and much remote code have them.
 
 The gate is a linear map to logits, or returns ``(ids, weights, ...)`` itself as DeepSeekMoE's does (arXiv 2401.06066).
+Outputs are added up one expert after another, as these blocks do.
 """
 
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_interp.adapters.experts import Separate, Tap, run_experts
 
-KERNEL = Separate(up="up_proj", down="down_proj", gate="gate_proj")
+# The published eval path sorts with `argsort()`, which leaves the order within an expert open.
+KERNEL = Separate(up="up_proj", down="down_proj", gate="gate_proj", stable=False)
+
+
+class _WithLoss(torch.autograd.Function):
+    """The value as it is; going backward, a gradient of one for the loss."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss = loss
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], torch.ones_like(ctx.loss)
 
 
 def forward_deepseek(block: Any, tap: Tap, hidden_states: Tensor) -> Tensor:
-    """A block whose gate returns ``(ids, weights, auxiliary loss)``, with shared experts if it has any."""
-    ids, weights, _ = block.gate(hidden_states)
+    """A block whose gate returns ``(ids, weights, balance loss)``, with shared experts if it has any.
+
+    In eval mode too, gradients reach the routed experts, which the published code runs without. In training mode the
+    balance loss gets its gradient, as there.
+    """
+    ids, weights, loss = block.gate(hidden_states)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     slots = (len(hidden), -1)
-    routed = run_experts(tap, KERNEL, block.experts, hidden, ids.view(slots), weights.view(slots))
-    out = routed.view(hidden_states.shape)
+    in_turn = not block.training  # training sums over slots
+    out = run_experts(tap, KERNEL, block.experts, hidden, ids.view(slots), weights.view(slots), in_turn=in_turn)
+    out = out.view(hidden_states.shape)
+    if block.training and isinstance(loss, Tensor) and loss.requires_grad:
+        out = _WithLoss.apply(out, loss)
     return out + block.shared_experts(hidden_states) if getattr(block, "shared_experts", None) is not None else out
 
 
 def linear_gate(
     kernel: Separate,
     order: Literal["softmax, top-k", "top-k, softmax"] = "softmax, top-k",
-    renormalise: bool = True,
+    renormalise: bool | str = True,
+    *,
     top_k: str = "top_k",
+    shared: tuple[str, str | None] | None = None,
     returns_logits: bool = True,
 ) -> Callable[..., Any]:
-    """The forward of a block whose gate is a linear map.
+    """The forward of a block whose gate is a linear map, to be the ``call`` of a `Family`.
 
     Args:
-        kernel: what its experts compute.
-        order: softmax over all experts and the k largest, or the k largest and softmax over them.
-        renormalise: whether the k weights are scaled to sum to 1 (they do anyway in the second order).
+        kernel: where an expert keeps its linear maps.
+        order: softmax over all experts and the k largest, or the k largest and softmax over them; in float32.
+        renormalise: whether the k weights of the first order are scaled to sum to 1, as those of the second do; or
+            the attribute of the block that says so.
         top_k: attribute of the block that says k.
+        shared: names of the shared expert and of its gate, a linear map whose sigmoid scales it (None: no gate).
         returns_logits: whether the block returns ``(out, logits)``, as Mixtral's did before transformers 5.
     """
 
     def forward(block: Any, tap: Tap, hidden_states: Tensor) -> Any:
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits = block.gate(hidden)
-        scores = logits.float().softmax(dim=-1) if order == "softmax, top-k" else logits.float()
-        values, ids = scores.topk(getattr(block, top_k), dim=-1)
-        weights = values if order == "softmax, top-k" else functional.softmax(values, dim=-1)
-        if renormalise:
+        first = order == "softmax, top-k"
+        scores = logits.softmax(dim=-1, dtype=torch.float32) if first else logits
+        weights, ids = scores.topk(getattr(block, top_k), dim=-1)
+        if not first:
+            weights = weights.softmax(dim=-1, dtype=torch.float32)
+        elif getattr(block, renormalise) if isinstance(renormalise, str) else renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        out = run_experts(tap, kernel, block.experts, hidden, ids, weights.to(hidden.dtype)).view(hidden_states.shape)
+        out = run_experts(tap, kernel, block.experts, hidden, ids, weights.to(hidden.dtype), in_turn=True)
+        if shared is not None:
+            out = out + _shared(block, hidden, *shared)
+        out = out.view(hidden_states.shape)
         return (out, logits) if returns_logits else out
 
     return forward
+
+
+def _shared(block: nn.Module, hidden: Tensor, expert: str, gate: str | None) -> Tensor:
+    # The expert first: its point shows the product, which is formed when the gate returns.
+    out = block.get_submodule(expert)(hidden)
+    return out if gate is None else functional.sigmoid(block.get_submodule(gate)(hidden)) * out

@@ -48,7 +48,6 @@ FAMILIES: dict[str, Family] = {
     "mellum": _QWEN,
     "qwen3_moe": _QWEN,
     "qwen3_omni_moe_text": replace(_QWEN, entry=lambda hf: "thinker" if At(hf, "").has("thinker") else ""),
-    "qwen3_omni_moe_talker_text": replace(_QWEN_SHARED, body="model"),
     "qwen3_vl_moe_text": Family(renormalises=True),
     "qwen2_moe": _QWEN_SHARED,
     "qwen3_next": replace(_QWEN_SHARED, attention=_LINEAR_OR_SOFTMAX),

@@ -126,6 +126,7 @@ class MoESpec:
         whole_steps: steps on their sum, which give ``moe_out``.
         adds_shared: whether the block itself adds ``shared_out``; else they stand beside it.
         weights_on: "output", or "input" where weights multiply what an expert is given.
+        runs: how many experts ever run, the first ones, where the code runs fewer than there are; None: all.
         proportional: whether ``gate_weights`` are proportional to the chosen ``router_scores``.
     """
 
@@ -145,6 +146,7 @@ class MoESpec:
     adds_shared: bool = True
     weights_on: Literal["output", "input"] = "output"
     proportional: bool = True
+    runs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -315,5 +317,20 @@ class ModelSpec:
             raise UnknownName(
                 f"unknown expert {expert} at layer {layer}",
                 expected=f"an expert from 0 to {count - 1}",
+                got=str(expert),
+            )
+
+    def check_runs(self, layer: int, expert: int) -> None:
+        """Refuse an expert that the layer does not have, or that the model's code never runs.
+
+        Raises:
+            UnknownName: no such layer, a dense layer, no such expert, or one that never runs.
+        """
+        self.check_expert(layer, expert)
+        runs = self.moe(layer).runs
+        if runs is not None and expert >= runs:
+            raise UnknownName(
+                f"expert {expert} of layer {layer} never runs",
+                expected=f"an expert from 0 to {runs - 1}: {' '.join(self.notes)}",
                 got=str(expert),
             )

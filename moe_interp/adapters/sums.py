@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moe_interp.adapters.formats import in_memory
+
 
 @dataclass(frozen=True)
 class Through:
@@ -78,8 +80,10 @@ def follow(hf: nn.Module, steps: Sequence[Step], value: Tensor) -> Tensor:
 
 def tensor(hf: nn.Module, path: str) -> Tensor:
     """A parameter or buffer by its dotted name."""
-    owner, _, name = path.rpartition(".")
-    return getattr(hf.get_submodule(owner), name)
+    path, _, name = path.rpartition(".")
+    owner = hf.get_submodule(path)
+    with in_memory(owner, inner=False):
+        return getattr(owner, name)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from scipy.spatial.distance import cdist
 
 from moe_interp.errors import BadInput
 from moe_interp.results import Variable, labelled, provenance_of
-from moe_interp.stats import ratio, shares, student_interval
+from moe_interp.stats import mutual_information, ratio, shares, student_interval
 
 Trials = Sequence[xr.Dataset]
 PERMUTATIONS = 999
@@ -56,7 +56,7 @@ def class_routing(trials: Trials, *, permutations: int = PERMUTATIONS, seed: int
         BadInput: no trials, or other classes, experts or test images in some.
     """
     check_trials(trials)
-    counts, ids = _matched_trials(trials)
+    counts, ids = matched_trials(trials)
     rng = np.random.default_rng(seed)
     tables = shares(counts)
     variables = _shares_of(counts) | _together(tables) | _split(tables, trials[0]["group"].values)
@@ -112,7 +112,7 @@ def match(tables: Float[np.ndarray, "trials C E"]) -> Int[np.ndarray, "trials E"
     return orders
 
 
-def _matched_trials(trials: Trials) -> tuple[Int[np.ndarray, "trials C E"], Int[np.ndarray, "trials N K"]]:
+def matched_trials(trials: Trials) -> tuple[Int[np.ndarray, "trials C E"], Int[np.ndarray, "trials N K"]]:
     """Counts and expert ids of every trial, experts numbered alike."""
     counts = np.stack([class_counts(trial) for trial in trials])
     orders = match(shares(counts))
@@ -270,22 +270,19 @@ def _agreement(ids: Int[np.ndarray, "trials N K"], labels: np.ndarray, experts: 
     return {name: _number(mean, "1", said[name]) for name, mean in means.items()}
 
 
-def mutual_information(counts: Int[np.ndarray, "C E"], images: int) -> float:
+def debiased_information(counts: Int[np.ndarray, "C E"], images: int) -> float:
     """Of class and expert in nats, less the bias of the plug-in estimate: about 0 ... min(ln E, H(class)).
 
     Miller's correction, (cells - rows - columns + 1) / 2N with those that occur; N counts images, for the decisions of
     one image are not independent.
     """
-    joint = counts / counts.sum()
-    rows, columns = joint.sum(1, keepdims=True), joint.sum(0, keepdims=True)
-    seen = joint > 0
-    plug_in = (joint[seen] * np.log(joint[seen] / (rows * columns)[seen])).sum()
-    return float(plug_in - (seen.sum() - (rows > 0).sum() - (columns > 0).sum() + 1) / (2 * images))
+    bias = (counts > 0).sum() - counts.any(axis=1).sum() - counts.any(axis=0).sum() + 1
+    return float(mutual_information(counts[None])[0] - bias / (2 * images))
 
 
 def information(trial: xr.Dataset) -> float:
-    """`mutual_information` of one trial."""
-    return mutual_information(class_counts(trial), trial.sizes["image"])
+    """`debiased_information` of one trial."""
+    return debiased_information(class_counts(trial), trial.sizes["image"])
 
 
 def _informations(trials: Trials, permutations: int, rng: np.random.Generator) -> dict[str, Variable]:

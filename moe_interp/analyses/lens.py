@@ -15,7 +15,7 @@ chunk times the vocabulary and never with parts or positions times the vocabular
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional
 
-from moe_interp.encode import Inputs, encode
+from moe_interp.encode import Inputs, encode, token_text
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
@@ -362,12 +362,7 @@ def final_modules(model: MoEModel) -> tuple[str, str]:
 def token_texts(model: MoEModel, ids: Tensor) -> np.ndarray:
     """Readable strings of token ids, in their shape; the id itself where nothing decodes it."""
     unique, inverse = np.unique(ids.cpu().numpy(), return_inverse=True)
-    return np.array([_readable(model.tokenizer, int(token)) for token in unique])[inverse.reshape(ids.shape)]
-
-
-def _readable(tokenizer: Any, token: int) -> str:
-    text = "" if tokenizer is None else str(tokenizer.decode([token]))
-    return text.replace("\0", "\N{SYMBOL FOR NULL}") or str(token)  # a stored string cannot hold NUL
+    return np.array([token_text(model.tokenizer, int(token)) for token in unique])[inverse.reshape(ids.shape)]
 
 
 def _part_variables(parts: Mapping[str, Sequence[str]]) -> dict[str, Variable]:

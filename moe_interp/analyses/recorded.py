@@ -22,7 +22,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
-from moe_interp.analyses.routing import Provenance, dataset, from_counts
+from moe_interp.analyses.exact import Provenance
+from moe_interp.analyses.routing_values import dataset, from_counts
 from moe_interp.errors import BadData, BadInput
 from moe_interp.results import Variable, labelled
 from moe_interp.stats import bootstrap_mean

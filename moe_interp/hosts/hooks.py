@@ -166,6 +166,7 @@ def _attach_router(router: nn.Module, taps: Taps, columns: int | None) -> list[R
                 f"no router logits at layer {taps.layer.index}",
                 expected="a router that computes them by F.linear",
                 got=type(module).__name__,
+                do="If its forward returns them and nothing else, its adapter should say returns_logits=True.",
             )
 
     return [router.register_forward_pre_hook(enter), router.register_forward_hook(leave, always_call=True)]

@@ -10,19 +10,25 @@ What is installed, and taken away again by `LocalHost.remove`:
   config: configs are shared between layers and models, so writing to one would reach models that are not ours, and
   would be undone by whoever restores it. Experts that do not ask the registry, and blocks that compute in their own
   way, get another ``forward`` on the instance.
+- a ``forward`` on the whole model that keeps the compiler out. Code compiled before does not see hooks that came
+  later, so an opened model runs eagerly; what was compiled is back when it is closed.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_interp.adapters.experts import check_placement, run_experts
+from moe_interp.adapters.experts import run_experts
+from moe_interp.adapters.formats import check_format, is_fp8, plain_function
 from moe_interp.adapters.spec import BlockCall, LayerSpec, ModelSpec
+from moe_interp.errors import UnsupportedModel
 from moe_interp.hosts.hooks import attach, attach_grid, attach_modality
 from moe_interp.hosts.taps import HookPoint, Taps
 
@@ -54,7 +60,8 @@ class LocalHost:
     def _install(self) -> None:
         for layer in self.spec.layers:
             if layer.moe:
-                check_placement(self.hf.get_submodule(layer.moe.experts), layer.moe.experts)
+                check_format(self.hf.get_submodule(layer.moe.experts), layer.moe.experts)
+        self._run_eagerly()
         self.hf.add_module(ATTRIBUTE, self.embed)
         if self.spec.embed is not None:
             self.handles.append(self.hf.get_submodule(self.spec.embed).register_forward_hook(self._embedded))
@@ -79,31 +86,38 @@ class LocalHost:
         if isinstance(site, BlockCall):
             self._replace_forward(module, lambda *args, **kwargs: site.forward(module, taps, *args, **kwargs))
         elif asks_registry(module):
+            if is_fp8(module):
+                _register_fp8()
             self.configs[module] = module.config
+            taps.in_turn = plain_function(module) == "eager"
             module.config = _choosing(module.config, IMPLEMENTATION)
             module._moe_taps = taps
         else:
             self._replace_forward(module, lambda *args: _experts_forward_of(taps, module, *args))
 
+    def _run_eagerly(self) -> None:
+        # Compiled code does not ask whether hooks came or went: it would run on without them.
+        for path in {"", self.spec.entry}:
+            module: Any = self.hf.get_submodule(path)
+            self._set(module, "forward", _eagerly(module.forward))
+            if module._compiled_call_impl is not None:
+                self._set(module, "_compiled_call_impl", None)
+
     def _replace_forward(self, module: Any, forward: Callable[..., Any]) -> None:
         # accelerate wraps an offloaded module's forward and calls the original from there.
-        name = "_old_forward" if "_old_forward" in vars(module) else "forward"
-        before = vars(module).get(name)
-        setattr(module, name, forward)
+        self._set(module, "_old_forward" if "_old_forward" in vars(module) else "forward", forward)
 
-        def restore() -> None:
-            if before is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, before)
-
-        self.undo.append(restore)
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        """An attribute of the instance, for as long as the model is open."""
+        there, before = name in vars(module), vars(module).get(name)
+        setattr(module, name, value)
+        self.undo.append(lambda: setattr(module, name, before) if there else delattr(module, name))
 
     def remove(self) -> None:
         """Leave the model as it was found."""
         for handle in self.handles:
             handle.remove()
-        for restore in self.undo:
+        for restore in reversed(self.undo):
             restore()
         for experts, config in self.configs.items():
             experts.config = config
@@ -115,23 +129,43 @@ class LocalHost:
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """The model without any of this, and on transformers' ``grouped_mm``, inside the ``with``."""
-        experts: list[Any] = list(self.configs)
+        """The model without any of this, uncompiled and on transformers' own experts, inside the ``with``.
+
+        Raises:
+            UnsupportedModel: transformers has none for these experts here.
+        """
+        chosen = dict(self.plain)
+        if None in chosen.values():
+            raise UnsupportedModel(
+                "there is no plain model to run",
+                expected="experts that an implementation of transformers runs on this device",
+                got="FP8 experts without an accelerator",
+            )
         self.remove()
-        configs = [module.config for module in experts]
+        configs = {module: module.config for module in chosen}
         try:
-            for module in experts:
-                module.config = _choosing(module.config, "grouped_mm")
-            yield
+            for module, name in chosen.items():
+                module.config = _choosing(module.config, str(name))
+            with torch.compiler.set_stance("force_eager"):
+                yield
         finally:
-            for module, config in zip(experts, configs, strict=True):
+            for module, config in configs.items():
                 module.config = config
             self._install()
 
     @property
-    def exact(self) -> bool:
-        """Whether every mixture of the model runs on transformers' ``grouped_mm``, so that a run can be bit-equal."""
-        return len(self.configs) == len(self.spec.moe_layers)
+    def plain(self) -> dict[Any, str | None]:
+        """For each module of experts that asks the registry: transformers' own implementation that can run it."""
+        return {module: plain_function(module) for module in self.configs}
+
+    @property
+    def exact(self) -> str | None:
+        """The implementations of transformers that run every mixture of the model, to the bit; None if there is one
+        that computes in its own way, or that none can run."""
+        names = set(self.plain.values())
+        if len(self.configs) < len(self.spec.moe_layers) or None in names:
+            return None
+        return " and ".join(sorted(str(name) for name in names))
 
     @contextmanager
     def widened(self, widths: Mapping[int, int]) -> Iterator[None]:
@@ -154,6 +188,17 @@ def asks_registry(experts: nn.Module) -> bool:
     return hasattr(experts, "_is_expert_parallel") and hasattr(experts, "config")
 
 
+def _eagerly(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with nothing in it compiled."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.compiler.set_stance("force_eager"):
+            return forward(*args, **kwargs)
+
+    return torch.compiler.disable(run, reason="opened by moe_interp: points need eager execution")
+
+
 def _choosing(config: Any, implementation: str) -> Any:
     """A copy of a config that chooses this experts function."""
     chosen = copy.copy(config)
@@ -169,7 +214,19 @@ def _experts_forward(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor)
 def _experts_forward_of(taps: Taps, experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     moe = taps.layer.moe
     rows = hidden.reshape(-1, hidden.shape[-1])
-    return run_experts(taps, moe.kernel, experts, rows, ids, weights).view(*hidden.shape[:-1], -1)  # type: ignore[union-attr]
+    out = run_experts(taps, moe.kernel, experts, rows, ids, weights, in_turn=taps.in_turn)  # type: ignore[union-attr]
+    return out.view(*hidden.shape[:-1], -1)
+
+
+def _fp8_experts_forward(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The same with weights as transformers' FP8 implementations take them."""
+    return _experts_forward(experts, hidden, ids, weights.to(hidden.dtype))
+
+
+def _register_fp8() -> None:
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+
+    ALL_FP8_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _fp8_experts_forward)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

@@ -42,7 +42,7 @@ class Session:
     @contextmanager
     def __call__(self) -> Iterator["Session"]:
         """Hook everything inside the ``with``."""
-        with ExitStack() as stack, torch.set_grad_enabled(self.grad):
+        with ExitStack() as stack, torch.set_grad_enabled(self.grad), torch.compiler.set_stance("force_eager"):
             stack.enter_context(self.host.widened(self.widths))
             entry = self.host.hf.get_submodule(self.spec.entry)
             handle = entry.register_forward_pre_hook(self._begin, with_kwargs=True)

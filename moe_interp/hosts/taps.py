@@ -49,6 +49,7 @@ class Taps:
         self.grid = (0, 0)  # B, S of the forward pass under way
         self.rows: Tensor | None = None  # [B, S], True at the tokens that the mixture sees; None: all
         self.logits: Tensor | None = None
+        self.in_turn = False  # whether outputs are added up as transformers' loop over experts does
 
     def enter(self, hidden: Tensor) -> None:
         """The layer is called with these hidden states: [B, S, ...], or [S, D] where there is no batch.

@@ -26,7 +26,7 @@ class Scale(Intervention):
 
     def edits(self, spec: ModelSpec) -> list[Edit]:
         """One edit of ``expert_out``, wherever a slot holds the expert."""
-        spec.check_expert(self.layer, self.expert)
+        spec.check_runs(self.layer, self.expert)
         return [Edit("expert_out", self.layer, self._scaled)]
 
     def _scaled(self, outputs: Tensor, context: Context) -> Change:

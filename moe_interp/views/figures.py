@@ -23,7 +23,7 @@ NAMES = {
 }
 
 
-def _style(figure: go.Figure, height: int = 420, **layout: Any) -> go.Figure:
+def style(figure: go.Figure, height: int = 420, **layout: Any) -> go.Figure:
     figure.update_layout(
         template="simple_white",
         height=height,
@@ -35,7 +35,7 @@ def _style(figure: go.Figure, height: int = 420, **layout: Any) -> go.Figure:
     return figure
 
 
-def _line(x: Any, y: Any, name: str, colour: str, interval: Any = None, **line: Any) -> go.Scatter:
+def line(x: Any, y: Any, name: str, colour: str, interval: Any = None, **line: Any) -> go.Scatter:
     """A line with markers, and error bars from the ends [2, n] of an interval."""
     bars = None
     if interval is not None:
@@ -53,15 +53,33 @@ def coverage(routing: xr.Dataset) -> go.Figure:
     figure = go.Figure()
     for index, layer in enumerate(routing["layer"].values):
         taken = np.concatenate([[0.0], np.cumsum(load[index])])
-        figure.add_scatter(x=experts, y=taken, name=f"layer {layer}", line={"color": _shade(index, len(load))})
+        colour = {"color": layer_colour(index, len(load))}
+        figure.add_scatter(x=experts, y=taken, name=f"layer {layer}", line=colour, showlegend=len(load) <= 12)
+    if len(load) > 12:
+        figure.add_trace(layer_scale(routing["layer"].values))
     diagonal = experts / experts[-1]
     figure.add_scatter(x=experts, y=diagonal, name="equal loads", line={"color": CONTROL, "dash": "dash"})
-    return _style(figure, xaxis_title="busiest experts", yaxis_title="share of decisions", yaxis_range=[0, 1.02])
+    return style(figure, xaxis_title="busiest experts", yaxis_title="share of decisions", yaxis_range=[0, 1.02])
 
 
-def _shade(index: int, count: int) -> str:
+def layer_colour(index: int, count: int) -> str:
+    """From blue, the first layer, to orange, the last."""
     share = index / max(count - 1, 1)
     return f"hsl({210 - 170 * share:.0f}, 60%, {42 + 8 * share:.0f}%)"
+
+
+def layer_scale(layers: Any) -> go.Scatter:
+    """Nothing but a scale of the layers' colours, where a legend would have too many lines."""
+    scale = [[share, layer_colour(round(100 * share), 101)] for share in np.linspace(0, 1, 11)]
+    marker = {
+        "color": [layers[0]],
+        "colorscale": scale,
+        "cmin": layers[0],
+        "cmax": layers[-1],
+        "showscale": True,
+        "colorbar": {"title": "layer", "len": 0.8},
+    }
+    return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
 
 
 def specialization(routing: xr.Dataset) -> go.Figure:
@@ -96,7 +114,7 @@ def specialization(routing: xr.Dataset) -> go.Figure:
     ]
     slider = {"active": 0, "steps": steps, "currentvalue": {"prefix": "layer "}, "pad": {"t": 40}}
     height = 220 + 28 * routing.sizes["domain"]
-    return _style(figure, height, sliders=[slider], xaxis_title="expert", yaxis_autorange="reversed")
+    return style(figure, height, sliders=[slider], xaxis_title="expert", yaxis_autorange="reversed")
 
 
 def strongest(routing: xr.Dataset) -> go.Figure:
@@ -109,13 +127,13 @@ def strongest(routing: xr.Dataset) -> go.Figure:
         which = (np.arange(len(layers)), best[index])
         ends = routing["specialization_interval"].values[(slice(None), index, *which)]
         colour = COLOURS[index % len(COLOURS)]
-        line = _line(layers, 100 * values[(index, *which)], escaped(str(domain), 40), colour, 100 * ends)
-        line.customdata = best[index]
-        line.hovertemplate = "layer %{x}, expert %{customdata}: %{y:.1f} %"
-        figure.add_trace(line)
+        drawn = line(layers, 100 * values[(index, *which)], escaped(str(domain), 40), colour, 100 * ends)
+        drawn.customdata = best[index]
+        drawn.hovertemplate = "layer %{x}, expert %{customdata}: %{y:.1f} %"
+        figure.add_trace(drawn)
     baseline = np.full(len(layers), 100 * float(routing["specialization_baseline"]))
-    figure.add_trace(_line(layers, baseline, "uniform router", CONTROL, dash="dash"))
-    return _style(figure, xaxis_title="layer", yaxis_title="% of the domain's tokens", yaxis_rangemode="tozero")
+    figure.add_trace(line(layers, baseline, "uniform router", CONTROL, dash="dash"))
+    return style(figure, xaxis_title="layer", yaxis_title="% of the domain's tokens", yaxis_rangemode="tozero")
 
 
 def routing_map(result: xr.Dataset) -> go.Figure:
@@ -135,7 +153,8 @@ def routing_map(result: xr.Dataset) -> go.Figure:
             colorbar={"title": "share"},
         )
     )
-    return _style(figure, 160 + 34 * result.sizes["layer"], xaxis_tickangle=-50)
+    layers = result.sizes["layer"]
+    return style(figure, 160 + (34 if layers <= 16 else 17) * layers, xaxis_tickangle=-50)
 
 
 def lens(result: xr.Dataset) -> go.Figure:
@@ -156,8 +175,8 @@ def lens(result: xr.Dataset) -> go.Figure:
     for part, (name, colour, dash) in parts.items():
         mean = result["kl"].sel(part=part).mean("pos").values
         shade = colour if isinstance(colour, str) else COLOURS[colour]
-        figure.add_trace(_line(result["layer"].values, mean, name, shade, dash=dash))
-    return _style(figure, xaxis_title="layer", yaxis_title="KL(final ‖ part), nats", yaxis_rangemode="tozero")
+        figure.add_trace(line(result["layer"].values, mean, name, shade, dash=dash))
+    return style(figure, xaxis_title="layer", yaxis_title="KL(final ‖ part), nats", yaxis_rangemode="tozero")
 
 
 def similarity(result: xr.Dataset) -> go.Figure:
@@ -178,12 +197,12 @@ def similarity(result: xr.Dataset) -> go.Figure:
                 continue
             ends = at["cosine_overall_interval"].sel(candidate=candidate).transpose("bound", "layer").values
             colour = COLOURS[0] if candidate == "heaviest" else CONTROL
-            line = _line(result["layer"].values, mean, NAMES[candidate], colour, ends, dash=dashes.get(candidate))
-            line.update(legendgroup=candidate, showlegend=column == 2)
-            figure.add_trace(line, row=1, col=column)
+            drawn = line(result["layer"].values, mean, NAMES[candidate], colour, ends, dash=dashes.get(candidate))
+            drawn.update(legendgroup=candidate, showlegend=column == 2)
+            figure.add_trace(drawn, row=1, col=column)
         figure.update_xaxes(title="layer", row=1, col=column)
     figure.update_yaxes(title="cosine", row=1, col=1)
-    return _style(figure, 440)
+    return style(figure, 440)
 
 
 def distance(result: xr.Dataset) -> go.Figure:
@@ -194,9 +213,9 @@ def distance(result: xr.Dataset) -> go.Figure:
         ("random", CONTROL, "dash", "k of the K at random"),
     ):
         mean = result["error_overall"].sel(kept=kept).mean("layer").values
-        figure.add_trace(_line(result["k"].values, mean, name, colour, dash=dash))
+        figure.add_trace(line(result["k"].values, mean, name, colour, dash=dash))
     title = "‖y_k − y_K‖ / ‖y_K‖, mean over layers"
-    return _style(figure, 360, xaxis_title="experts kept, k", yaxis_title=title, yaxis_rangemode="tozero")
+    return style(figure, 360, xaxis_title="experts kept, k", yaxis_title=title, yaxis_rangemode="tozero")
 
 
 def perplexity(result: xr.Dataset, aggregate: str = "token") -> go.Figure:
@@ -209,11 +228,11 @@ def perplexity(result: xr.Dataset, aggregate: str = "token") -> go.Figure:
         one = at.sel(domain=domain)
         colour = COLOURS[index % len(COLOURS)]
         ends = one["ratio_interval"].transpose("bound", "k").values
-        figure.add_trace(_line(ks, one["ratio"].values, escaped(str(domain), 40), colour, ends))
+        figure.add_trace(line(ks, one["ratio"].values, escaped(str(domain), 40), colour, ends))
     random = at["ratio_random_overall"].values
-    figure.add_trace(_line(ks, random, "k of the K at random, all domains", CONTROL, dash="dash"))
+    figure.add_trace(line(ks, random, "k of the K at random, all domains", CONTROL, dash="dash"))
     none = np.full(len(ks), float(at["ratio_none_overall"]))
-    figure.add_trace(_line(ks, none, "no routed expert, all domains", CONTROL, dash="dot"))
-    return _style(
+    figure.add_trace(line(ks, none, "no routed expert, all domains", CONTROL, dash="dot"))
+    return style(
         figure, 460, xaxis_title="experts kept, k", yaxis_title="perplexity / perplexity of the model", yaxis_type="log"
     )

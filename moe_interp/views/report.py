@@ -15,27 +15,40 @@ import numpy as np
 import xarray as xr
 from jinja2 import Environment, StrictUndefined
 
+from moe_interp.analyses.coactivation import PairCounts
+from moe_interp.analyses.collect import Options, collect
 from moe_interp.analyses.lens import expert_lens
+from moe_interp.analyses.norms import norm_and_weight
 from moe_interp.analyses.perplexity import perplexity
-from moe_interp.analyses.routing import routing, routing_map
+from moe_interp.analyses.routing import RoutingCounts
+from moe_interp.analyses.routing_map import routing_map
+from moe_interp.analyses.saturation import reference_saturation
 from moe_interp.analyses.similarity import ensemble_similarity
+from moe_interp.analyses.token_counts import TokenCounts
+from moe_interp.analyses.transitions import TransitionCounts
+from moe_interp.analyses.vocabulary import vocabulary_result
 from moe_interp.data import Corpus
-from moe_interp.errors import BadOutput
-from moe_interp.model import MoEModel
+from moe_interp.errors import BadInput, BadOutput
+from moe_interp.model import REFERENCE, MoEModel
 from moe_interp.results import provenance_of, whole_file
-from moe_interp.views import figures
+from moe_interp.views import figures, routing_figures
 from moe_interp.views.tokens import shown
 
 
 @dataclass(frozen=True)
 class Results:
-    """The labelled results that a report shows."""
+    """The labelled results that a report shows; None for what the model or the corpus does not have."""
 
     routing: xr.Dataset
     routing_map: xr.Dataset
     lens: xr.Dataset
     similarity: xr.Dataset
     perplexity: xr.Dataset
+    coactivation: xr.Dataset
+    transitions: xr.Dataset | None
+    vocabulary: xr.Dataset | None
+    norms: xr.Dataset
+    saturation: xr.Dataset | None
 
 
 def report(
@@ -71,7 +84,9 @@ def report(
     shown_text = text or opening(model, corpus)
     model.encode(shown_text)
     results = Results(
-        routing=routing(model, corpus, **options),
+        **_routed(model, corpus, max_tokens, resamples, seed),
+        norms=norm_and_weight(model, corpus, **options),
+        saturation=reference_saturation(resamples=resamples, seed=seed) if _is_reference(model) else None,
         routing_map=routing_map(model, shown_text),
         lens=expert_lens(model, shown_text),
         similarity=ensemble_similarity(model, corpus, **options),
@@ -81,6 +96,32 @@ def report(
     with whole_file(target) as part:
         part.write_text(page, encoding="utf-8")
     return target
+
+
+def _routed(model: MoEModel, corpus: Corpus, max_tokens: int | None, resamples: int, seed: int) -> dict[str, Any]:
+    """All that one pass over the corpus says of routing."""
+    sizes = model.layers, model.spec.num_experts, model.spec.top_k
+    counts = RoutingCounts.empty(len(corpus), *sizes)
+    pairs = PairCounts.empty(*sizes)
+    tokens = TokenCounts.empty(*sizes, model.spec.vocab_size)
+    flows = TransitionCounts.empty(*sizes, seed=seed) if len(model.layers) > 1 else None
+    sums = {"routing": counts, "pairs": pairs, "tokens": tokens} | ({"flows": flows} if flows else {})
+    where = collect(model, corpus, sums, Options(max_tokens=max_tokens))
+    tests: dict[str, Any] = {"provenance": where, "resamples": resamples, "seed": seed}
+    try:
+        vocabulary = vocabulary_result(tokens, model.tokenizer, provenance=where, seed=seed)
+    except BadInput:  # a corpus so small that no token id occurs often enough
+        vocabulary = None
+    return {
+        "routing": counts.result(corpus.labels, corpus.domains, **tests),
+        "coactivation": pairs.result(**tests),
+        "transitions": flows.result(provenance=where) if flows else None,
+        "vocabulary": vocabulary,
+    }
+
+
+def _is_reference(model: MoEModel) -> bool:
+    return str(getattr(model.hf, "name_or_path", "")) == str(REFERENCE)
 
 
 def opening(model: MoEModel, corpus: Corpus, tokens: int = 24) -> str:
@@ -145,12 +186,22 @@ def _figures(results: Results) -> dict[str, str]:
         "coverage": figures.coverage(results.routing),
         "specialization": figures.specialization(results.routing),
         "strongest": figures.strongest(results.routing),
+        "specialization_bars": routing_figures.specialization_bars(results.routing),
+        "coactivation": routing_figures.coactivation(results.coactivation),
+        "norm_and_weight": routing_figures.norm_and_weight(results.norms),
         "routing_map": figures.routing_map(results.routing_map),
         "lens": figures.lens(results.lens),
         "similarity": figures.similarity(results.similarity),
         "distance": figures.distance(results.similarity),
         "perplexity": figures.perplexity(results.perplexity),
     }
+    if results.transitions is not None:
+        drawn["flow"] = routing_figures.flow(results.transitions)
+        drawn["information"] = routing_figures.information(results.transitions)
+    if results.vocabulary is not None:
+        drawn["vocabulary"] = routing_figures.vocabulary(results.vocabulary)
+    if results.saturation is not None:
+        drawn["saturation"] = routing_figures.saturation(results.saturation)
     return {
         name: figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False})
         for name, figure in drawn.items()

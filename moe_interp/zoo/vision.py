@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_interp import register_adapter
-from moe_interp.adapters import LayerSpec, ModelSpec, MoESpec, Scoring
-from moe_interp.adapters.experts import Separate
+from moe_interp.adapters import LayerSpec, ModelSpec, MoESpec, Scoring, Separate
 from moe_interp.adapters.family import EXPERTS_POINTS
-from moe_interp.adapters.spec import ExpertsCall, Input, Output, RouterLinear, Site
+from moe_interp.adapters.spec import ExpertsCall, Input, Output, RouterOutput, Site
 from moe_interp.errors import BadInput
 
 Depth = Literal["base", "short"]
@@ -160,7 +159,7 @@ class VisionMoE(nn.Module):
 def describe(hf: Any) -> ModelSpec:
     """Where the points of a `VisionMoE` are. It has no residual stream, and one position an image."""
     moe: Mixture = hf.moe
-    logits = RouterLinear("moe.router")
+    logits = RouterOutput("moe.router")
     sites: dict[str, Site] = {
         "moe_in": Input("moe"),
         "router_logits": logits,
@@ -175,7 +174,7 @@ def describe(hf: Any) -> ModelSpec:
         top_k=moe.top_k,
         scoring=Scoring("softmax"),
         renormalises=False,
-        kernel=Separate(up="up", down="down", act="act"),
+        kernel=Separate(up="up", down="down"),
         width=("moe", "top_k"),
     )
     inside = dict.fromkeys(EXPERTS_POINTS, ExpertsCall("moe.experts"))

@@ -5,6 +5,9 @@ A *choice* is what one token did at one layer: a dict of document, layer, ids, w
 
 import math
 from itertools import combinations
+from statistics import NormalDist
+
+from scipy.stats import t
 
 
 def count(choices, document, layer, expert):
@@ -193,13 +196,22 @@ def quantile(values, level):
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
-def bootstrap_interval(top, bottom, draws, level):
+def tails(documents, strata=1, level=0.95):
+    """Normal tail of Student's t over the factor by which the bootstrap's spread is too small."""
+    free = documents - strata
+    narrow = math.sqrt(free / documents)
+    low = NormalDist().cdf(float(t.ppf((1 - level) / 2, free)) / narrow)
+    return low, 1 - low
+
+
+def bootstrap_interval(top, bottom, draws, level, strata=1):
     """Quantiles of sum/sum over resamples, each given by how often it draws each document."""
     ratios = []
     for drawn in draws:
         documents = [document for document, times in enumerate(drawn) for _ in range(round(times))]
         ratios.append(sum(top[d] for d in documents) / sum(bottom[d] for d in documents))
-    return quantile(ratios, (1 - level) / 2), quantile(ratios, (1 + level) / 2)
+    low, high = tails(len(draws[0]), strata, level)
+    return quantile(ratios, low), quantile(ratios, high)
 
 
 def max_statistic_p(rows):
@@ -233,3 +245,18 @@ def mean_log_ratio(left, right):
     return math.exp(
         math.fsum(math.log(one) - math.log(other) for one, other in zip(left, right, strict=True)) / len(left)
     )
+
+
+def sign_flip_p(differences, signs):
+    """Single-step p of sums of differences over documents, of which each row of signs flips some; row 0 flips none."""
+    tests = range(len(differences[0]))
+    size = [math.sqrt(sum(row[t] ** 2 for row in differences)) for t in tests]
+    rows = [
+        [
+            sum(s * row[t] for s, row in zip(flips, differences, strict=True)) / size[t] if size[t] else 0.0
+            for t in tests
+        ]
+        for flips in signs
+    ]
+    largest = [max(row) for row in rows]
+    return [sum(1 for one in largest if one >= rows[0][t] - 1e-9) / len(rows) if size[t] else 1.0 for t in tests]

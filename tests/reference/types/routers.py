@@ -364,6 +364,6 @@ def _nllb_gates(gate: Any, first: Tensor, second: Tensor, kept: tuple[bool, bool
 
 
 def _as_tokens(mask: Tensor, tokens: int) -> list[bool]:
-    """Whether each token is left out: as upstream reads the mask, true where it may be attended to."""
+    """Whether each token is padding: where the last row of attention's additive mask is not zero."""
     rows = mask[:, :, -1, :].reshape(-1)[-tokens:] if mask.ndim == 4 else mask.reshape(-1)
     return rows.bool().tolist()

@@ -1,0 +1,156 @@
+"""One pass over a corpus: what each batch routed, and the accumulators that it feeds.
+
+1. `Pass` runs the corpus batch by batch and gives each run with its documents. Padding does not count, nor do
+   special tokens (such as the one that begins every text) unless asked: both are outside the run's masks.
+2. `collect` feeds any accumulators from one such pass, shows progress, and goes on where an interrupted pass was.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from moe_interp.analyses.exact import Exact
+from moe_interp.data import Batch, Corpus, batches
+from moe_interp.errors import BadData
+from moe_interp.model import MoEModel, Reads
+from moe_interp.results import whole_file
+from moe_interp.run import Read, Run, Tokens
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides which tokens of a corpus are looked at.
+
+    Attributes:
+        special_tokens: whether the tokenizer's special tokens count.
+        max_tokens, batch_tokens: as `moe_interp.data.batches` has them; the latter changes no count.
+    """
+
+    special_tokens: bool = False
+    max_tokens: int | None = None
+    batch_tokens: int = 4096
+
+
+class Pass:
+    """A corpus in batches, ready to be run; the same batches however often it is gone through.
+
+    Raises:
+        BadInput: the model has no tokenizer.
+    """
+
+    def __init__(self, model: MoEModel, corpus: Corpus, options: Options | None = None):
+        self.model, self.corpus, self.options = model, corpus, options or Options()
+        limits = {"max_tokens": self.options.max_tokens, "batch_tokens": self.options.batch_tokens}
+        self.batches = batches(model, corpus, **limits)  # type: ignore[arg-type]
+        self.special = [] if self.options.special_tokens else special_ids(model)
+
+    def runs(self, read: Reads, title: str, skip: int = 0) -> Iterator[tuple[Run, Batch]]:
+        """Every batch but the first ``skip`` with its run, whose masks leave out what does not count."""
+        with tqdm(total=len(self.corpus), desc=title, unit="document") as progress:
+            for number, batch in enumerate(self.batches):
+                if number >= skip:
+                    yield counted(self.model.run(batch.inputs, read=read), self.special), batch
+                progress.update(len(batch.documents))
+
+    @property
+    def provenance(self) -> dict[str, str | int | float]:
+        """What a result must say about the pass."""
+        return {
+            **self.model.provenance(),
+            "data": self.corpus.source,
+            "documents": len(self.corpus),
+            "truncated": sum(batch.truncated for batch in self.batches),
+            "special_tokens": "counted" if self.options.special_tokens else "left out",
+        }
+
+
+def special_ids(model: MoEModel) -> list[int]:
+    """Ids of the tokenizer's special tokens."""
+    return list(getattr(model.tokenizer, "all_special_ids", ()))
+
+
+def counted(run: Run, special: Sequence[int]) -> Run:
+    """The run with masks that leave out the tokens of these ids too."""
+    if run.token_ids is None or not special:
+        return run
+    kept = run.mask & ~torch.isin(run.token_ids, torch.tensor(special, device=run.token_ids.device))
+    routing = {layer: replace(one, mask=kept.to(one.ids.device)) for layer, one in run.routing.items()}
+    return replace(run, tokens=Tokens(kept, run.tokens.index), routing=routing)
+
+
+def collect(
+    model: MoEModel,
+    corpus: Corpus,
+    sums: Mapping[str, Exact],
+    options: Options | None = None,
+    *,
+    resume: str | Path | None = None,
+    every: int = 32,
+) -> dict[str, str | int | float]:
+    """Feeds accumulators from one pass over a corpus.
+
+    Args:
+        model: any opened model with a tokenizer.
+        corpus: documents with domains.
+        sums: accumulators by name, changed in place; `moe_interp.analyses.routing.RoutingCounts` is one.
+        options: which tokens count.
+        resume: a file (.npz) that their states are written to, whole or not at all, every so many batches and at
+            the end; where it is there already, the pass goes on from it.
+        every: batches between two such writes.
+
+    Returns:
+        The provenance of the pass, for `result`.
+
+    Raises:
+        BadInput: the model has no tokenizer.
+        BadData: ``resume`` holds the states of another pass.
+    """
+    going = Pass(model, corpus, options)
+    path = None if resume is None else Path(resume)
+    mark = _mark(going, sums)
+    done = 0 if path is None or not path.exists() else _take_up(path, sums, mark)
+    read = [Read(point) for point in sorted({point for one in sums.values() for point in one.reads})]
+    for number, (run, batch) in enumerate(going.runs(read, "routing", skip=done), start=done + 1):
+        for one in sums.values():
+            one.update(run, batch.documents)
+        if path is not None and (number % every == 0 or number == len(going.batches)):
+            _store(path, sums, mark, number)
+    return going.provenance
+
+
+def _mark(going: Pass, sums: Mapping[str, Exact]) -> str:
+    """Tells one pass from another: the model's name, the texts, the options, the accumulators."""
+    kinds = {name: [type(one).__name__, repr(one.identity())] for name, one in sums.items()}
+    told = [going.model.name, going.corpus.texts, repr(going.options), kinds]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def _store(path: Path, sums: Mapping[str, Exact], mark: str, done: int) -> None:
+    arrays = {f"{name}/{key}": value for name, one in sums.items() for key, value in one.state().items()}
+    with whole_file(path) as part, part.open("wb") as file:
+        np.savez(file, **arrays, done=np.array(done), mark=np.array(mark))  # type: ignore[arg-type]
+
+
+def _take_up(path: Path, sums: Mapping[str, Exact], mark: str) -> int:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise BadData(f"cannot read {path}", expected="states that collect wrote", got=str(error)) from error
+    if str(arrays.get("mark")) != mark:
+        raise BadData(
+            f"{path} is of another pass",
+            expected="the same model, texts, options and accumulators",
+            got="different ones",
+            do="Name another file, or delete this one.",
+        )
+    for name, one in sums.items():
+        state = {key.removeprefix(f"{name}/"): value for key, value in arrays.items() if key.startswith(f"{name}/")}
+        vars(one).update(vars(type(one).from_state(state)))
+    return int(arrays["done"])

@@ -1,0 +1,153 @@
+"""Sums that give one answer whatever the batches, shards and order: integers, and fixed point for what is not whole.
+
+An accumulator is a dataclass of numpy arrays that add up, and of what tells it apart from others (layers, K, ...). It
+writes its own `update` and `result`; `Exact` gives it the rest.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moe_interp.errors import BadCheckpoint, BadInput
+from moe_interp.run import Run
+
+UNIT = 2.0**32  # sums are kept in units of 2^-32: exact in any order, up to 2^31 a document
+
+Values = dict[str, np.ndarray]
+Provenance = Mapping[str, str | int | float]
+Some = TypeVar("Some", bound="Exact")  # an accumulator; typing.Self is not understood where annotations are executed
+
+
+class SparseCounts:
+    """Counts of what few of very many possible things occur: codes, and how often each was seen.
+
+    Holds 16 bytes for each different code, and up to as much again between two tidyings.
+    """
+
+    def __init__(self, codes: Int[np.ndarray, " X"] | None = None, counts: Int[np.ndarray, " X"] | None = None):
+        nothing = np.zeros(0, np.int64)
+        self._parts = [(nothing if codes is None else codes, nothing if counts is None else counts)]
+
+    def add(self, codes: Int[np.ndarray, " X"]) -> None:
+        """Counts each code once."""
+        self._parts.append(tuple(np.unique(codes, return_counts=True)))  # type: ignore[arg-type]
+        if sum(len(part) for part, _ in self._parts[1:]) > len(self._parts[0][0]) + 2**20:
+            self.tidy()
+
+    def tidy(self) -> tuple[Int[np.ndarray, " X"], Int[np.ndarray, " X"]]:
+        """Every code once, ascending, and its counts."""
+        if len(self._parts) > 1:
+            codes, counts = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+            unique, place = np.unique(codes, return_inverse=True)
+            sums = np.zeros(len(unique), np.int64)
+            np.add.at(sums, place, counts)
+            self._parts = [(unique, sums)]
+        return self._parts[0]
+
+    def __add__(self, other: "SparseCounts") -> "SparseCounts":
+        found = SparseCounts(*self.tidy())
+        found._parts.append(other.tidy())
+        found.tidy()
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return sum(array.nbytes for part in self._parts for array in part)
+
+
+class Exact:
+    """What every accumulator can do: add itself to another, be stored, be taken up again.
+
+    Fields that hold arrays add up; the others must be equal.
+
+    Attributes:
+        reads: points that `update` looks at.
+        maxima: names of fields of which two together have the larger value in place of the sum.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    maxima: ClassVar[tuple[str, ...]] = ()
+
+    def update(self, run: Run, documents: Int[np.ndarray, " B"]) -> None:
+        """Adds a run; row b belongs to document ``documents[b]``, and only tokens in the run's masks count."""
+        raise NotImplementedError
+
+    def merge(self: Some, other: Some) -> Some:
+        """Both together, the same in any order.
+
+        Raises:
+            BadInput: they do not count over the same documents, layers and experts.
+        """
+        mine, others = self.identity(), other.identity()
+        if mine != others:
+            raise BadInput(f"cannot merge {type(self).__name__}", expected=str(mine), got=str(others))
+        parts = {
+            name: value + getattr(other, name) if isinstance(value, _ADDED) else value for name, value in _items(self)
+        }
+        parts |= {name: np.maximum(getattr(self, name), getattr(other, name)) for name in self.maxima}
+        return type(self)(**parts)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two of a kind to be added: shapes of what adds up, values of what does not."""
+        return {
+            name: value.shape if isinstance(value, np.ndarray) else value
+            for name, value in _items(self)
+            if not isinstance(value, SparseCounts)
+        }
+
+    def state(self) -> Values:
+        """All there is, as arrays by name: for ``np.savez``, a queue, a checkpoint."""
+        dense = {name: np.asarray(value) for name, value in _items(self) if not isinstance(value, SparseCounts)}
+        sparse = {name: np.stack(value.tidy()) for name, value in _items(self) if isinstance(value, SparseCounts)}
+        return dense | sparse
+
+    @classmethod
+    def from_state(cls: type[Some], state: Mapping[str, np.ndarray]) -> Some:
+        """What `state` gave."""
+        return cls(**{field.name: _field(field.type, np.asarray(state[field.name])) for field in fields(cls)})  # type: ignore[arg-type]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return sum(value.nbytes for _, value in _items(self) if isinstance(value, _ADDED))
+
+
+_ADDED = (np.ndarray, SparseCounts)
+
+
+def _items(sums: Any) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(sums, field.name)) for field in fields(sums)]
+
+
+def _field(kind: Any, stored: np.ndarray) -> Any:
+    if kind is SparseCounts:
+        return SparseCounts(*stored)
+    if kind is int:
+        return int(stored)
+    return tuple(stored.tolist()) if getattr(kind, "__origin__", None) is tuple else stored
+
+
+def fixed(values: Float[Tensor, "*shape"], what: str = "the router") -> Int[Tensor, "*shape"]:
+    """In units of 2^-32.
+
+    Raises:
+        BadCheckpoint: one is not finite.
+    """
+    if not values.isfinite().all():
+        raise BadCheckpoint(
+            f"{what} gave values that are not finite",
+            expected="finite logits, scores, weights and outputs",
+            do="model.audit() says where they begin.",
+        )
+    return (values.double() * UNIT).round().long()
+
+
+def flat_counts(index: Int[Tensor, "*any"], size: int) -> Int[np.ndarray, " _"]:
+    """How often each of 0 ... size - 1 occurs."""
+    return torch.bincount(index.flatten(), minlength=size).cpu().numpy()

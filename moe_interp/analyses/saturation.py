@@ -1,0 +1,222 @@
+"""Router saturation: how early in training the experts of a token are those that it has in the end.
+
+1. At checkpoint t, saturation is the mean over tokens of |E_t and E_final| / K, the K experts of a token at a layer
+   (Muennighoff et al. 2024, arXiv 2409.02060, section 5.1), on the same tokens at every checkpoint.
+2. Two controls: K/E, for a router that draws uniformly; and `independent`, sum_e u_t(e) u_final(e) / K, with u the
+   share of tokens that chose e, for two routers that keep their loads and know nothing of each other's tokens.
+3. Intervals are over documents.
+
+`router_saturation` runs checkpoints or hub revisions one after the other; `saturation_of_ids` takes what was recorded;
+`reference_saturation` is the bundled model's own training.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+
+import moe_interp.stats as stats
+from moe_interp.analyses.collect import Options, Pass
+from moe_interp.analyses.exact import Provenance
+from moe_interp.data import Corpus
+from moe_interp.errors import BadCheckpoint, BadInput
+from moe_interp.model import REFERENCE, MoEModel, load
+from moe_interp.results import Description, described, labelled
+
+_BUNDLED = REFERENCE / "routing_checkpoints.safetensors"
+
+
+def saturation_of_ids(
+    ids: Int[np.ndarray, "C T L K"],
+    documents: Int[np.ndarray, " T"],
+    *,
+    steps: Sequence[int] | Sequence[str],
+    layers: Sequence[int],
+    experts: int,
+    provenance: Provenance,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Router saturation from the experts of the same tokens at every checkpoint, the final one last.
+
+    Args:
+        ids: experts of each token, in any order within it.
+        documents: a number for each token's document.
+        steps: a number or a name for each checkpoint.
+        layers: indices of the MoE layers.
+        experts: E.
+        provenance: what was measured on what.
+        resamples: of documents, for the intervals.
+        seed: of these.
+
+    Returns:
+        Dims step, layer, bound: ``saturation``, 0 ... 1 (1 at the last step), with its interval; ``independent``;
+        ``saturation_baseline``, K/E.
+
+    Raises:
+        BadInput: fewer than two checkpoints, or sizes that do not fit.
+    """
+    sizes = (len(steps), len(documents), len(layers))
+    if ids.shape[:3] != sizes or len(ids) < 2:
+        wanted = f"[C, T, L, K] with C, T, L = {sizes}, C >= 2"
+        raise BadInput("experts do not fit", expected=wanted, got=str(ids.shape))
+    overlap = np.stack([_overlap(one, ids[-1]) for one in ids])
+    _, places = np.unique(documents, return_inverse=True)
+    tokens = np.bincount(places)
+    sums = np.zeros((len(tokens), *overlap[:, 0].shape))
+    np.add.at(sums, places, overlap.swapaxes(0, 1))
+    load = np.stack([_load(one, experts) for one in ids])
+    top_k = ids.shape[-1]
+    values: dict[str, ArrayLike] = {
+        "saturation": overlap.mean(axis=1),
+        "saturation_interval": stats.bootstrap_ratio(sums, tokens, resamples=resamples, seed=seed),
+        "independent": (load * load[-1]).sum(axis=-1) / top_k,
+        "saturation_baseline": np.array(top_k / experts),
+    }
+    coords: dict[str, Any] = {"bound": ["low", "high"], "step": list(steps), "layer": np.array(layers)}
+    how = {"tokens": len(documents), "documents": len(tokens), "resamples": resamples, "seed": seed}
+    return labelled(
+        described(values, _VARIABLES), coords, analysis="router_saturation", provenance={**provenance, **how}
+    )
+
+
+def _overlap(ids: Int[np.ndarray, "T L K"], final: Int[np.ndarray, "T L K"]) -> Float[np.ndarray, "T L"]:
+    """Share of a token's experts that it has in the end."""
+    return (ids[..., :, None] == final[..., None, :]).any(axis=-1).mean(axis=-1)
+
+
+def _load(ids: Int[np.ndarray, "T L K"], experts: int) -> Float[np.ndarray, "L E"]:
+    return np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in ids.swapaxes(0, 1)]) / len(ids)
+
+
+def router_saturation(
+    checkpoints: Sequence[str | Path | MoEModel],
+    corpus: Corpus,
+    *,
+    revisions: Sequence[str] | None = None,
+    names: Sequence[int] | Sequence[str] | None = None,
+    tokens_per_document: int = 32,
+    special_tokens: bool = False,
+    resamples: int = 1000,
+    seed: int = 0,
+    max_tokens: int | None = None,
+    **options: Any,
+) -> xr.Dataset:
+    """Router saturation of checkpoints of one model, loaded one after the other, the final one last.
+
+    Args:
+        checkpoints: folders, hub ids or opened models in training order; a single hub id with ``revisions``.
+        corpus: documents.
+        revisions: of the one checkpoint, in training order, such as those of OLMoE's branches.
+        names: of the checkpoints in the result (None: of folders the last part, else what was given).
+        tokens_per_document: tokens compared, drawn by the seed and the document alone.
+        special_tokens: whether the tokenizer's special tokens may be among them.
+        resamples, seed: of the intervals; the seed draws the tokens too.
+        max_tokens: as `moe_interp.data.batches` has it.
+        options: for `moe.load`.
+
+    Raises:
+        BadInput: fewer than two checkpoints, or models of different shapes or tokenizers.
+        BadCheckpoint: one that cannot be loaded.
+    """
+    if revisions is not None and len(checkpoints) != 1:
+        raise BadInput("revisions of what", expected="a single checkpoint", got=f"{len(checkpoints)} of them")
+    wanted: list[tuple[Any, dict[str, Any]]] = (
+        [(one, {}) for one in checkpoints]
+        if revisions is None
+        else [(checkpoints[0], {"revision": r}) for r in revisions]
+    )
+    found = []
+    for source, more in wanted:
+        model = source if isinstance(source, MoEModel) else load(source, **options, **more)
+        try:
+            found.append(_sampled(model, corpus, Options(special_tokens, max_tokens), tokens_per_document, seed))
+        finally:
+            if not isinstance(source, MoEModel):
+                model.close()
+    first, last = found[0], found[-1]
+    for one in found:
+        if one.shape != first.shape or not np.array_equal(one.token_ids, first.token_ids):
+            raise BadInput(
+                "checkpoints of different models", expected=f"{first.shape}, same tokens", got=str(one.shape)
+            )
+    told = names or revisions or [one.name if isinstance(one, MoEModel) else Path(one).name for one in checkpoints]
+    return saturation_of_ids(
+        np.stack([one.ids for one in found]),
+        first.documents,
+        steps=told,
+        layers=last.layers,
+        experts=last.experts,
+        provenance=last.provenance,
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+class _Sampled:
+    """Experts of sampled tokens of one checkpoint."""
+
+    def __init__(self, model: MoEModel, provenance: Provenance, parts: list[tuple[int, np.ndarray, np.ndarray]]):
+        ordered = sorted(parts, key=lambda part: part[0])
+        self.documents = np.concatenate([np.full(len(tokens), document) for document, tokens, _ in ordered])
+        self.token_ids = np.concatenate([tokens for _, tokens, _ in ordered])
+        self.ids = np.concatenate([ids for *_, ids in ordered])
+        self.layers, self.experts, self.provenance = model.layers, model.spec.num_experts, provenance
+        self.shape = (model.layers, model.spec.num_experts, model.spec.top_k, len(self.token_ids))
+
+
+def _sampled(model: MoEModel, corpus: Corpus, options: Options, per_document: int, seed: int) -> _Sampled:
+    going, parts = Pass(model, corpus, options), []
+    for run, batch in going.runs((), f"routes of {model.name}"):
+        for row, document in enumerate(batch.documents.tolist()):
+            real = run.mask[row].nonzero().flatten().cpu()
+            drawn = np.sort(np.random.default_rng([seed, document]).permutation(len(real))[:per_document])
+            at = real[torch.from_numpy(drawn)]
+            ids = np.stack([run.routing[layer].ids[row].cpu()[at].numpy() for layer in model.layers], axis=1)
+            parts.append((document, run.token_ids[row].cpu()[at].numpy(), ids))  # type: ignore[index]
+    return _Sampled(model, going.provenance, parts)
+
+
+def reference_saturation(*, resamples: int = 1000, seed: int = 0) -> xr.Dataset:
+    """Router saturation of the bundled model's own training, from the choices that were kept of it.
+
+    Six checkpoints, four validation documents of each domain, 24 tokens of each.
+
+    Raises:
+        BadCheckpoint: the bundled file cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(_BUNDLED, "np") as file:
+            kept = {name: file.get_tensor(name) for name in ("expert_ids", "steps", "domain", "document")}
+            layers = json.loads(file.metadata()["layers"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise BadCheckpoint(f"cannot read {_BUNDLED}", expected="the file of the package", got=str(error)) from error
+    config = json.loads((REFERENCE / "config.json").read_text(encoding="utf-8"))
+    documents = kept["domain"].astype(np.int64) * 1000 + kept["document"]
+    return saturation_of_ids(
+        kept["expert_ids"].astype(np.int64),
+        documents,
+        steps=kept["steps"].tolist(),
+        layers=layers,
+        experts=config["n_routed_experts"],
+        provenance={"model": "reference", "data": "validation documents of its training"},
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+_SL = ("step", "layer")
+_VARIABLES: dict[str, Description] = {
+    "saturation": (_SL, "1", "mean share of a token's K experts that it has at the last step too, 0 ... 1"),
+    "saturation_interval": (("bound", *_SL), "1", "95 % interval over documents: saturation"),
+    "independent": (_SL, "1", "control: the same for two routers with these loads that know nothing of each other"),
+    "saturation_baseline": ((), "1", "saturation of a uniform router, K/E"),
+}

@@ -1,0 +1,385 @@
+"""Routing while a model trains: what practitioners watch, at an interval, from the training's own forward passes.
+
+1. `routing_health` turns the sums of one or more batches into load, dead experts, MaxVio, router entropy and both
+   auxiliary losses of every layer, beside what a uniform router gives on as many tokens: in a batch an expert may be
+   idle, and MaxVio above 0, by chance alone.
+2. `RoutingWatch` listens to a model's forward passes at the steps that are due, and to nothing at the others. Nothing
+   is run twice, no gradient changes. It tells a table, and any function of (step, values): a tracker, TensorBoard.
+3. `RoutingCallback` is that for Hugging Face's Trainer. Alarms are ranges that the user sets.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from moe_interp.analyses.exact import UNIT
+from moe_interp.analyses.routing import RoutingCounts
+from moe_interp.analyses.routing_values import LOAD, PER_TOKEN, from_counts, switch_loss
+from moe_interp.errors import BadInput
+from moe_interp.hosts.local import ATTRIBUTE
+from moe_interp.model import MoEModel, wrap
+from moe_interp.results import Description, described, labelled
+from moe_interp.run import Routing, Run, Tokens
+
+Tell = Callable[[int, dict[str, float]], None]
+"""Called with the step and the values, by names such as "routing/layer_3/max_vio"."""
+
+Range = tuple[int | float, int | float]
+"""Lowest and highest value that are in order."""
+
+_POINTS = {"expert_ids": "ids", "gate_weights": "weights", "router_logits": "logits", "router_scores": "scores"}
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A value out of the range that was set for it."""
+
+    step: int
+    layer: int
+    name: str
+    value: float
+    allowed: Range
+
+    def __str__(self) -> str:
+        low, high = self.allowed
+        return f"step {self.step}: {self.name} of layer {self.layer} is {self.value:.3g}, outside {low:g} ... {high:g}"
+
+
+class RoutingAlarm(UserWarning):
+    """How alarms are told where no function is given."""
+
+
+def routing_health(sums: RoutingCounts) -> xr.Dataset:
+    """What the router of every layer did with some tokens: one Dataset for a step of training.
+
+    Args:
+        sums: of one or more batches; all documents are taken together.
+
+    Returns:
+        Dims layer, expert: ``utilisation`` (of all decisions, sums to 1), ``n50`` ... ``dead_experts`` as in
+        `moe.routing`, ``max_vio``, ``load_balance``, ``z_loss``, ``entropy``, ``margin``, ``heaviest_weight``,
+        ``weight_sum``; ``load_balance_as_coded``, over all layers; controls ``*_uniform`` and ``entropy_baseline``.
+
+    Raises:
+        BadInput: no token was counted.
+    """
+    tokens = sums.tokens.sum()
+    if not tokens:
+        raise BadInput("nothing was counted", expected="a batch with a real token", got="none")
+    counts = sums.counts.sum(axis=0)
+    whole = from_counts(counts[None], np.array([tokens]), sums.top_k)
+    score, chosen = sums.scores.sum(axis=0) / UNIT / tokens, counts / tokens
+    values: dict[str, Any] = {
+        "tokens": tokens,
+        "utilisation": chosen / sums.top_k,
+        "load_balance": switch_loss(chosen / sums.top_k, score),
+        "load_balance_as_coded": switch_loss(chosen.mean(axis=0), score.mean(axis=0)),
+        "entropy_baseline": whole["entropy_baseline"],
+    }
+    for name in LOAD:
+        values |= {name: whole[name][0], f"{name}_uniform": whole[f"{name}_uniform"][0]}
+    means = sums.per_token.sum(axis=0) / UNIT / tokens
+    values |= dict(zip(PER_TOKEN, means.T, strict=True))
+    coords: dict[str, ArrayLike] = {"layer": np.array(sums.layers), "expert": np.arange(counts.shape[-1])}
+    return labelled(described(values, _VARIABLES), coords, analysis="routing_health", provenance={})
+
+
+_L = ("layer",)
+_VARIABLES: dict[str, Description] = {
+    "tokens": ((), "tokens", "real tokens"),
+    "utilisation": (("layer", "expert"), "1", "share of decisions that go to the expert; uniform: 1/E"),
+    "load_balance": (_L, "1", "Switch load-balance loss; 1 at balance ... E"),
+    "load_balance_as_coded": ((), "1", "load-balance loss as transformers codes it; K at balance"),
+    "entropy": (_L, "nats", "mean entropy of a token's router scores, 0 (sure) ... ln E"),
+    "entropy_baseline": ((), "nats", "entropy of equal scores, ln E"),
+    "margin": (_L, "1", "mean of the lowest score chosen minus the highest left out"),
+    "heaviest_weight": (_L, "1", "mean combine weight of a token's heaviest slot"),
+    "weight_sum": (_L, "1", "mean sum of a token's combine weights"),
+    "z_loss": (_L, "1", "router z-loss: mean squared logsumexp of the router logits"),
+    **{name: (_L, units, meaning) for name, (_, units, meaning) in LOAD.items()},
+    **{
+        f"{name}_uniform": ((), units, f"of a uniform router with as many tokens: {meaning}")
+        for name, (_, units, meaning) in LOAD.items()
+    },
+}
+_TOLD = ("n50", "gini", "load_entropy", "max_vio", "dead_experts", "entropy", "load_balance", "z_loss")
+
+
+class RoutingWatch:
+    """Listens to a model's own forward passes at the steps that are due.
+
+    In any loop::
+
+        with moe.RoutingWatch(model, every=100, to=lambda step, values: tracker.log(values, step=step)) as watch:
+            for step, batch in enumerate(batches):
+                with watch.step(step):
+                    model(**batch).loss.backward()
+                    ...
+        watch.table()
+
+    Several forward passes of one step (gradient accumulation) are added up. Under data parallelism every process
+    watches its own tokens. Layers that are computed anew in the backward pass are counted once.
+
+    Args:
+        model: a transformers model, or one that is already open.
+        every: steps between two reports; the others cost nothing.
+        to: told every report; see `Tell`.
+        alarms: allowed range (low, high) by the name of a value of `routing_health`, for instance
+            ``{"dead_experts": (0, 8), "load_entropy": (0.8, 1.0)}``.
+        on_alarm: called with every `Alarm` (None: a warning).
+
+    Raises:
+        BadInput: ``every`` below 1, or an alarm for a value that there is not.
+        UnsupportedModel: the model cannot be opened.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | MoEModel,
+        *,
+        every: int = 100,
+        to: Tell | None = None,
+        alarms: Mapping[str, Range] | None = None,
+        on_alarm: Callable[[Alarm], None] | None = None,
+    ):
+        unknown = set(alarms or {}) - set(_TOLD)
+        if every < 1 or unknown:
+            got = f"every={every}, alarms for {sorted(unknown)}" if unknown else f"every={every}"
+            raise BadInput("cannot watch so", expected=f"every >= 1, alarms for {', '.join(_TOLD)}", got=got)
+        self.model = model if isinstance(model, MoEModel) else wrap(model)
+        self.every, self.to, self.alarms, self.on_alarm = every, to, dict(alarms or {}), on_alarm
+        self.raised: list[Alarm] = []
+        self._reports: list[tuple[int, xr.Dataset]] = []
+        self._ours = not isinstance(model, MoEModel)
+        self._seen: dict[tuple[str, int], Tensor] = {}
+        self._taps: list[Any] = []
+        self._sums: RoutingCounts | None = None
+        self._tokens: Tokens | None = None
+        hf = self.model.hf
+        self._handles = [
+            hf.register_forward_pre_hook(self._begin, with_kwargs=True),
+            hf.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def close(self) -> None:
+        """Stop listening, and leave the model as it was found; the table stays."""
+        self._untap()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._ours:
+            self.model.close()
+            self._ours = False
+
+    def __enter__(self) -> "RoutingWatch":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def step(self, number: int) -> "_Step":
+        """The ``with`` of one step of training; reports at its end if the step is due."""
+        return _Step(self, number)
+
+    def begin(self, number: int) -> None:
+        """What `step` does first, for loops that cannot use a ``with``."""
+        if number % self.every == 0:
+            spec = self.model.spec
+            self._sums = RoutingCounts.empty(1, self.model.layers, spec.num_experts, spec.top_k)
+            # Until the end of the step: what is computed anew in the backward pass must find the hooks it had.
+            self._taps = [self._tap(point, layer) for layer in self.model.layers for point in _POINTS]
+
+    def end(self, number: int) -> list[Alarm]:
+        """What `step` does last: report, and give the alarms that were raised."""
+        sums, self._sums = self._sums, None
+        self._untap()
+        if sums is None or not sums.tokens.sum():
+            return []
+        report = routing_health(sums)
+        self._reports.append((number, report))
+        if self.to is not None:
+            self.to(number, told(report))
+        raised = list(_alarms(number, report, self.alarms))
+        self.raised += raised
+        for alarm in raised:
+            if self.on_alarm is None:
+                warnings.warn(RoutingAlarm(str(alarm)), stacklevel=2)
+            else:
+                self.on_alarm(alarm)
+        return raised
+
+    def drop(self) -> None:
+        """Forget what was counted in a step that failed."""
+        self._sums = None
+        self._untap()
+
+    def table(self) -> xr.Dataset:
+        """All reports so far, with a dim ``step``.
+
+        Raises:
+            BadInput: there is none.
+        """
+        if not self._reports:
+            raise BadInput("nothing was reported", expected="a step that was due", got="none")
+        steps, reports = zip(*self._reports, strict=True)
+        joined = xr.concat(reports, xr.DataArray(list(steps), dims="step", name="step"), coords="minimal", join="exact")
+        values = {name: joined[name].transpose("step", ...).values for name in joined.data_vars}
+        table: dict[str, Description] = {
+            str(name): (("step", *_VARIABLES[str(name)][0]), *_VARIABLES[str(name)][1:]) for name in values
+        }
+        coords: dict[str, ArrayLike] = {
+            "step": list(steps),
+            "layer": reports[0]["layer"].values,
+            "expert": reports[0]["expert"].values,
+        }
+        named = {str(name): value for name, value in values.items()}
+        about = {**self.model.provenance(), "every": self.every}
+        return labelled(described(named, table), coords, analysis="routing_watch", provenance=about)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._sums is None:
+            return
+        self._seen, self._tokens = {}, _tokens(args, kwargs)
+
+    def _tap(self, point: str, layer: int) -> Any:
+        def keep(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> None:
+            if self._tokens is not None:
+                self._seen[point, layer] = value.detach()
+
+        points = self.model.hf.get_submodule(f"{self.model.spec.layer(layer).path}.{ATTRIBUTE}")
+        return points.get_submodule(point).register_forward_hook(keep)
+
+    def _untap(self) -> None:
+        for tap in self._taps:
+            tap.remove()
+        self._taps = []
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        layers, tokens, self._tokens = self.model.layers, self._tokens, None
+        whole = all((point, layer) in self._seen for point in _POINTS for layer in layers)
+        if self._sums is None or tokens is None or not whole:  # outside a step, or the pass failed
+            return
+        mask = tokens.mask
+        routing = {
+            layer: Routing(mask=mask, **{name: self._seen[point, layer] for point, name in _POINTS.items()})
+            for layer in layers
+        }
+        run = Run(torch.zeros(*mask.shape, 1), None, tokens, routing, {})
+        self._sums.update(run, np.zeros(len(mask), np.int64))
+        self._seen = {}
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens:
+    given = args[0] if args else kwargs.get("input_ids")
+    given = kwargs["inputs_embeds"] if given is None else given
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise BadInput(
+            "cannot tell real tokens from padding",
+            expected="an attention mask of shape [batch, pos]",
+            got=f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__,
+        )
+    return Tokens.from_mask(mask, given.shape[1])
+
+
+def told(report: xr.Dataset) -> dict[str, float]:
+    """A report as numbers by name, for trackers: "routing/layer_3/max_vio", "routing/load_balance_as_coded"."""
+    layers = report["layer"].values.tolist()
+    values = {
+        f"routing/layer_{layer}/{name}": float(report[name].values[place])
+        for place, layer in enumerate(layers)
+        for name in _TOLD
+    }
+    return values | {"routing/load_balance_as_coded": float(report["load_balance_as_coded"])}
+
+
+def _alarms(step: int, report: xr.Dataset, allowed: Mapping[str, Range]) -> list[Alarm]:
+    found = []
+    for name, (low, high) in allowed.items():
+        values: Float[np.ndarray, " L"] = report[name].values
+        for layer, value in zip(report["layer"].values.tolist(), values.tolist(), strict=True):
+            if not low <= value <= high:
+                found.append(Alarm(step, layer, name, value, (low, high)))
+    return found
+
+
+class _Step:
+    """The ``with`` of `RoutingWatch.step`."""
+
+    def __init__(self, watch: RoutingWatch, number: int):
+        self.watch, self.number = watch, number
+
+    def __enter__(self) -> RoutingWatch:
+        self.watch.begin(self.number)
+        return self.watch
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None:
+            self.watch.end(self.number)
+        else:
+            self.watch.drop()
+
+
+class RoutingCallback(TrainerCallback):
+    """`RoutingWatch` for Hugging Face's Trainer: ``Trainer(..., callbacks=[moe.RoutingCallback(every=100)])``.
+
+    Args:
+        every, to, alarms, on_alarm: as `RoutingWatch` has them. For TensorBoard, give ``moe.to_tensorboard(writer)``.
+        stop: end the training at the first alarm.
+
+    Attributes:
+        watch: the watch, once training has begun; its ``table()`` stays after the end.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 100,
+        to: Tell | None = None,
+        alarms: Mapping[str, Range] | None = None,
+        on_alarm: Callable[[Alarm], None] | None = None,
+        stop: bool = False,
+    ):
+        self._options: dict[str, Any] = {"every": every, "to": to, "alarms": alarms, "on_alarm": on_alarm}
+        self.stop = stop
+        self.watch: RoutingWatch | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Opens the model."""
+        self.watch = RoutingWatch(model, **self._options)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Listens if the step is due; steps are counted from 0."""
+        if self.watch is not None:
+            self.watch.begin(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Reports."""
+        if self.watch is not None and self.watch.end(state.global_step - 1) and self.stop:
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leaves the model as it was found."""
+        if self.watch is not None:
+            self.watch.close()
+
+
+def to_tensorboard(writer: Any) -> Tell:
+    """Tells a ``SummaryWriter``, or whatever else has ``add_scalar(name, value, step)``."""
+
+    def tell(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return tell

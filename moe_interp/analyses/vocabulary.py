@@ -1,0 +1,143 @@
+"""Vocabulary specialization: how much of a token id's routing goes to one expert, beside what chance makes of it.
+
+1. For token id x seen N_x times, max_e N_{x,e} / N_x (Muennighoff et al. 2024, arXiv 2409.02060, section 5.4), averaged
+   over the ids seen at least m times, which weigh the same.
+2. The null: every occurrence draws K distinct experts by the layer's load, whatever the token. It is large: an id
+   seen once scores 1 whatever happens. `gain` is the difference at the same counts.
+3. Intervals of the gain leave out folds of documents in turn and count and draw anew.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+
+import moe_interp.stats as stats
+from moe_interp.analyses.collect import Options, collect
+from moe_interp.analyses.exact import Provenance
+from moe_interp.analyses.token_counts import FOLDS, TokenCounts
+from moe_interp.data import Corpus
+from moe_interp.encode import token_text
+from moe_interp.errors import BadInput
+from moe_interp.model import MoEModel
+from moe_interp.results import Description, described, labelled
+
+
+def vocabulary_specialization(
+    model: MoEModel,
+    corpus: Corpus,
+    *,
+    at_least: int = 10,
+    folds: int = FOLDS,
+    special_tokens: bool = False,
+    seed: int = 0,
+    max_tokens: int | None = None,
+    batch_tokens: int = 4096,
+) -> xr.Dataset:
+    """How much of a token id's routing goes to one expert.
+
+    Args:
+        model: any opened model with a tokenizer.
+        corpus: documents; their domains are not used.
+        at_least: m; ids that occur less often are left out.
+        folds: of documents, for the intervals.
+        special_tokens: whether the tokenizer's special tokens count.
+        seed: of the draws of the null.
+        max_tokens, batch_tokens: as `moe_interp.data.batches` has them.
+
+    Returns:
+        Dims layer, token_id (those kept), bound: ``specialization``, the mean over ids, K/E ... 1, beside
+        ``specialization_null``; ``gain`` with its interval; for each id ``expert``, ``share``, ``share_null``,
+        ``occurrences`` and ``token``.
+
+    Raises:
+        BadInput: no tokenizer, or no id that occurs so often.
+    """
+    spec = model.spec
+    sums = TokenCounts.empty(model.layers, spec.num_experts, spec.top_k, spec.vocab_size, folds=folds)
+    where = collect(model, corpus, {"tokens": sums}, Options(special_tokens, max_tokens, batch_tokens))
+    return vocabulary_result(sums, model.tokenizer, provenance=where, at_least=at_least, seed=seed)
+
+
+def vocabulary_result(
+    sums: TokenCounts, tokenizer: Any, *, provenance: Provenance, at_least: int = 10, seed: int = 0
+) -> xr.Dataset:
+    """The Dataset of `vocabulary_specialization` from counts.
+
+    Raises:
+        BadInput: no id occurs so often.
+    """
+    occurrences = sums.occurrences()
+    ids = np.flatnonzero(occurrences.sum(axis=0) >= max(at_least, 1))
+    if not len(ids):
+        got = f"at most {occurrences.sum(axis=0).max()} occurrences of one"
+        raise BadInput("no token id occurs often enough", expected=f"{at_least} or more", got=got)
+    found = [_layer(sums, index, ids, occurrences, seed) for index in range(len(sums.layers))]
+    values = {name: np.stack([one[name] for one in found], axis=-1 if "interval" in name else 0) for name in found[0]}
+    values["occurrences"] = occurrences[:, ids].sum(axis=0)
+    values["token"] = np.array([token_text(tokenizer, int(token)) for token in ids])
+    coords: dict[str, ArrayLike] = {
+        "bound": ["low", "high"],
+        "layer": np.array(sums.layers, dtype=np.int64),
+        "token_id": ids,
+    }
+    how = {"at_least": at_least, "top_k": sums.top_k, "folds": sums.folds, "seed": seed}
+    return labelled(
+        described(values, _VARIABLES), coords, analysis="vocabulary_specialization", provenance={**provenance, **how}
+    )
+
+
+def _layer(
+    sums: TokenCounts, index: int, ids: np.ndarray, occurrences: Int[np.ndarray, "Z V"], seed: int
+) -> dict[str, Any]:
+    """One layer: folds' tables of the ids kept, with how often each occurs as one more column."""
+    tables = [sums.table(index, fold) for fold in range(sums.folds)]
+    load = sum(table.sum(axis=0) for table in tables) / occurrences.sum()
+    null = stats.largest_share_null(stats.inclusion_weights(load), sums.top_k, seed=seed)
+    blocks = np.stack(
+        [np.column_stack([table[ids].toarray(), occurrences[fold, ids]]) for fold, table in enumerate(tables)]
+    )
+    total = blocks.sum(axis=0)
+    shares = total[:, :-1] / total[:, -1:]
+    gain, interval = stats.block_jackknife(partial(_gain, null=null), blocks, debias=False)
+    return {
+        "specialization": shares.max(axis=1).mean(),
+        "specialization_null": null(total[:, -1]).mean(),
+        "gain": gain,
+        "gain_interval": interval,
+        "expert": shares.argmax(axis=1),
+        "share": shares.max(axis=1),
+        "share_null": null(total[:, -1]),
+    }
+
+
+def _gain(table: Int[np.ndarray, "X E1"], null: Any) -> Float[np.ndarray, ""]:
+    counts, occurs = table[:, :-1], table[:, -1]
+    kept = occurs > 0
+    shares = counts[kept].max(axis=1) / occurs[kept]
+    return np.asarray((shares - null(occurs[kept])).mean())
+
+
+_LX = ("layer", "token_id")
+_VARIABLES: dict[str, Description] = {
+    "specialization": (("layer",), "1", "mean over ids of the share of an id's tokens that chose its first expert"),
+    "specialization_null": (
+        ("layer",),
+        "1",
+        "the same if every token drew K distinct experts by the layer's load, whatever its id",
+    ),
+    "gain": (
+        ("layer",),
+        "1",
+        "specialization above its null at the same counts; 0 if ids say nothing",
+    ),
+    "gain_interval": (("bound", "layer"), "1", "95 % interval over folds of documents: gain"),
+    "expert": (_LX, "expert", "the expert that most of the id's tokens chose"),
+    "share": (_LX, "1", "share of the id's tokens that chose it, K/E ... 1"),
+    "share_null": (_LX, "1", "mean of the largest share of so many tokens that draw K experts by the layer's load"),
+    "occurrences": (("token_id",), "tokens", "how often the id occurs"),
+    "token": (("token_id",), "text", "the token"),
+}

@@ -1,0 +1,362 @@
+"""Accumulators of pairs, transitions, token ids and labels: against loops, merged, resumed, in any order."""
+
+from functools import cache
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe_interp as moe
+from moe_interp import stats
+from moe_interp.analyses.coactivation import PairCounts
+from moe_interp.analyses.collect import Options, collect, counted
+from moe_interp.analyses.exact import Exact
+from moe_interp.analyses.labels import LabelCounts
+from moe_interp.analyses.routing import RoutingCounts
+from moe_interp.analyses.token_counts import TokenCounts
+from moe_interp.analyses.transitions import TransitionCounts
+from moe_interp.data import Corpus
+from moe_interp.errors import BadData, BadInput
+from moe_interp.run import Routing
+from tests.random_runs import EXPERTS, LAYERS, TOP_K, VOCABULARY, choices_of, random_run
+from tests.reference import together as slow
+from tests.stub_tokenizer import StubTokenizer
+from tests.tiny import build
+
+DOCUMENTS = 6
+RUNS = ((3, [5, 2, 6], [0, 3, 1]), (4, [4, 7, 1], [2, 5, 4]))
+EMPTY = {
+    "routing": lambda: RoutingCounts.empty(DOCUMENTS, LAYERS, EXPERTS, TOP_K),
+    "pairs": lambda: PairCounts.empty(LAYERS, EXPERTS, TOP_K, blocks=3),
+    "transitions": lambda: TransitionCounts.empty(LAYERS, EXPERTS, TOP_K, blocks=3, seed=7),
+    "tokens": lambda: TokenCounts.empty(LAYERS, EXPERTS, TOP_K, VOCABULARY, folds=3),
+}
+VALUES = ("ids", "weights", "mask", "logits", "scores")
+ALL = pytest.mark.parametrize("name", EMPTY)
+
+
+@cache
+def runs(padding: str = "right"):
+    return [(random_run(seed, lengths, padding), documents) for seed, lengths, documents in RUNS]
+
+
+@cache
+def choices():
+    return [choice for run, documents in runs() for choice in choices_of(run, documents)]
+
+
+def fed(name: str, *parts) -> Exact:
+    sums = EMPTY[name]()
+    for run, documents in parts:
+        sums.update(run, np.array(documents))
+    return sums
+
+
+def assert_equal(left: Exact, right: Exact) -> None:
+    assert left.identity() == right.identity()
+    assert left.state().keys() == right.state().keys()
+    for key, values in left.state().items():
+        np.testing.assert_array_equal(values, right.state()[key], err_msg=key)
+
+
+def rows_of(run, documents):
+    """One run for each text."""
+    for row in range(len(documents)):
+        part = {
+            layer: type(route)(
+                *(getattr(route, n)[row : row + 1] for n in ("ids", "weights", "mask", "logits", "scores"))
+            )
+            for layer, route in run.routing.items()
+        }
+        tokens = type(run.tokens)(run.mask[row : row + 1], run.tokens.index[row : row + 1])
+        yield type(run)(run.logits[row : row + 1], run.token_ids[row : row + 1], tokens, part, {}), [documents[row]]
+
+
+@ALL
+def test_batches_order_and_shards_change_nothing(name):
+    whole = fed(name, *runs())
+    assert_equal(fed(name, *reversed(runs())), whole)
+    singles = [one for run, documents in runs() for one in rows_of(run, documents)]
+    assert_equal(fed(name, *singles), whole)
+    one, two, three = fed(name, *singles[:1]), fed(name, *singles[1:4]), fed(name, *singles[4:])
+    assert_equal(one.merge(two).merge(three), whole)
+    assert_equal(three.merge(one.merge(two)), whole)
+
+
+@ALL
+def test_a_stored_state_goes_on_where_it_was(name, tmp_path):
+    np.savez(tmp_path / "state.npz", **fed(name, runs()[0]).state())
+    with np.load(tmp_path / "state.npz") as stored:
+        taken_up = type(EMPTY[name]()).from_state(stored)
+    taken_up.update(runs()[1][0], np.array(runs()[1][1]))
+    assert_equal(taken_up, fed(name, *runs()))
+
+
+@ALL
+def test_left_padding_counts_what_right_padding_does(name):
+    right = [(run, documents) for run, documents in runs()]
+    left = []
+    for run, documents in right:
+        for one, document in rows_of(run, documents):
+            length = int(one.mask.sum())
+            order = torch.cat([torch.arange(length, one.mask.shape[1]), torch.arange(length)])
+            route = {
+                layer: Routing(*(getattr(values, name)[:, order] for name in VALUES))
+                for layer, values in one.routing.items()
+            }
+            tokens = type(one.tokens).from_mask(one.mask[:, order], one.mask.shape[1])
+            left.append((type(one)(one.logits, one.token_ids[:, order], tokens, route, {}), document))
+    assert_equal(fed(name, *left), fed(name, *right))
+
+
+@ALL
+def test_only_like_is_merged(name):
+    other = {
+        "routing": RoutingCounts.empty(DOCUMENTS, LAYERS, EXPERTS, 2),
+        "pairs": PairCounts.empty(LAYERS, EXPERTS, TOP_K, blocks=4),
+        "transitions": TransitionCounts.empty(LAYERS, EXPERTS, TOP_K, blocks=3, seed=8),
+        "tokens": TokenCounts.empty(LAYERS, EXPERTS, TOP_K, VOCABULARY + 1, folds=3),
+    }[name]
+    with pytest.raises(BadInput, match=f"cannot merge {type(other).__name__}: expected"):
+        EMPTY[name]().merge(other)
+
+
+@ALL
+def test_special_tokens_do_not_count(name):
+    special = 4
+    without = fed(name, *((counted(run, [special]), documents) for run, documents in runs()))
+    kept = [choice for choice in choices() if choice["token"] != special]
+    assert len(kept) < len(choices())
+    if name == "routing":
+        assert without.tokens.sum() == len(kept) / len(LAYERS)
+        assert without.counts.sum() == TOP_K * len(kept)
+    elif name == "pairs":
+        assert without.pairs[:, 1].sum(axis=0)[2, 5] == slow.pairs(kept, LAYERS[1], 2, 5)
+    elif name == "transitions":
+        assert without.flows.sum(axis=0)[0, 2, 5] == slow.flow(kept, *LAYERS, 2, 5)
+    else:
+        assert without.occurrences()[:, special].sum() == 0
+        assert without.occurrences().sum() == len(kept) / len(LAYERS)
+
+
+# Pairs
+
+
+def test_pairs_equal_loops():
+    result = fed("pairs", *runs()).result(provenance={}, resamples=20)
+    for layer in LAYERS:
+        load = [slow.pairs(choices(), layer, e, e) for e in range(EXPERTS)]
+        tokens = len(slow.at(choices(), layer))
+        null = slow.pair_chances([one / tokens for one in load], TOP_K)
+        for one, other in combinations(range(EXPERTS), 2):
+            for a, b in ((one, other), (other, one)):
+                here = result.sel(layer=layer, expert=a, other=b)
+                both = slow.pairs(choices(), layer, a, b)
+                assert int(here.pairs) == both
+                assert float(here.coactivation) == pytest.approx(both / load[a])
+                assert float(here.coactivation_as_coded) == pytest.approx(
+                    slow.adjacent(choices(), layer, a, b) / load[a]
+                )
+                assert float(here.lift) == pytest.approx(slow.lift(choices(), layer, a, b))
+                assert float(here.npmi) == pytest.approx(slow.npmi(choices(), layer, a, b))
+                expected = null[a, b] * tokens**2 / (load[a] * load[b])
+                assert float(here.lift_load) == pytest.approx(expected, rel=1e-5)
+        assert np.isnan(result.lift.sel(layer=layer).values.diagonal()).all()
+    assert float(result.lift_uniform) == pytest.approx((TOP_K - 1) * EXPERTS / (TOP_K * (EXPERTS - 1)))
+    assert float(result.coactivation_uniform) == pytest.approx((TOP_K - 1) / (EXPERTS - 1))
+
+
+def test_intervals_of_lift_leave_out_blocks_of_documents():
+    from scipy.stats import t
+
+    result = fed("pairs", *runs()).result(provenance={}, resamples=5)
+    blocks = [[c for c in choices() if c["document"] % 3 == block] for block in range(3)]
+    whole, mean, error = slow.block_jackknife(lambda some: slow.lift(some, LAYERS[0], 1, 4), blocks)
+    centre, half = whole - 2 * (mean - whole), t.ppf(0.975, 2) * error
+    found = result.lift_interval.sel(layer=LAYERS[0], expert=1, other=4)
+    np.testing.assert_allclose(found, [centre - half, centre + half], rtol=1e-9)
+
+
+# Transitions
+
+
+def test_flows_equal_loops_and_a_shuffle_keeps_every_documents_margins():
+    sums = fed("transitions", *runs())
+    result = sums.result(provenance={})
+    table = [[slow.flow(choices(), *LAYERS, a, b) for b in range(EXPERTS)] for a in range(EXPERTS)]
+    np.testing.assert_array_equal(result.flows[0], table)
+    np.testing.assert_allclose(result.flow[0], np.array(table) / np.sum(table, axis=1, keepdims=True))
+    assert float(result.mutual_information[0]) == pytest.approx(slow.mutual_information(table))
+    shuffled = sums.shuffled.sum(axis=0)[0].tolist()
+    gain = slow.mutual_information(table) - slow.mutual_information(shuffled)
+    assert float(result.gain[0]) == pytest.approx(gain)
+    for document in range(DOCUMENTS):
+        own = next(one for run, numbers in runs() for one in rows_of(run, numbers) if one[1] == [document])
+        alone = fed("transitions", own)
+        assert (alone.flows.sum(axis=2) == alone.shuffled.sum(axis=2)).all()
+        assert (alone.flows.sum(axis=3) == alone.shuffled.sum(axis=3)).all()
+    assert (sums.flows != sums.shuffled).any()
+
+
+def test_a_single_layer_has_no_transitions():
+    with pytest.raises(BadInput, match="no transitions: expected two MoE layers or more"):
+        TransitionCounts.empty([3], EXPERTS, TOP_K)
+
+
+def test_the_gain_is_nothing_for_independent_layers_and_large_for_copied_ones():
+    rng = np.random.default_rng(0)
+    real, shuffled = np.zeros((2, 20, 1, 8, 8), np.int64)
+    for block in range(20):
+        load = rng.dirichlet(np.full(8, 0.7))  # a topic: documents differ, layers within them do not depend
+        first, second = (rng.choice(8, 400, p=load) for _ in range(2))
+        np.add.at(real[block, 0], (first, second), 1)
+        np.add.at(shuffled[block, 0], (first, rng.permutation(second)), 1)
+    independent = TransitionCounts((0, 1), 1, 0, real, shuffled).result(provenance={})
+    low, high = independent.gain_interval[:, 0]
+    assert low < 0 < high
+    assert float(independent.mutual_information[0]) > 0.02  # topic and bias alone
+    copied = real * 0
+    copied[:, 0] = np.array([np.diag(table.sum(axis=1)) for table in real[:, 0]])
+    same = TransitionCounts((0, 1), 1, 0, copied, shuffled).result(provenance={})
+    assert float(same.gain_interval[0, 0]) > 1.0
+
+
+# Token ids
+
+
+def test_token_counts_equal_loops():
+    sums = fed("tokens", *runs())
+    for fold in range(3):
+        own = {d for d in range(DOCUMENTS) if d % 3 == fold}
+        for index, layer in enumerate(LAYERS):
+            table = sums.table(index, fold).toarray()
+            for token in range(VOCABULARY):
+                expected = [slow.routed(choices(), layer, token, e, own) for e in range(EXPERTS)]
+                assert table[token].tolist() == expected
+                assert sums.occurrences()[fold, token] == slow.occurs(choices(), layer, token, own)
+    histogram = sums.histogram(DOCUMENTS).toarray()
+    for document in range(DOCUMENTS):
+        for token in range(VOCABULARY):
+            assert histogram[document, token] == slow.occurs(choices(), LAYERS[0], token, {document})
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 30), max_size=8), max_size=6))
+def test_sparse_counts_are_counts(parts):
+    from moe_interp.analyses.exact import SparseCounts
+
+    sums = SparseCounts()
+    for part in parts:
+        sums.add(np.array(part, dtype=np.int64))
+    everything = [code for part in parts for code in part]
+    codes, counts = (sums + SparseCounts()).tidy()
+    assert dict(zip(codes.tolist(), counts.tolist(), strict=True)) == {c: everything.count(c) for c in set(everything)}
+    assert codes.tolist() == sorted(set(everything))
+
+
+# Labels
+
+
+def labels_of(documents, lengths):
+    return [
+        np.array([(document + place) % 3 for place in range(length)])
+        for document, length in zip(documents, lengths, strict=True)
+    ]
+
+
+def test_label_counts_equal_loops_and_merge():
+    sums = LabelCounts.empty(DOCUMENTS, 3, LAYERS, EXPERTS, TOP_K)
+    parts = []
+    for (run, documents), (_, lengths, _) in zip(runs(), RUNS, strict=True):
+        parts.append(LabelCounts.empty(DOCUMENTS, 3, LAYERS, EXPERTS, TOP_K))
+        for one in (sums, parts[-1]):
+            one.add(run, np.array(documents), labels_of(documents, lengths))
+    assert_equal(parts[1].merge(parts[0]), sums)
+    for choice_document in range(DOCUMENTS):
+        for label in range(3):
+            for index, layer in enumerate(LAYERS):
+                own = [
+                    c
+                    for c in slow.at(choices(), layer, {choice_document})
+                    if (c["document"] + c["position"]) % 3 == label
+                ]
+                assert sums.tokens[choice_document, label] == len(own)
+                expected = [sum(e in c["ids"] for c in own) for e in range(EXPERTS)]
+                assert sums.counts[choice_document, label, index].tolist() == expected
+
+
+# One pass over a corpus
+
+
+class Special(StubTokenizer):
+    all_special_ids = (3 + ord("#") - 32,)
+
+
+CORPUS = Corpus.from_texts(
+    {"plain": ["#The cat sat", "#mu", "#so it goes on"], "code": ["#f(x) = 2", "#if a:"]}, "texts"
+)
+
+
+def test_one_pass_feeds_all_and_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    with moe.wrap(build("deepseek_v3"), Special(), name="tiny") as model:
+        sizes = model.layers, 8, 3
+
+        def empty():
+            return {
+                "routing": RoutingCounts.empty(5, *sizes),
+                "pairs": PairCounts.empty(*sizes),
+                "tokens": TokenCounts.empty(*sizes, 96),
+            }
+
+        options = Options(batch_tokens=16)
+        whole = empty()
+        where = collect(model, CORPUS, whole, options)
+        assert where["special_tokens"] == "left out"
+        assert whole["routing"].tokens.tolist() == [11, 2, 13, 8, 5]
+
+        path, run, calls = tmp_path / "states.npz", model.run, []
+
+        def interrupted(*given, **named):
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            calls.append(1)
+            return run(*given, **named)
+
+        monkeypatch.setattr(model, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            collect(model, CORPUS, empty(), options, resume=path, every=1)
+        monkeypatch.undo()
+        with np.load(path) as stored:
+            assert stored["done"] == 2
+        resumed = empty()
+        collect(model, CORPUS, resumed, options, resume=path, every=1)
+        for name in whole:
+            assert_equal(resumed[name], whole[name])
+        again = empty()
+        collect(model, CORPUS, again, options, resume=path)
+        assert_equal(again["pairs"], whole["pairs"])
+        with pytest.raises(BadData, match="is of another pass"):
+            collect(model, CORPUS, empty(), Options(batch_tokens=17), resume=path)
+        (tmp_path / "bad.npz").write_bytes(b"no")
+        with pytest.raises(BadData, match="cannot read"):
+            collect(model, CORPUS, empty(), options, resume=tmp_path / "bad.npz")
+        counted_too = empty()
+        collect(model, CORPUS, counted_too, Options(special_tokens=True))
+        assert counted_too["routing"].tokens.tolist() == [12, 3, 14, 9, 6]
+        assert stats.shares(counted_too["routing"].counts.sum(axis=(0, 1))).sum() == pytest.approx(1)
+
+
+@ALL
+def test_what_is_held_is_what_is_stated(name):
+    sums = fed(name, *runs())
+    sums.state()  # tidied
+    stated = {
+        "routing": 8 * DOCUMENTS * (1 + 2 * (3 * EXPERTS + 5)),
+        "pairs": 8 * (3 + 4 * 2 * EXPERTS**2),
+        "transitions": 16 * 3 * EXPERTS**2,
+        "tokens": 16 * (sums.routed.tidy()[0].size + sums.seen.tidy()[0].size) if name == "tokens" else 0,
+    }[name]
+    assert sums.nbytes == stated
