@@ -35,8 +35,8 @@ PREFACE = """# Published claims, tested
 Written by `python examples/published_claims.py --recorded DIR --markdown docs/claims.md`; the criteria are in the
 claims, the definitions in the docstrings. Recorded figures are counts of DeepSeekMoE-16B, OLMoE and Qwen1.5-MoE
 without documents, so that they have no interval (perplexity has samples). The reference model ran on the bundled
-sample texts; intervals are 95 % over documents. Claims of papers on vision mixtures are not tested here: they need
-the models trained.
+sample texts; intervals are 95 % over documents. Claims of a paper on vision mixtures, which need models trained,
+are in docs/vision_moe.md.
 """
 
 

@@ -180,6 +180,15 @@ def test_a_router_that_sends_all_to_one_expert_has_no_correlations():
     assert np.isnan(result["correlation_excess"]).all()
 
 
+def test_a_trial_without_preferences_agrees_with_no_other(trials):
+    collapsed = trials[0].assign(
+        expert_id=(("image", "slot"), np.tile(np.arange(trials[0].sizes["slot"]), (IMAGES, 1)))
+    )
+    with_it = routing.class_routing([*trials[1:], collapsed], permutations=9)
+    three = float(routing.class_routing(trials[1:], permutations=9)["consistency"])
+    assert float(with_it["consistency"]) == pytest.approx(three * 3 / 6)
+
+
 def test_one_trial_has_values_and_no_intervals():
     result = routing.class_routing([trial(0)], permutations=9)
     assert np.isnan(result["share_interval"]).all() and np.isnan(float(result["consistency"]))
@@ -212,6 +221,9 @@ def test_depth_compares_trunks_with_welchs_interval():
         assert float(here["variance"]) == pytest.approx(np.mean(variances))
         assert np.allclose(here["variance_interval"], slow.interval(variances), atol=1e-6)
         assert float(here["covariance"]) == pytest.approx(np.mean(both))
+        even = [[[value + 1 / EXPERTS for value in row] for row in slow._excess(table)] for table in tables]
+        both = [np.mean([abs(slow.covariance([t], a, b)) for a, b in pairs]) for t in even]
+        assert float(here["covariance_excess"]) == pytest.approx(np.mean(both))
     one, other = ([routing.information(t) for t in some] for some in (short, base))
     v, w = np.var(one, ddof=1) / 4, np.var(other, ddof=1) / 4
     freedom = (v + w) ** 2 / (v**2 / 3 + w**2 / 3)

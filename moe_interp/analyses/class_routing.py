@@ -145,7 +145,7 @@ def class_covariance(tables: Float[np.ndarray, "trials C E"]) -> Float[np.ndarra
     return centred @ centred.transpose(0, 2, 1) / tables.shape[2]
 
 
-def _correlation(tables: Float[np.ndarray, "trials C E"]) -> Float[np.ndarray, "C C"]:
+def class_correlation(tables: Float[np.ndarray, "trials C E"]) -> Float[np.ndarray, "C C"]:
     """Of classes over all experts of all trials: from covariances pooled over trials."""
     pooled = class_covariance(tables).mean(axis=0)
     spread = np.sqrt(np.diag(pooled))
@@ -156,7 +156,7 @@ def _divided(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:
     return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom > 1e-15)
 
 
-def _excess(tables: Float[np.ndarray, "trials C E"]) -> Float[np.ndarray, "trials C E"]:
+def excess_shares(tables: Float[np.ndarray, "trials C E"]) -> Float[np.ndarray, "trials C E"]:
     """Shares less the expert's mean over classes, about 1/E as `class_covariance` takes them."""
     return tables - tables.mean(axis=1, keepdims=True) + 1 / tables.shape[2]
 
@@ -165,9 +165,11 @@ def _together(tables: Float[np.ndarray, "trials C E"]) -> dict[str, Variable]:
     covariance = class_covariance(tables)
     pair = ("class", "other")
     return {
-        "correlation": Variable(pair, _correlation(tables), "1", "of shares over experts and trials, -1 ... 1"),
-        "correlation_interval": Variable(("bound", *pair), _jackknife(_correlation, tables), "1", INTERVAL),
-        "correlation_excess": Variable(pair, _correlation(_excess(tables)), "1", "the same, the load taken off"),
+        "correlation": Variable(pair, class_correlation(tables), "1", "of shares over experts and trials, -1 ... 1"),
+        "correlation_interval": Variable(("bound", *pair), _jackknife(class_correlation, tables), "1", INTERVAL),
+        "correlation_excess": Variable(
+            pair, class_correlation(excess_shares(tables)), "1", "the same, the load taken off"
+        ),
         "covariance": Variable(pair, covariance.mean(0), "1", "of classes' shares over experts, -1/4 ... 1/4"),
         "covariance_interval": Variable(("bound", *pair), student_interval(covariance), "1", INTERVAL),
     }
@@ -223,10 +225,13 @@ def _splits(classes: int, size: int) -> list[tuple[int, ...]] | np.ndarray:
 
 
 def table_agreement(tables: Float[np.ndarray, "trials C E"]) -> float:
-    """Correlation of excess shares after the best assignment of experts, mean over pairs of trials: -1 ... 1."""
+    """Correlation of excess shares after the best assignment of experts, mean over pairs of trials: -1 ... 1.
+
+    A trial whose router treats all classes alike agrees with no other: 0. NaN if all do, and for one trial.
+    """
     excess = tables - tables.mean(axis=1, keepdims=True)
-    values = [_pearson(one, other[:, best_assignment(other, one)]) for one, other in combinations(excess, 2)]
-    return float(np.mean(values)) if values else np.nan
+    values = np.array([_pearson(one, other[:, best_assignment(other, one)]) for one, other in combinations(excess, 2)])
+    return float(np.nan_to_num(values).mean()) if np.isfinite(values).any() else np.nan
 
 
 def _pearson(one: np.ndarray, other: np.ndarray) -> float:

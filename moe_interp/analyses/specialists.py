@@ -25,6 +25,7 @@ from moe_interp.analyses.class_routing import (
     class_counts,
     class_covariance,
     common_provenance,
+    excess_shares,
     information,
 )
 from moe_interp.errors import BadInput
@@ -100,30 +101,39 @@ def depth(trials: Mapping[str, Trials]) -> xr.Dataset:
 
     Returns:
         ``variance`` (mean over classes of the variance of a class's shares over experts) and ``covariance`` (mean
-        absolute one of two classes), both about 1/E; ``information`` in nats; ``accuracy``. Each with an interval, and
-        its difference to the first trunk with Welch's.
+        absolute one of two classes), both about 1/E, as published; ``covariance_excess`` about the experts' loads;
+        ``information`` in nats; ``accuracy``. Each with an interval, and its difference
+        to the first trunk with Welch's.
     """
-    values: dict[str, list[np.ndarray]] = {"variance": [], "covariance": [], "information": [], "accuracy": []}
-    for some in trials.values():
-        check_trials(some)
-        covariance = class_covariance(shares(np.stack([class_counts(trial) for trial in some])))
-        diagonal = np.eye(covariance.shape[1], dtype=bool)
-        values["variance"].append(covariance[:, diagonal].mean(1))
-        values["covariance"].append(np.abs(covariance[:, ~diagonal]).mean(1))
-        values["information"].append(np.array([information(trial) for trial in some]))
-        values["accuracy"].append(np.array([float(trial["accuracy"][0]) for trial in some]))
     said = {
         "variance": ("1", "mean over classes of the variance of a class's shares over experts, 0 ... 1/4"),
         "covariance": ("1", "mean absolute covariance of two classes' shares over experts, 0 ... 1/4"),
+        "covariance_excess": ("1", "the same, experts' loads taken off"),
         "information": ("nats", "mutual information of class and expert, 0 ... ln E"),
         "accuracy": ("1", "share of test images classified right, 0 ... 1"),
     }
+    values = [_depth_values(some) for some in trials.values()]
     variables: dict[str, Variable] = {}
     for name, (units, meaning) in said.items():
-        variables |= _compared(name, values[name], units, meaning)
+        variables |= _compared(name, [some[name] for some in values], units, meaning)
     coords = {"trunk": list(trials), "bound": ["low", "high"]}
     everything = [trial for some in trials.values() for trial in some]
     return labelled(variables, coords, analysis="depth", provenance=common_provenance(everything))
+
+
+def _depth_values(trials: Trials) -> dict[str, Float[np.ndarray, " trials"]]:
+    """Each quantity in every trial."""
+    check_trials(trials)
+    tables = shares(np.stack([class_counts(trial) for trial in trials]))
+    covariance, excess = class_covariance(tables), class_covariance(excess_shares(tables))
+    diagonal = np.eye(covariance.shape[1], dtype=bool)
+    return {
+        "variance": covariance[:, diagonal].mean(1),
+        "covariance": np.abs(covariance[:, ~diagonal]).mean(1),
+        "covariance_excess": np.abs(excess[:, ~diagonal]).mean(1),
+        "information": np.array([information(trial) for trial in trials]),
+        "accuracy": np.array([float(trial["accuracy"][0]) for trial in trials]),
+    }
 
 
 def _compared(name: str, values: list[np.ndarray], units: str, meaning: str) -> dict[str, Variable]:

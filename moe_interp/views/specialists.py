@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from plotly.subplots import make_subplots
 from moe_interp.results import provenance_of, whole_file
 from moe_interp.views.figures import COLOURS, CONTROL, style
 from moe_interp.views.report import Headline, check_writable
-from moe_interp.views.tokens import escaped
 
 DIVERGING = [[0.0, "#2166ac"], [0.5, "#ffffff"], [1.0, "#b2182b"]]
 FILLS = {
@@ -64,8 +64,8 @@ def accuracies(result: xr.Dataset) -> go.Figure:
         colour = FILLS.get(condition, CONTROL)
         values, ends = 100 * at["accuracy"].values, 100 * at["accuracy_interval"].values
         figure.add_trace(_bars(names, values, ends, condition, colour))
-    chance = 100 * float(result["chance"])
-    figure.add_hline(y=chance, line={"color": CONTROL, "dash": "dash"}, annotation_text="chance")
+    chance = np.full(len(names), 100 * float(result["chance"]))
+    figure.add_scatter(x=names, y=chance, name="chance", mode="lines", line={"color": "#40464c", "dash": "dash"})
     return style(figure, barmode="group", yaxis_title="% of test images right", yaxis_range=[0, 105])
 
 
@@ -79,7 +79,7 @@ def class_table(result: xr.Dataset) -> go.Figure:
         go.Heatmap(
             z=shares,
             x=[f"expert {expert + 1}<br>{load:.0f} % of all" for expert, load in enumerate(loads)],
-            y=[escaped(str(name)) for name in result["class"].values],
+            y=[escape(str(name)) for name in result["class"].values],
             customdata=np.stack([low, high], axis=-1),
             texttemplate="%{z:.0f}" if experts > 3 else "%{z:.1f}",
             hovertemplate="%{y}, %{x}: %{z:.1f} %<br>%{customdata[0]:.1f} – %{customdata[1]:.1f} %<extra></extra>",
@@ -107,7 +107,7 @@ def covariances(base: xr.Dataset, short: xr.Dataset) -> go.Figure:
 
 
 def _pair(matrices: list[xr.DataArray], titles: list[str], largest: float, what: str) -> go.Figure:
-    names = [escaped(str(name)) for name in matrices[0]["class"].values]
+    names = [escape(str(name)) for name in matrices[0]["class"].values]
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.16)
     for column, matrix in enumerate(matrices, start=1):
         trace = go.Heatmap(
@@ -152,7 +152,7 @@ def probed(results: Mapping[int, xr.Dataset]) -> go.Figure:
         for probe, colour in zip(first["probed"].values, fills, strict=True):
             values = np.array([float(one["information"].sel(probed=probe)) for one in here])
             ends = np.stack([one["information_interval"].sel(probed=probe).values for one in here])
-            label = "probe: " + escaped(str(probe), 40)
+            label = "probe: " + escape(str(probe))
             figure.add_trace(_bars(names, values, ends, label, colour, showlegend=column == 1), row=1, col=column)
         values = np.array([float(one["routed"]) for one in here])
         ends = np.stack([one["routed_interval"].values for one in here])

@@ -9,8 +9,8 @@ output on every image (``model.experts``) then gives what each routing would hav
 - *random*: K distinct experts drawn uniformly, the learned weights' values kept (as Poetzscher). Not sampled: the mean
   over all ordered draws, or over 120 of them where there are more.
 - *random, own weights*: the same draws, each expert with the score that the router gives to it.
-- *permuted*: every expert in the place of another, the mean over the E - 1 cyclic shifts. Images that the router keeps
-  together stay together, so it differs from random routing where a wrong expert is wrong in its own way.
+- *permuted*: every expert in the place of another, the mean over the E - 1 cyclic shifts, which give each image every
+  wrong expert once. With K = 1 random routing is this in (E - 1) / E of the draws and the learned one in the others.
 - *fresh*: experts as before training, the floor. The mean over `FRESH` initialisations.
 
 Linear probes (softmax regression, ridge, by L-BFGS) of the mixture's input say how much of the class it tells: their
@@ -32,9 +32,12 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from moe_interp.analyses.class_routing import class_routing, matched_trials
+from moe_interp.analyses.specialists import accuracies, depth, probed
 from moe_interp.errors import BadData
 from moe_interp.model import MoEModel, wrap
 from moe_interp.results import Variable, labelled, load, provenance_of, save
+from moe_interp.views.specialists import Findings
 from moe_interp.zoo.vision import Experts, Mixture, Plan, VisionMoE, steps_per_epoch, train
 from moe_interp.zoo.vision_images import Images
 
@@ -171,6 +174,22 @@ def trial(
     }
     variables["group"] = Variable(("class",), list(images.groups), "1", "a split that experts may follow")
     return labelled(variables, coords, analysis="vision trial", provenance=provenance)
+
+
+def findings(study: Study, found: dict[str, list[xr.Dataset]], images: Images) -> Findings:
+    """All experiments on the trials of a study, and test images by the expert that took them in the first trial."""
+    base, short = ({count: found[f"{trunk}-{count}"] for count in study.experts} for trunk in ("base", "short"))
+    pictures = images.test.numpy() if images.test.shape[1] == 3 else images.test.numpy().repeat(3, axis=1)
+    by_trunk = {count: {"base": base[count], "short": short[count]} for count in study.experts}
+    return Findings(
+        name=f"{study.name} study",
+        accuracies=accuracies(base, found["dense-1"], {count: found[f"dense-{count}"] for count in study.experts}),
+        routing={count: class_routing(trials) for count, trials in base.items()},
+        short_routing={count: class_routing(trials) for count, trials in short.items()},
+        depth={count: depth(trials) for count, trials in by_trunk.items()},
+        probed={count: probed(trials) for count, trials in by_trunk.items()},
+        samples={count: (pictures, matched_trials(trials)[1][0, :, 0]) for count, trials in base.items()},
+    )
 
 
 # What each routing would have predicted

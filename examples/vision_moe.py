@@ -1,0 +1,425 @@
+"""Do experts specialize? (Poetzscher) again, on a small convolutional mixture of experts, with the controls it lacks.
+
+    python examples/vision_moe.py                               # scikit-learn's digits: under two minutes on two cores
+    python examples/vision_moe.py --data DIR --study small      # CIFAR-10, narrow and few images: under half an hour
+    python examples/vision_moe.py --data DIR --study full       # the paper's study: a GPU's work
+
+DIR holds CIFAR-10 as parquet (the hub's layout), as a folder a class, or as torchvision has it. Every trial is a file
+in the work directory; a second start goes on where the first stopped. On CIFAR-10 the tables set the paper's figures
+beside ours, cell by cell. Needs the extra: pip install "moe-interp[vision]".
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import xarray as xr
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+import moe_interp as moe
+from moe_interp.analyses.class_routing import best_assignment, class_correlation, class_counts
+from moe_interp.results import provenance_of
+from moe_interp.stats import shares, student_interval
+from moe_interp.views.specialists import Findings, page
+from moe_interp.zoo.vision_images import read_images
+from moe_interp.zoo.vision_study import STUDIES, findings, run_study
+
+# Tables 1 to 3 of the paper, in per cent
+ACCURACY = {2: (86.77, 83.77), 3: (86.78, 85.43), 5: (86.03, 85.57)}  # learned, random
+TWO = [[96.3], [95.7], [31.7], [17.6], [11.3], [24.2], [3.2], [32.8], [96.5], [93.7]]  # expert 1
+THREE = [
+    [80.7, 17.8, 1.5], [60.5, 8.9, 30.6], [28.5, 44.6, 26.9], [10.0, 36.6, 53.4], [6.1, 62.3, 31.6],
+    [12.8, 10.6, 76.6], [2.4, 92.1, 5.5], [12.7, 25.6, 61.7], [70.6, 21.9, 7.9], [58.6, 3.7, 37.2],
+]  # fmt: skip
+ANIMALS = (["bird", "deer", "frog"], ["cat", "dog", "horse"])  # that the second and third expert of table 3 take
+MARK = "<!-- tables -->"
+YES, NO, UNKNOWN = "reproduces", "does not reproduce", "cannot be told"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Something to print: cells are text."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+def between(value: float, ends: np.ndarray, scale: float = 1.0, digits: int = 1) -> str:
+    """A value with its interval."""
+    low, high = scale * np.asarray(ends)
+    return f"{scale * value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+# Ours
+
+
+def accuracy_table(result: xr.Dataset, published: bool) -> Table:
+    """Table 1 and its controls."""
+    rows = []
+    for count in result["experts"].values:
+        at = result.sel(experts=count)
+        cells = [
+            between(float(one["accuracy"]), one["accuracy_interval"].values, 100)
+            for one in (at.sel(condition=name) for name in at["condition"].values)
+        ]
+        learned, random = ACCURACY[int(count)] if published else ("–", "–")
+        rows.append([str(count), *cells, f"{learned} / {random}"])
+    columns = ["experts", *map(str, result["condition"].values), "paper: learned / random"]
+    note = "Per cent of test images. Random experts (here: fresh) are about 10 % in the paper." if published else ""
+    return Table("Table 1: accuracy under other routings, and of dense models", columns, rows, note)
+
+
+def gap_table(result: xr.Dataset, published: bool) -> Table:
+    """What learned routing is worth."""
+    rows = []
+    for count in result["experts"].values:
+        at = result.sel(experts=count)
+        cells = [
+            between(float(one["gap"]), one["gap_interval"].values, 100)
+            for one in (at.sel(condition=name) for name in at["condition"].values[1:])
+        ]
+        learned, random = ACCURACY[int(count)] if published else (np.nan, np.nan)
+        rows.append([str(count), *cells, f"{learned - random:.2f}" if published else "–"])
+    columns = ["experts", *map(str, result["condition"].values[1:]), "paper: over random"]
+    return Table("Learned routing less ...: points of accuracy, paired by trial", columns, rows)
+
+
+def class_table(count: int, result: xr.Dataset, paper: list[list[float]] | None) -> Table:
+    """Tables 2 and 3: share of a class's images by expert, ours beside the paper's."""
+    ends = 100 * result["share_interval"].values
+    ours = 100 * result["share"].values
+    columns = [f"expert {expert + 1}" for expert in range(count)]
+    if paper is None:
+        rows = [
+            [str(name), *(between(ours[c, e], ends[:, c, e]) for e in range(count))]
+            for c, name in enumerate(result["class"].values)
+        ]
+        return Table(f"{count} experts: share of each class's images, per cent", ["class", *columns], rows)
+    published = np.array(paper) if count > 2 else np.hstack([paper, 100 - np.array(paper)])
+    order, even = best_assignment(ours, published), 100 / count
+    ours, ends = ours[:, order], ends[:, :, order]
+    same = (ours > even) == (published > even)
+    inside = (ends[0] <= published) & (published <= ends[1])
+    rows = [
+        [
+            str(name),
+            *(_cell(ours[c, e], ends[:, c, e], published[c, e], same[c, e], inside[c, e]) for e in range(count)),
+        ]
+        for c, name in enumerate(result["class"].values)
+    ]
+    note = (
+        f"Ours [95 % interval over trials] | the paper's. ✓: on the same side of an even share, ✗: on the other; "
+        f"*: the paper's value is in our interval. {same.sum()} of {same.size} cells ✓, {inside.sum()} *; correlation "
+        f"{np.corrcoef(ours.ravel(), published.ravel())[0, 1]:.2f}."
+    )
+    return Table(
+        f"Table {count}: {count} experts, share of each class's images, per cent", ["class", *columns], rows, note
+    )
+
+
+def _cell(value: float, ends: np.ndarray, published: float, same: bool, inside: bool) -> str:
+    return f"{between(value, ends)} | {published:.1f} {'✓' if same else '✗'}{'*' if inside else ''}"
+
+
+def structure_table(results: Findings) -> Table:
+    """Do classes split as said, and do trials agree?"""
+    rows = []
+    for trunk, some in (("base", results.routing), ("short", results.short_routing)):
+        for count, one in some.items():
+            n = {name: float(one[name]) for name in one if one[name].ndim == 0}
+            rows.append(
+                [
+                    f"{trunk}, {count} experts",
+                    f"{n['silhouette']:.2f} ({n['silhouette_null']:.2f}; p = {n['silhouette_p']:.3f})",
+                    f"{n['consistency']:.2f} ({n['consistency_null']:.2f}; p = {n['consistency_p']:.3f})",
+                    f"{100 * n['agreement']:.0f} ({100 * n['agreement_class']:.0f}; {100 * n['agreement_load']:.0f})",
+                    between(n["information"], one["information_interval"].values, digits=3)
+                    + f" ({n['information_null']:.3f}; {n['information_cap']:.3f})",
+                ]
+            )
+    columns = [
+        "model",
+        "silhouette of the two groups (all splits)",
+        "table in two trials (permuted classes)",
+        "images alike in two trials, % (by class; by load)",
+        "information on the class, nats (95 % of permuted labels; ln E)",
+    ]
+    return Table("Which classes go together, and do trials agree", columns, rows, "Controls are in brackets.")
+
+
+def group_rows(result: xr.Dataset, groups: list[list[str]], name: str = "correlation") -> tuple[list[float], float]:
+    """Mean correlation of classes within each group, and between groups."""
+    values, classes = result[name].values, list(map(str, result["class"].values))
+    members = [[classes.index(one) for one in group] for group in groups]
+    within = [mean_of([values[a, b] for a in group for b in group if a != b]) for group in members]
+    across = [values[a, b] for i, one in enumerate(members) for other in members[i + 1 :] for a in one for b in other]
+    return within, mean_of(across)
+
+
+def mean_of(values: list[float]) -> float:
+    """Mean of those that are defined; NaN if none is."""
+    there = [value for value in values if np.isfinite(value)]
+    return float(np.mean(there)) if there else np.nan
+
+
+def correlation_table(results: Findings, groups: dict[str, list[str]]) -> Table:
+    """Correlation of classes within the groups and between them."""
+    rows = []
+    for count, one in results.routing.items():
+        for name in ("correlation", "correlation_excess"):
+            within, across = group_rows(one, list(groups.values()), name)
+            label = "as published" if name == "correlation" else "loads taken off"
+            rows.append([f"{count} experts, {label}", *(f"{value:.2f}" for value in within), f"{across:.2f}"])
+    columns = ["", *(f"within {name}" for name in groups), "between"]
+    return Table("Mean correlation of two classes' shares", columns, rows)
+
+
+def depth_table(results: Findings) -> Table:
+    """Base against short."""
+    rows = []
+    for count, one in results.depth.items():
+        for name, scale, digits in (
+            ("covariance", 1, 3),
+            ("covariance_excess", 1, 3),
+            ("variance", 1, 3),
+            ("information", 1, 3),
+            ("accuracy", 100, 1),
+        ):
+            cells = [
+                between(
+                    float(one[name].sel(trunk=trunk)), one[f"{name}_interval"].sel(trunk=trunk).values, scale, digits
+                )
+                for trunk in one["trunk"].values
+            ]
+            short = one.isel(trunk=-1)
+            change = between(
+                float(short[f"{name}_difference"]), short[f"{name}_difference_interval"].values, scale, digits
+            )
+            rows.append([f"{count} experts: {name.replace('_', ', ')}", *cells, change])
+    columns = ["", *(f"{name} trunk" for name in map(str, one["trunk"].values)), "difference"]
+    note = (
+        "Covariance: mean absolute one of two classes' shares, as published and (excess) with loads taken off; "
+        "variance: mean over classes; information in nats; accuracy in per cent. Differences with Welch's interval."
+    )
+    return Table("Depth", columns, rows, note)
+
+
+def probe_table(results: Findings) -> Table:
+    """What the router could have used."""
+    rows = []
+    for count, one in results.probed.items():
+        for trunk in one["trunk"].values:
+            at = one.sel(trunk=trunk)
+            first = at.isel(probed=0)
+            rows.append(
+                [
+                    f"{count} experts, {trunk} trunk",
+                    between(float(first["accuracy"]), first["accuracy_interval"].values, 100),
+                    between(float(first["information"]), first["information_interval"].values, digits=2),
+                    *(f"{float(at['information'].isel(probed=number)):.2f}" for number in (1, 2)),
+                    between(float(at["routed"]), at["routed_interval"].values, digits=2)
+                    + f" of {float(at['cap']):.2f}",
+                    between(float(at["used"]), at["used_interval"].values, 100, 0),
+                ]
+            )
+    columns = [
+        "", "probe, % right", "probe, nats", "untrained trunk, nats", "permuted labels, nats", "expert tells, nats",
+        "used, % of what one expert can tell",
+    ]  # fmt: skip
+    return Table("Linear probes of the mixture's input, and what routing tells of the class", columns, rows)
+
+
+def means_table(found: dict[str, list[xr.Dataset]], experts: tuple[int, ...]) -> Table:
+    """The same weight on sums over a batch, and on means as Switch has it."""
+    rows = []
+    for count in experts:
+        for kind, name in (("base", "sums"), ("means", "means (Switch)")):
+            trials = found[f"{kind}-{count}"]
+            busiest = [float(shares(class_counts(one).sum(axis=0)).max()) for one in trials]
+            learned = [float(one["accuracy"][0]) for one in trials]
+            listed = ", ".join(f"{100 * value:.0f}" for value in busiest)
+            balance = np.mean([float(one["balance"]) for one in trials])
+            rows.append([str(count), name, listed, f"{balance:.2f}", f"{100 * np.mean(learned):.1f}"])
+    columns = ["experts", "f and P are", "busiest expert, % of images, by trial", "E Σ f P of means", "accuracy, %"]
+    note = (
+        "E Σ f P is 1 when loads are even and E when one expert gets everything. The loads of tables 2 and 3 are even."
+    )
+    return Table("The load-balance loss at weight 1e-5", columns, rows, note)
+
+
+# The paper's claims
+
+
+def claims_table(results: Findings) -> Table:
+    """What tables 1 to 3 and figures 2 to 6 say, and whether it comes out."""
+    columns = ["the paper", "verdict", "ours"]
+    note = (
+        "Criteria in brackets are ours. What we have of the paper says what figures 2 to 6 show, not every number in "
+        "them, so that claims stand for them."
+    )
+    return Table("Claims", columns, [list(claim) for claim in claims(results)], note)
+
+
+def claims(results: Findings) -> Iterator[tuple[str, str, str]]:
+    """Each claim with a verdict and our figures."""
+    table = results.accuracies
+    gaps = [table.sel(experts=count, condition="random") for count in table["experts"].values]
+    ends = np.stack([one["gap_interval"].values for one in gaps])
+    verdict = YES if (ends[:, 0] > 0).all() else NO if (ends[:, 1] <= 0).any() else UNKNOWN
+    said = "; ".join(between(float(one["gap"]), one["gap_interval"].values, 100) for one in gaps)
+    yield "Table 1: random routing costs accuracy (3.0, 1.4, 0.5 points at 2, 3, 5 experts)", verdict, f"{said} points"
+    sizes = [float(one["gap"]) for one in gaps]
+    falls = all(one > other for one, other in pairwise(sizes))
+    yield "Table 1: and the less the more experts there are", YES if falls else NO, f"{said} points"
+    fresh = table.sel(condition="fresh")
+    near = (np.abs(100 * fresh["accuracy"].values - 10) < 3).all()
+    listed = "; ".join(
+        between(float(value), some, 100)
+        for value, some in zip(fresh["accuracy"].values, fresh["accuracy_interval"].values, strict=True)
+    )
+    yield "Table 1: random experts are at about 10 % (within 3 points)", YES if near else NO, f"{listed} %"
+    yield from _figures(results)
+
+
+def _figures(results: Findings) -> Iterator[tuple[str, str, str]]:
+    two, three, five = (results.routing[count] for count in (2, 3, 5))
+    vehicles = ["airplane", "automobile", "ship", "truck"]
+    animals = [name for name in map(str, two["class"].values) if name not in vehicles]
+    (inside, outside), across = group_rows(two, [vehicles, animals])
+    split = float(two["silhouette_p"]) < 0.05
+    yield (
+        "Figure, two experts: vehicles against animals (silhouette above other splits, p < 0.05)",
+        YES if split else NO,
+        f"correlation within vehicles {inside:.2f}, within animals {outside:.2f}, between {across:.2f}; silhouette "
+        f"{float(two['silhouette']):.2f}, p = {float(two['silhouette_p']):.3f}",
+    )
+    (birds, cats), across = group_rows(three, list(ANIMALS))
+    low, high = divided = animals_divide(three)
+    yield (
+        "Figure, three experts: animals divide, bird, deer, frog against cat, dog, horse (the lower correlation within "
+        "less that between: interval above 0)",
+        YES if low > 0 else NO if high < 0 else UNKNOWN,
+        f"within {birds:.2f} and {cats:.2f}, between {across:.2f}; difference "
+        f"{between(min(birds, cats) - across, divided, digits=2)}",
+    )
+    (inside, outside), across = group_rows(five, [vehicles, animals])
+    yield (
+        "Figure, five experts: vehicles still correlate, otherwise broken down (vehicles above 0.5, animals below)",
+        YES if inside > 0.5 > outside else NO,
+        f"within vehicles {inside:.2f}, within animals {outside:.2f}, between {across:.2f}",
+    )
+    changes = [one.isel(trunk=-1) for one in results.depth.values()]
+    for name, what in (
+        ("covariance", "much smaller class covariance"),
+        ("covariance_excess", "(ours) much smaller class covariance, loads taken off"),
+        ("information", "(ours) less information"),
+    ):
+        ends = np.stack([one[f"{name}_difference_interval"].values for one in changes])
+        verdict = YES if (ends[:, 1] < 0).all() else NO if (ends[:, 0] >= 0).any() else UNKNOWN
+        listed = "; ".join(
+            f"{count} experts: {float(one[name][0]):.3f} to {float(one[name][-1]):.3f}, difference "
+            + between(float(change[f"{name}_difference"]), change[f"{name}_difference_interval"].values, digits=3)
+            for (count, one), change in zip(results.depth.items(), changes, strict=True)
+        )
+        yield f"Figure, mixture after one convolution: {what} (difference below 0 at 2, 3 and 5)", verdict, listed
+
+
+def animals_divide(result: xr.Dataset) -> np.ndarray:
+    """Interval of the lower correlation within the groups of animals less that between: pseudo-values over trials."""
+    trials, classes = result["share_trials"].values, list(map(str, result["class"].values))
+    first, second = ([classes.index(name) for name in group] for group in ANIMALS)
+
+    def difference(tables: np.ndarray) -> float:
+        values = class_correlation(tables)
+        within = [np.mean([values[a, b] for a in group for b in group if a != b]) for group in (first, second)]
+        return float(min(within) - values[np.ix_(first, second)].mean())
+
+    without = [difference(np.delete(trials, number, axis=0)) for number in range(len(trials))]
+    count = len(trials)
+    return student_interval(count * difference(trials) - (count - 1) * np.array(without))
+
+
+# Printing
+
+
+def show(console: Console, table: Table) -> None:
+    shown = RichTable(title=table.title, caption=table.note or None)
+    for name in table.columns:
+        shown.add_column(escape(name))
+    for row in table.rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
+
+
+def markdown(table: Table) -> str:
+    lines = [f"## {table.title}", "", *([table.note, ""] if table.note else [])]
+    lines += [_row(table.columns), "|" + "---|" * len(table.columns), *map(_row, table.rows), ""]
+    return "\n".join(lines)
+
+
+def write_markdown(path: Path, every: list[Table]) -> None:
+    """What a page says before the mark stays, the tables come after it."""
+    head = path.read_text(encoding="utf-8").partition(MARK)[0] if path.exists() else ""
+    path.write_text(f"{head}{MARK}\n\n" + "\n".join(map(markdown, every)), encoding="utf-8")
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def tables(results: Findings, found: dict[str, list[xr.Dataset]], groups: dict[str, list[str]]) -> list[Table]:
+    published = provenance_of(results.accuracies)["images"] == "CIFAR-10"
+    papers: dict[int, list[list[float]]] = {2: TWO, 3: THREE} if published else {}
+    every = [*([claims_table(results)] if published and {2, 3, 5} <= set(results.routing) else [])]
+    every += [accuracy_table(results.accuracies, published), gap_table(results.accuracies, published)]
+    every += [class_table(count, one, papers.get(count)) for count, one in results.routing.items()]
+    every += [structure_table(results), correlation_table(results, groups), depth_table(results), probe_table(results)]
+    return [*every, means_table(found, tuple(results.routing))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", metavar="DIR", help="folder with CIFAR-10 (default: digits)")
+    parser.add_argument("--study", choices=STUDIES, help="default: digits for digits, else small")
+    parser.add_argument("--trials", type=int, help="another number of trials")
+    parser.add_argument("--top-k", type=int, default=1, metavar="K", help="experts an image")
+    parser.add_argument("--work-dir", type=Path, metavar="DIR", help="a file a trial (default: vision_STUDY)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("vision_moe.html"), help="the page of figures")
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="the tables once more, as Markdown, after what is there"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="in models so small, two mostly wait for each other")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    name = options.study or ("digits" if options.data == "digits" else "small")
+    study = STUDIES[name]
+    study = replace(study, trials=options.trials or study.trials, plan=replace(study.plan, top_k=options.top_k))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    try:
+        images = read_images(options.data, train=study.train, test=study.test)
+        found = run_study(study, images, options.work_dir or Path(f"vision_{name}"), options.device)
+        results = findings(study, found, images)
+        groups = {group: [c for c, g in zip(images.classes, images.groups, strict=True) if g == group]
+                  for group in dict.fromkeys(images.groups)}  # fmt: skip
+        every = tables(results, found, groups)
+        for table in every:
+            show(console, table)
+        if options.markdown:
+            write_markdown(options.markdown, every)
+        console.print(f"Figures: {page(results, options.output)}")
+    except moe.MoEError as error:
+        sys.exit(f"vision_moe.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The page of figures and the tables of the example: the numbers shown are those of the results."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from examples import vision_moe as example
+from moe_interp.errors import BadOutput
+from moe_interp.views import specialists as views
+from moe_interp.zoo.vision import Plan
+from moe_interp.zoo.vision_images import read_images
+from moe_interp.zoo.vision_study import Study, findings, run_study
+
+STUDY = Study("tiny", experts=(2, 3), trials=2, plan=Plan(width=8, neurons=8, epochs=1, batch=32))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    pytest.importorskip("sklearn")
+    images = read_images("digits", train=96, test=60)
+    images = replace(images, classes=("<b>zero</b>", *images.classes[1:]))
+    found = run_study(STUDY, images, tmp_path_factory.mktemp("study"), quiet=True)
+    return findings(STUDY, found, images), found, images
+
+
+def test_bars_are_accuracies_with_their_intervals(study):
+    result = study[0].accuracies
+    bars = {trace.name: trace for trace in views.accuracies(result).data}
+    assert set(bars) == {*result["condition"].values, "chance"}
+    for name in result["condition"].values:
+        at = result.sel(condition=name)
+        assert np.allclose(bars[name].y, 100 * at["accuracy"])
+        low, high = 100 * at["accuracy_interval"].values.T
+        assert np.allclose(bars[name].y + bars[name].error_y.array, high)
+        assert np.allclose(bars[name].y - bars[name].error_y.arrayminus, low)
+    assert np.allclose(bars["chance"].y, 10)
+
+
+def test_tables_and_matrices_show_their_values(study):
+    routed, short = study[0].routing[3], study[0].short_routing[3]
+    (table,) = views.class_table(routed).data
+    assert np.allclose(table.z, 100 * routed["share"])
+    assert table.colorscale[1][0] == pytest.approx(1 / 3)  # white is an even share
+    assert table.y[0] == "&lt;b&gt;zero&lt;/b&gt;"
+    left, right = views.correlations(routed).data
+    assert np.array_equal(left.z, routed["correlation"].values, equal_nan=True)
+    assert np.array_equal(right.z, routed["correlation_excess"].values, equal_nan=True)
+    left, right = views.covariances(routed, short).data
+    assert np.allclose(left.z, routed["covariance"]) and np.allclose(right.z, short["covariance"])
+    assert left.zmax == right.zmax == -left.zmin  # one scale
+
+
+def test_depth_and_probes_show_their_values(study):
+    results = study[0]
+    bars = [trace for trace in views.depth(results.depth).data if trace.type == "bar"]
+    expected = [
+        [float(one[name].sel(trunk=trunk)) for one in results.depth.values()]
+        for name in ("covariance", "information")
+        for trunk in ("base", "short")
+    ]
+    assert np.allclose([trace.y for trace in bars], expected)
+    first = [trace for trace in views.probed(results.probed).data if trace.type == "bar"][:4]
+    base = [one.sel(trunk="base") for one in results.probed.values()]
+    assert np.allclose(first[0].y, [float(one["information"][0]) for one in base])
+    assert np.allclose(first[3].y, [float(one["routed"]) for one in base])
+
+
+def test_samples_are_pictures_of_their_expert():
+    pictures = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.full((1, 3, 4, 4), 10, np.uint8)
+    experts = np.array([0, 1, 0, 1, 0, 1])
+    canvas = np.asarray(views.samples(pictures, experts, 2, each=4).data[0].z)
+    assert canvas.shape == (12, 24, 3)
+    rows = [{int(canvas[6 * expert, 6 * column, 0]) for column in range(4)} for expert in range(2)]
+    assert rows == [{0, 20, 40, 255}, {10, 30, 50, 255}]
+
+
+def test_the_page_is_whole_escaped_and_says_which_study_it_is(study, tmp_path):
+    results = study[0]
+    text = views.page(results, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "The tiny study on digits" in text and "2 trials each, 96 training and 60 test images" in text
+    assert "<b>zero</b>" not in text
+    outside_scripts = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert "://" not in outside_scripts and "default-src 'none'" in text
+    for count in (2, 3):
+        for name in ("table", "correlation", "covariance", "samples"):
+            assert f'id="{name}-{count}"' in text
+    assert f"{100 * float(results.probed[2]['used'][0]):.0f} %" in text
+    with pytest.raises(BadOutput, match="cannot write"):
+        views.page(results, tmp_path / "none" / "page.html")
+
+
+def test_cells_are_judged_by_side_and_by_interval(study):
+    routed = study[0].routing[2].copy(deep=True)
+    routed["share"].values[:] = np.stack([np.linspace(0.1, 0.9, 10), np.linspace(0.9, 0.1, 10)], axis=1)
+    routed["share_interval"].values[:] = routed["share"].values + np.array([-0.05, 0.05])[:, None, None]
+    paper = [[100 * value] for value in np.linspace(0.1, 0.9, 10)]
+    paper[0], paper[1] = [13.0], [70.0]  # in the interval; on the other side
+    table = example.class_table(2, routed, paper)
+    assert table.rows[0][1] == "10.0 [5.0, 15.0] | 13.0 ✓*"
+    assert table.rows[1][1].endswith("| 70.0 ✗") and table.rows[1][2].endswith("| 30.0 ✗")
+    assert "18 of 20 cells ✓, 18 *" in table.note
+    swapped = routed.isel(expert=[1, 0])
+    assert example.class_table(2, swapped, paper).rows == table.rows
+
+
+def test_claims_are_judged_by_their_intervals(study):
+    results = study[0]
+    accuracies = results.accuracies.copy(deep=True)
+    at = {"condition": list(accuracies["condition"].values).index("random")}
+    claim = lambda: next(iter(example.claims(replace(results, accuracies=accuracies))))[1]  # noqa: E731
+    for ends, verdict in (((0.01, 0.05), example.YES), ((-0.01, 0.05), example.UNKNOWN), ((-0.05, -0.01), example.NO)):
+        accuracies["gap_interval"][at] = np.tile(ends, (2, 1))
+        assert claim() == verdict
+
+
+def test_tables_go_after_the_mark_and_the_head_stays(study, tmp_path):
+    results, found, images = study
+    every = example.tables(
+        results, found, {"with a loop": list(images.classes)[:2], "without": list(images.classes)[2:]}
+    )
+    path = tmp_path / "page.md"
+    path.write_text(f"# Head\n\n{example.MARK}\nold tables", encoding="utf-8")
+    example.write_markdown(path, every)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# Head\n") and "old tables" not in text and text.count(example.MARK) == 1
+    accuracy = 100 * float(results.accuracies["accuracy"].sel(experts=3, condition="learned"))
+    assert f"| 3 | {accuracy:.1f} [" in text
+    example.write_markdown(path, every)
+    assert path.read_text(encoding="utf-8") == text
