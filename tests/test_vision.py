@@ -40,9 +40,11 @@ def build(**changes) -> VisionMoE:
             if value.ndim == 1 and value.is_floating_point():
                 noise = torch.rand(value.shape, generator=generator)
                 value.copy_(noise + 0.5 if "running_var" in name else value + 0.3 * (noise - 0.5))
-        hf.moe.router.weight.mul_(6)
-        # Features are positive, so that one expert would win everywhere: each expert gets some images.
+        hf.moe.router.weight.mul_(60)
+        hf.head.weight.mul_(20)
+        # Features are positive, so that one expert and one class would win everywhere: each gets some images.
         hf.moe.router.bias.sub_(hf.moe.router(hf.eval().trunk(IMAGES)).mean(dim=0))
+        hf.head.bias.sub_(hf(IMAGES).mean(dim=0))
     return hf
 
 
@@ -142,7 +144,9 @@ def test_gradients_reach_the_mixture_and_more_experts_can_be_kept():
         (gradient,) = torch.autograd.grad(run.logits[:, 2].sum(), run["moe_in", 0])
         assert gradient.abs().max() > 0
         one = model.run({"images": IMAGES}, edit=moe.top_k(1)).logits
-    assert error(one, slow.forward(build(top_k=1), IMAGES)["logits"]) < TOLERANCE
+    narrow = build(top_k=2)
+    narrow.moe.top_k = 1
+    assert error(one, slow.forward(narrow, IMAGES)["logits"]) < TOLERANCE
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -230,32 +234,40 @@ def forced(model, images, ids, weights=None):
     return model.run({"images": images}, edit=edit).logits.argmax(dim=-1)
 
 
+MANY = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+
+
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_conditions_are_what_edits_of_the_points_do(top_k):
     plan = replace(TINY, top_k=top_k, experts=3)
-    hf, labels = build(top_k=top_k), torch.tensor([0, 1, 2, 3, 4, 0, 1])
-    with moe.wrap(hf) as model:
-        accuracy = dict(
-            zip(vision_study.CONDITIONS, routes(model, IMAGES, labels, plan)["accuracy"].values, strict=True)
-        )
-        run = model.run({"images": IMAGES}, read="router_scores")
+    with moe.wrap(build(top_k=top_k)) as model:
+        run = model.run({"images": MANY}, read="router_scores")
         scores, ids = run["router_scores", 0][:, 0], run.routing[0].ids[:, 0]
+        draw = ids.clone().fill_(0) + torch.arange(top_k)
+        labels = run.logits.argmax(dim=-1)  # right under one routing or another
+        labels[::3] = forced(model, MANY, draw, scores.gather(1, draw))[::3]
+        labels[1::3] = forced(model, MANY, (ids + 1) % 3)[1::3]
+        got = routes(model, MANY, labels, plan)["accuracy"].values
         share = lambda predicted: (predicted == labels).float().mean().item()  # noqa: E731
         draws = [torch.tensor(draw).expand_as(ids) for draw in permutations(range(3), top_k)]
         expected = {
             "learned": share(run.logits.argmax(-1)),
-            "random": np.mean([share(forced(model, IMAGES, draw)) for draw in draws]),
-            "random, own weights": np.mean([share(forced(model, IMAGES, d, scores.gather(1, d))) for d in draws]),
-            "permuted": np.mean([share(forced(model, IMAGES, (ids + shift) % 3)) for shift in (1, 2)]),
+            "random": np.mean([share(forced(model, MANY, draw)) for draw in draws]),
+            "random, own weights": np.mean([share(forced(model, MANY, d, scores.gather(1, d))) for d in draws]),
+            "permuted": np.mean([share(forced(model, MANY, (ids + shift) % 3)) for shift in (1, 2)]),
         }
+    accuracy = dict(zip(vision_study.CONDITIONS, got, strict=True))
+    assert len({round(value, 6) for value in expected.values()}) == 4  # or the test could not tell them apart
     for name, value in expected.items():
         assert accuracy[name] == pytest.approx(value, abs=1e-6), name
+    if top_k == 1:
+        assert accuracy["random"] == pytest.approx(accuracy["learned"] / 3 + accuracy["permuted"] * 2 / 3, abs=1e-6)
 
 
 def test_fresh_experts_are_other_experts_in_the_same_model():
-    plan, hf, labels = TINY, build(), torch.zeros(7, dtype=torch.long)
+    plan, hf, labels = TINY, build(), torch.arange(40) % 5
     with moe.wrap(hf) as model:
-        got = float(routes(model, IMAGES, labels, plan)["accuracy"].values[-1])
+        got = float(routes(model, MANY, labels, plan)["accuracy"].values[-1])
     hits = []
     for number in range(vision_study.FRESH):
         other = copy.deepcopy(hf)
@@ -263,16 +275,18 @@ def test_fresh_experts_are_other_experts_in_the_same_model():
             torch.manual_seed(1000 * (number + 1) + plan.seed)
             other.moe.experts = vision.Mixture(32, plan).experts
         with torch.no_grad():
-            hits.append((other(IMAGES).argmax(-1) == labels).float().mean().item())
+            hits.append((other(MANY).argmax(-1) == labels).float().mean().item())
     assert got == pytest.approx(np.mean(hits), abs=1e-6)
 
 
 def test_every_expert_alone_by_class():
-    plan, labels = TINY, torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    plan = TINY
     with moe.wrap(build()) as model:
-        alone = routes(model, IMAGES, labels, plan)["alone"].values
+        labels = model.run({"images": MANY}).logits.argmax(dim=-1)
+        labels[:5] = torch.arange(5)  # every class occurs
+        alone = routes(model, MANY, labels, plan)["alone"].values
         for expert in range(3):
-            right = forced(model, IMAGES, torch.full((7, 1), expert)) == labels
+            right = forced(model, MANY, torch.full((40, 1), expert)) == labels
             for label in range(5):
                 assert alone[expert, label] == pytest.approx(right[labels == label].float().mean().item())
 
