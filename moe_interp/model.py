@@ -257,17 +257,17 @@ class MoEModel:
         return encode(inputs, self.tokenizer, self.spec, self.device)
 
     @property
-    def exact(self) -> str | None:
-        """What an untouched run is bit-equal to: transformers' "grouped_mm", or "eager" where that cannot run.
-
-        None where a block computes in its own way, or nothing of transformers can run the experts on this device.
-        """
+    def exact(self) -> bool:
+        """Whether all mixtures run on transformers' ``grouped_mm``, to which an untouched run is bit-equal."""
         return self._host.exact
 
     @property
-    def has_plain(self) -> bool:
-        """Whether transformers itself can run the experts on this device."""
-        return None not in self._host.plain.values()
+    def plain_experts(self) -> frozenset[str | None]:
+        """The implementations of transformers that run in `plain`, for mixtures that ask for one.
+
+        "grouped_mm"; "eager" where that cannot run; None where neither can on this device.
+        """
+        return frozenset(self._host.plain.values())
 
     @contextmanager
     def plain(self) -> Iterator[None]:

@@ -90,6 +90,24 @@ def test_hooks_that_come_after_compiling_an_open_model_are_called():
     assert (edited - plain).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("way", ["model.compile()", "layers"])
+def test_compiling_in_place_while_open_drops_no_edit(way):
+    with moe.wrap(tiny.build("qwen2_moe")) as model:
+        expected = outcomes(model)
+    calls = []
+
+    def counting(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    with moe.wrap(tiny.build("qwen2_moe")) as model:
+        WAYS[way](model.hf, counting)
+        got = outcomes(model)
+    assert not calls
+    for key, value in expected.items():
+        assert torch.equal(got[key], value), key
+
+
 def test_compiling_an_open_model_as_one_graph_is_refused_by_torch():
     hf = tiny.build("olmoe")
     with moe.wrap(hf), pytest.raises(RuntimeError, match="no compiled frames|moe_interp"):

@@ -142,8 +142,7 @@ TYPE_FIELDS: dict[str, dict[str, Any]] = {
     "mistral_large4_text": dict(indexer_types=["full", "shared"] * 2, kv_source_layers=[0, 1, 1, 3]),
     "mixtral": dict(sliding_window=6),
     "mistral4": dict(first_k_dense_replace=1),
-    # It makes ten times as much of a rounding error as others do: three layers, and a larger eps where it norms each
-    # expert's output, however small.
+    # It makes about ten times as much of a rounding error as others do: see docs/decisions.md.
     "muse_spark_text": dict(
         num_hidden_layers=3, layer_types=SLIDING_FULL[:3], mlp_layer_types=DENSE_SECOND[:3], post_norm_eps=0.05
     ),

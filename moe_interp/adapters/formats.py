@@ -220,15 +220,30 @@ def in_memory(module: nn.Module, *, inner: bool = True) -> Iterator[bool]:
 
     Yields whether they had to be brought. ``inner`` says whether those of its submodules are wanted as well. Modules
     that have theirs are left alone, for a running forward would lose them at the end of the ``with``.
+
+    Raises:
+        UnsupportedModel: nothing is there that would bring them.
     """
     wanted = module.modules() if inner else (module,)
     away = [one for one in wanted if any(parameter.is_meta for parameter in one.parameters(recurse=False))]
     if not away:
         yield False
         return
-    from accelerate.utils import align_module_device
-
     with ExitStack() as stack:
         for one in away:
-            stack.enter_context(align_module_device(one))
+            hook = _bringing(one)
+            hook.pre_forward(one)
+            stack.callback(hook.post_forward, one, ())
         yield True
+
+
+def _bringing(module: nn.Module) -> Any:
+    """The hook by which accelerate brings a module's parameters, before its forward."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        raise UnsupportedModel(
+            "parameters are not in memory",
+            expected="a model that was loaded, or one that accelerate offloads module by module",
+            got=f"{type(module).__name__} with parameters on the meta device and no hook that brings them",
+        )
+    return hook

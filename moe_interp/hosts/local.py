@@ -159,13 +159,9 @@ class LocalHost:
         return {module: plain_function(module) for module in self.configs}
 
     @property
-    def exact(self) -> str | None:
-        """The implementations of transformers that run every mixture of the model, to the bit; None if there is one
-        that computes in its own way, or that none can run."""
-        names = set(self.plain.values())
-        if len(self.configs) < len(self.spec.moe_layers) or None in names:
-            return None
-        return " and ".join(sorted(str(name) for name in names))
+    def exact(self) -> bool:
+        """Whether every mixture of the model runs on transformers' ``grouped_mm``, so that a run can be bit-equal."""
+        return len(self.configs) == len(self.spec.moe_layers) and set(self.plain.values()) == {"grouped_mm"}
 
     @contextmanager
     def widened(self, widths: Mapping[int, int]) -> Iterator[None]:
