@@ -129,3 +129,17 @@ def test_tables_go_after_the_mark_and_the_head_stays(study, tmp_path):
     assert f"| 3 | {accuracy:.1f} [" in text
     example.write_markdown(path, every)
     assert path.read_text(encoding="utf-8") == text
+
+
+def test_one_trial_of_two_experts_an_image_has_a_page_and_tables(study, tmp_path):
+    images = study[2]
+    one = replace(STUDY, experts=(3,), trials=1, plan=replace(STUDY.plan, top_k=2))
+    found = run_study(one, images, tmp_path / "study", quiet=True)
+    results = findings(one, found, images)
+    text = views.page(results, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "a mixture of 3 experts (K = 2)" in text and "1 trials each" in text
+    assert np.allclose(results.routing[3]["share"].sum("expert"), 1)
+    every = example.tables(
+        results, found, {"with a loop": list(images.classes)[:2], "without": list(images.classes)[2:]}
+    )
+    assert "[nan, nan]" in example.markdown(every[0])

@@ -249,8 +249,9 @@ def page(findings: Findings, path: str | Path) -> Path:
 def _about(findings: Findings, provenance: Mapping[str, Any]) -> str:
     trials = next(iter(findings.routing.values())).sizes["trial"]
     counts = ", ".join(map(str, findings.routing))
+    top_k = provenance_of(next(iter(findings.routing.values())))["top_k"]  # dense models among all have another
     return (
-        f"Convolutions, a mixture of {counts} experts (K = {provenance['top_k']}), linear head: {trials} trials each, "
+        f"Convolutions, a mixture of {counts} experts (K = {top_k}), linear head: {trials} trials each, "
         f"{provenance['train_images']:,} training and {provenance['test_images']:,} test images, "
         f"{provenance['epochs']} epochs, {provenance['width']} filters in the first convolution (the paper: 10 trials, "
         "50,000 images, 10 epochs, 128 filters)."
