@@ -35,7 +35,7 @@ Over = Literal["sums", "means"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What, with the images, decides the weights; the defaults are the paper's (batch and neurons are ours).
+    """What, with the images, decides the weights; defaults are the paper's (batch, neurons, balance_over: ours).
 
     Attributes:
         experts, top_k: E and K.
