@@ -263,8 +263,8 @@ def claims_table(results: Findings) -> Table:
     """What tables 1 to 3 and figures 2 to 6 say, and whether it comes out."""
     columns = ["the paper", "verdict", "ours"]
     note = (
-        "Criteria in brackets are ours, and none was registered before the results were seen. What we have of the paper "
-        "says what figures 2 to 6 show, not every number in them, so that claims stand for them."
+        "Criteria in brackets are ours, and none was registered before the results were seen. What we have of the "
+        "paper says what figures 2 to 6 show, not every number in them, so that claims stand for them."
     )
     return Table("Claims", columns, [list(claim) for claim in claims(results)], note)
 
