@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "model": ("MoEModel", "load", "wrap"),
+    "model": ("MoEModel", "wrap"),
+    "checkpoint": ("load",),
     "adapters": ("Family", "register_adapter"),
     "run": ("Routing", "Run", "select"),
     "points": ("POINTS",),
@@ -71,10 +72,11 @@ if TYPE_CHECKING:
     from moe_interp.analyses.training import RoutingCallback, RoutingWatch, routing_health, to_tensorboard
     from moe_interp.analyses.transitions import transitions
     from moe_interp.analyses.vocabulary import vocabulary_specialization
+    from moe_interp.checkpoint import load
     from moe_interp.data import Corpus, read_corpus, sample
     from moe_interp.errors import MoEError
     from moe_interp.interventions import Intervention, ablate, apply, from_json, scale, to_json, top_k
-    from moe_interp.model import MoEModel, load, wrap
+    from moe_interp.model import MoEModel, wrap
     from moe_interp.points import POINTS
     from moe_interp.run import Routing, Run, select
     from moe_interp.views.profile import profile, profile_page

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_interp.adapters.formats import rounds_activations
+from moe_interp.adapters.formats import check_weights, rounds_activations
 from moe_interp.adapters.formulas import block_output, joined
 from moe_interp.adapters.sums import Join, follow
 from moe_interp.errors import BadCheckpoint, BadInput
 from moe_interp.interventions import apply
-from moe_interp.model import MoEModel, check_weights
+from moe_interp.model import MoEModel
 from moe_interp.points import POINTS
 from moe_interp.run import Run
 

@@ -1,9 +1,8 @@
-"""A mixture-of-experts model whose inside can be read and edited: `MoEModel`, and `load` and `wrap` that make one."""
+"""A mixture-of-experts model whose inside can be read and edited: `MoEModel`, and `wrap` that makes one."""
 
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 from moe_interp import __version__
 from moe_interp.adapters import ModelSpec, describe, is_known
 from moe_interp.adapters.experts import Experts, ExpertWeights
-from moe_interp.adapters.formats import in_memory, rounding_without_gradient, stored
+from moe_interp.adapters.formats import check_weights, rounding_without_gradient
 from moe_interp.adapters.sums import follow
 from moe_interp.encode import Inputs, encode
-from moe_interp.errors import BadCheckpoint, BadInput, MoEError, UnsupportedModel
+from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
 from moe_interp.hosts import LocalHost, Session
 from moe_interp.hosts.local import ATTRIBUTE
 from moe_interp.interventions import Intervention
@@ -27,14 +26,6 @@ from moe_interp.run import Read, Run, positions_of
 if TYPE_CHECKING:
     from moe_interp.audit import Audit
 
-AUTO_CLASSES = (
-    "AutoModelForCausalLM",
-    "AutoModelForImageTextToText",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForTokenClassification",
-    "AutoModel",
-)
-REFERENCE = Path(__file__).parent / "zoo" / "reference"
 _HOSTS: WeakKeyDictionary[nn.Module, tuple[LocalHost, int]] = WeakKeyDictionary()  # and how many opened them
 
 Reads = Sequence[str | Read]
@@ -83,8 +74,11 @@ class MoEModel:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Indices of the MoE layers, as the checkpoint numbers its layers."""
-        return self.spec.moe_layers
+        """Indices of the MoE layers that text reaches, as the checkpoint numbers its layers.
+
+        Vision experts, which only images reach, are layers too: ``model.spec.moe_layers`` has all.
+        """
+        return tuple(layer for layer in self.spec.moe_layers if self.spec.layers[layer].stack != "vision")
 
     @property
     def points(self) -> tuple[str, ...]:
@@ -319,37 +313,6 @@ class MoEModel:
         raise BadCheckpoint("the model returned NaN", expected="finite logits", do="Try another dtype.")
 
 
-def check_weights(hf: nn.Module) -> None:
-    """Refuse a model with weights that are not finite.
-
-    Raises:
-        BadCheckpoint: naming the first such parameter.
-    """
-    for path, module in hf.named_modules():
-        with in_memory(module, inner=False):
-            for name, parameter in module.named_parameters(recurse=False):
-                bad = sum(_not_finite(part) for part in stored(parameter))
-                if bad:
-                    raise BadCheckpoint(
-                        "weights are not finite",
-                        expected="finite values",
-                        got=f"{bad} NaN or infinite values in {path + '.' if path else ''}{name}",
-                        do="The checkpoint is damaged: fetch it again.",
-                    )
-
-
-def _not_finite(values: Tensor) -> int:
-    """How many values are NaN or infinite."""
-    if not values.is_floating_point():
-        return 0
-    values = values.detach()
-    values = values.float() if values.element_size() == 1 else values  # torch cannot tell for numbers of one byte
-    # A sum that is finite has finite terms, and takes a tenth of the time of looking at each.
-    if bool(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).isfinite()):
-        return 0
-    return int((~values.isfinite()).sum())
-
-
 def _are_texts(inputs: Inputs) -> bool:
     return isinstance(inputs, Sequence) and bool(inputs) and isinstance(inputs[0], str)
 
@@ -427,85 +390,3 @@ def _wrap_unseen(hf: nn.Module, tokenizer: Any, name: str | None) -> MoEModel:
         got=f"audits that fail: {min(failed, key=len)}",
         do="Describe it by moe.register_adapter(model_type, moe.Family(...)); model.audit() says if it is right.",
     )
-
-
-def _tokenizer(source: str, trust_remote_code: bool) -> Any:
-    """The tokenizer beside a checkpoint; None if there is none, for token ids need none."""
-    import transformers
-
-    # Without files transformers would make up a tokenizer that knows no text.
-    files = ("*token*", "*vocab*", "*.model", "*.tiktoken")
-    if Path(source).is_dir() and not any(any(Path(source).glob(pattern)) for pattern in files):
-        return None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise BadCheckpoint(
-            f"cannot load the tokenizer of {source!r}",
-            expected="tokenizer files that transformers reads",
-            got=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}",
-        ) from error
-
-
-def _loader(source: str, trust_remote_code: bool, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The class that loads a checkpoint, and the options for it."""
-    import transformers
-
-    where = {key: options[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in options}
-    published, _ = transformers.PreTrainedConfig.get_config_dict(source, **where)
-    if published.get("model_type") == "deepseek":
-        from moe_interp.adapters.deepseek import DeepseekV1ForCausalLM, native_config
-
-        return DeepseekV1ForCausalLM, {"dtype": "auto", "config": native_config(published), **options}
-    if trust_remote_code and "auto_map" in published:
-        return transformers.AutoModelForCausalLM, {"trust_remote_code": True, **options}
-    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
-    return _own_class(config), {"trust_remote_code": trust_remote_code, **options}
-
-
-def _own_class(config: Any) -> Any:
-    """The class that a checkpoint was saved from, or the first auto class that takes its config."""
-    import transformers
-
-    for name in config.architectures or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    fitting = (getattr(transformers, name) for name in AUTO_CLASSES)
-    return next((auto for auto in fitting if type(config) in auto._model_mapping), transformers.AutoModelForCausalLM)
-
-
-def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **options: Any) -> MoEModel:
-    """Load a checkpoint and open it: the bundled reference model, a hub id, or a folder.
-
-    Args:
-        name: None for the bundled model, which needs no network.
-        trust_remote_code: whether code that lies beside the checkpoint may run.
-        options: as for ``from_pretrained``: ``dtype``, ``device_map``, ``revision``, ... The bundled model computes in
-            float32 unless ``dtype`` says otherwise; others in the dtype of their checkpoint, as in transformers.
-
-    Raises:
-        UnsupportedModel: an unknown or dense architecture.
-        BadCheckpoint: nothing there, not readable, or weights that are missing or not finite.
-    """
-    source = str(REFERENCE if name is None else name)
-    if name is None:
-        options = {"dtype": "float32"} | options
-    try:
-        loader, options = _loader(source, trust_remote_code, options)
-        # Safetensors only: a pickled checkpoint could run anything.
-        hf, report = loader.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
-        tokenizer = _tokenizer(source, trust_remote_code)
-    except MoEError:
-        raise
-    except Exception as error:  # whatever a damaged checkpoint or a wrong option sets off underneath
-        raise BadCheckpoint(
-            f"cannot load {source!r}" + (f" with {options}" if name is not None and options else ""),
-            expected="a hub id or a folder with config.json and *.safetensors, and options that from_pretrained takes",
-            got=f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}",
-        ) from error
-    if report["missing_keys"]:
-        raise BadCheckpoint(
-            f"cannot load {source!r}", expected="all weights", got=f"none for {sorted(report['missing_keys'])[:3]}"
-        )
-    check_weights(hf)
-    return wrap(hf.eval(), tokenizer, name="reference" if name is None else str(name))

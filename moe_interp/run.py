@@ -133,7 +133,8 @@ class Routing:
 
     Attributes:
         ids, weights: [B, S, K], experts and combine weights, in the order of the model (not always by weight).
-        mask: [B, S], True at real tokens that the layer's mixture sees.
+        mask: [B, S], True at real tokens that the layer's mixture sees: not those of another modality, nor those that
+            a router lets skip all experts.
         logits, scores: [B, S, E], if ``router_logits`` or ``router_scores`` were read at all positions.
     """
 

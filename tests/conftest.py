@@ -83,6 +83,17 @@ def page(rows: dict[str, dict[str, str | float]]) -> str:
     for name, reason in SKIPS.items():
         types = [model_type for model_type in TYPES if name not in rows[model_type]]
         lines.append(f"- *{COLUMNS[name]}* of {', '.join(types)}: {reason}.")
+    for name in ("mid", "residual"):
+        some = [
+            f"{model_type} ({row[f'partly {name}']})" for model_type, row in rows.items() if f"partly {name}" in row
+        ]
+        if some:
+            lines.append(f"- *{COLUMNS[name]}* of {', '.join(sorted(some))}: {SKIPS['mid']}.")
+    apart = [model_type for model_type in TYPES if "embedding" in rows[model_type]]
+    lines.append(
+        f"- the first *resid_pre* from *embed* of {', '.join(apart)}: positions or self-conditioning come between: "
+        "ends with a point for those. Of encoders, whose embedding is no point, likewise."
+    )
     unwritten = defaultdict(list)
     for model_type in TYPES:
         if "generation" in rows[model_type]:

@@ -9,6 +9,7 @@ import torch
 import moe_interp as moe
 from moe_interp import errors
 from moe_interp.adapters import formats
+from moe_interp.adapters.formats import check_weights
 from moe_interp.points import POINTS
 from tests import fp8, tiny, tiny_types
 from tests.reference.model import forward
@@ -164,7 +165,7 @@ def test_a_number_that_is_not_finite_is_found_in_fp8(name):
     parameter = getattr(hf.model.layers[LAYER].mlp.experts, name)
     parameter.data.view(torch.uint8).flatten()[:4] = 0xFF  # NaN, as four bytes or one
     with moe.wrap(hf) as model, pytest.raises(errors.BadCheckpoint, match=rf"layers.{LAYER}.mlp.experts.{name}"):
-        moe.model.check_weights(model.hf)
+        check_weights(model.hf)
 
 
 # mxfp4
@@ -285,7 +286,7 @@ def test_linear_maps_quantised_by_torchao(name, tmp_path):
         assert audit.passed, str(audit)
         hf.model.layers[1].self_attn.q_proj.weight.scale.data.view(-1)[0] = torch.nan
         with pytest.raises(errors.BadCheckpoint, match="in model.layers.1.self_attn.q_proj.weight"):
-            moe.model.check_weights(hf)
+            check_weights(hf)
 
 
 # bitsandbytes

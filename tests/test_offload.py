@@ -6,6 +6,7 @@ from accelerate import cpu_offload, disk_offload
 
 import moe_interp as moe
 from moe_interp import errors
+from moe_interp.adapters.formats import check_weights
 from moe_interp.audit import audit as audit_of
 from tests import tiny, tiny_types
 
@@ -100,7 +101,7 @@ def test_weights_on_disk_that_are_not_finite_are_found(name, tmp_path):
     hf.get_parameter(name).data.view(-1)[3] = torch.nan
     disk_offload(hf, str(tmp_path), execution_device=torch.device("cpu"))
     with moe.wrap(hf) as model, pytest.raises(errors.BadCheckpoint, match=f"1 NaN or infinite values in {name}"):
-        moe.model.check_weights(model.hf)
+        check_weights(model.hf)
 
 
 def test_one_experts_matrices_do_not_keep_the_whole_layer(tmp_path):
@@ -111,6 +112,6 @@ def test_one_experts_matrices_do_not_keep_the_whole_layer(tmp_path):
 
 def test_a_model_without_weights_is_told_so():
     with moe.wrap(tiny.build("olmoe").to("meta")) as model:
-        for use in (lambda: model.weights(LAYER, 1), model.audit, lambda: moe.model.check_weights(model.hf)):
+        for use in (lambda: model.weights(LAYER, 1), model.audit, lambda: check_weights(model.hf)):
             with pytest.raises(errors.UnsupportedModel, match="parameters are not in memory.*no hook that brings them"):
                 use()

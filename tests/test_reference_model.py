@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import moe_interp as moe
-from moe_interp.model import REFERENCE
+from moe_interp.checkpoint import REFERENCE
 
 TEXT = "The capital of France is"
 

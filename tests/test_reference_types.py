@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.edits import change, one_of_each_point
 from tests.module_sites import cacheless, hooked, output_of, router_of, run, sites
 from tests.reference.types import Reference, forward, stacks
 from tests.tiny_types import TYPES, build, images, inputs, runner
@@ -184,26 +185,6 @@ def test_zero_experts_return_their_input_and_have_no_neurons():
 
 
 # Edits
-
-
-def change(point: str, value: Tensor) -> Tensor:
-    """A change of a point that matters: another expert in slot 0, or values of some tokens grown and shifted."""
-    out = value.clone()
-    if point == "expert_ids":
-        out[..., 0] = (out[..., 0] + 1) % 8
-    elif point == "gate_weights":
-        out[..., 0] = out[..., 0] * 0.5 + 0.2
-    else:
-        out[..., ::2] = out[..., ::2] * 1.5 + 0.3
-    return out
-
-
-def one_of_each_point(keys: Any) -> list[tuple[str, int | None]]:
-    """For each point, the middle one of the layers that have it."""
-    layers: dict[str, list] = {}
-    for point, layer in keys:
-        layers.setdefault(point, []).append(layer)
-    return [(point, having[len(having) // 2]) for point, having in layers.items()]
 
 
 def edited(model: Any, edits: dict[Any, Any]) -> Tensor:

@@ -111,7 +111,7 @@ def test_the_bundled_training_saturates():
     assert (low > result.independent.sel(step=[180, 540, 1260, 2340])).all()
     from safetensors.torch import load_file
 
-    kept = load_file(moe.model.REFERENCE / "routing_checkpoints.safetensors")["expert_ids"]
+    kept = load_file(moe.checkpoint.REFERENCE / "routing_checkpoints.safetensors")["expert_ids"]
     same = torch.tensor([[len(set(a) & set(b)) for a, b in zip(x, y, strict=True)]
                          for x, y in zip(kept[2].tolist(), kept[5].tolist(), strict=True)
                          for x, y in [([tuple(v) for v in x], [tuple(v) for v in y])]])  # fmt: skip

@@ -14,6 +14,7 @@ FLOORS = (
     ("analyses",),
     ("data", "stats", "results"),
     ("audit",),
+    ("checkpoint",),
     ("model",),
     ("encode",),
     ("hosts",),

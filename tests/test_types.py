@@ -16,6 +16,8 @@ from torch import Tensor
 import moe_interp as moe
 from moe_interp.adapters import FAMILIES, Family
 from moe_interp.points import POINTS
+from tests.edits import change, one_of_each_point
+from tests.module_sites import cacheless, output_of
 from tests.reference.types import Reference, forward
 from tests.tiny_types import TYPES, build, inputs, runner
 
@@ -44,15 +46,6 @@ def clean(model_type: str) -> Reference:
 
 def error(got: Tensor, expected: Tensor) -> float:
     return ((got.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
-
-
-def cacheless(hf: Any) -> dict[str, bool]:
-    return {} if hf.config.model_type == "diffusion_gemma" else {"use_cache": False}
-
-
-def output_of(output: Any) -> Tensor:
-    logits = getattr(output, "logits", None)
-    return output.last_hidden_state if logits is None else logits
 
 
 def opened_by(hf: Any) -> str:
@@ -106,33 +99,13 @@ def test_an_untouched_run_is_the_plain_one(model_type, dtype, record_property):
         assert error(untouched, plain) < TOLERANCE
 
 
-def change(point: str, value: Tensor) -> Tensor:
-    """Another expert in slot 0, or some numbers grown and shifted."""
-    out = value.clone()
-    if point == "expert_ids":
-        out[..., 0] = (out[..., 0] + 1) % 8
-    elif point == "gate_weights":
-        out[..., 0] = out[..., 0] * 0.5 + 0.2
-    else:
-        out[..., ::2] = out[..., ::2] * 1.5 + 0.3
-    return out
-
-
-def one_of_each_point(reference: Reference) -> list[tuple[str, int | None]]:
-    """For each point, the middle one of the layers that have it."""
-    layers: dict[str, list] = {}
-    for point, layer in reference.points:
-        layers.setdefault(point, []).append(layer)
-    return [(point, having[len(having) // 2]) for point, having in layers.items()]
-
-
 @pytest.mark.parametrize("model_type", EACH_TYPE)
 def test_every_edit_moves_the_output_as_the_reference_predicts(model_type, record_property):
     hf, reference = tiny(model_type), clean(model_type)
     scale = reference.output.abs().max().item()
     errors = {}
     with moe.wrap(hf) as model:
-        for point, layer in one_of_each_point(reference):
+        for point, layer in one_of_each_point(reference.points):
             if not POINTS[point].editable:
                 continue
             where = {} if layer is None else {"layers": layer}
@@ -215,6 +188,16 @@ def test_the_parts_add_up(model_type, record_property):
     hf = tiny(model_type)
     with moe.wrap(hf) as model:
         audit = model.audit(inputs(hf))
+        layers = model.spec.layers
+        for short, there in (("mid", "resid_mid"), ("residual", "resid_post")):
+            joins = {
+                layer.index: layer.mid if short == "mid" else layer.post for layer in layers if there in layer.sites
+            }
+            unchecked = [index for index, join in joins.items() if join is None]
+            if unchecked and len(unchecked) < len(joins):
+                record_property(f"partly {short}", f"layers {', '.join(map(str, unchecked))} of {len(layers)}")
+        if model.spec.embedding is None:
+            record_property("embedding", "unchecked")
     found = {check.name: check.error for check in audit.checks}
     for name, short in (
         ("gate_weights ∝ router_scores of expert_ids", "scores"),

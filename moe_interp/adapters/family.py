@@ -105,7 +105,7 @@ class Family:
         columns: how many of the router's logits are experts, given the router; None: all.
         returns_logits: whether the router is called for the logits and returns just these, as a plain linear map does.
         call: a function that takes the place of the block's forward.
-        weights_on, proportional, runs: as in `MoESpec`.
+        weights_on, proportional, runs, skips: as in `MoESpec`.
         sites: sites that differ, given a layer.
         embedding, final: as in `ModelSpec`, given the body.
         logits: fields of `ModelSpec` about logits, given the text config.
@@ -143,6 +143,7 @@ class Family:
     weights_on: Any = "output"
     proportional: bool = True
     runs: int | None = None
+    skips: bool = False
     sites: Callable[[At, bool], Mapping[str, Site]] = lambda layer, mixture: {}
     embedding: Callable[[At], tuple[Step, ...] | None] = none
     final: Callable[[At], tuple[Step, ...] | None] | None = None
@@ -293,6 +294,7 @@ class Family:
             weights_on=self.weights_on,
             proportional=self.proportional,
             runs=self.runs,
+            skips=self.skips,
         )
 
     @property

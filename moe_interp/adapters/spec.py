@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moe_interp.adapters.experts import Kernel
-from moe_interp.adapters.sums import Join, Step, Through
+from moe_interp.adapters.sums import Join, Step, Through, change_nothing
 from moe_interp.errors import UnknownName
 from moe_interp.points import POINTS, Scope
 
@@ -127,6 +127,7 @@ class MoESpec:
         adds_shared: whether the block itself adds ``shared_out``; else they stand beside it.
         weights_on: "output", or "input" where weights multiply what an expert is given.
         runs: how many experts ever run, the first ones, where the code runs fewer than there are; None: all.
+        skips: whether a token may take no expert, which shows as expert 0 with weight 0.
         proportional: whether ``gate_weights`` are proportional to the chosen ``router_scores``.
     """
 
@@ -147,6 +148,13 @@ class MoESpec:
     weights_on: Literal["output", "input"] = "output"
     proportional: bool = True
     runs: int | None = None
+    skips: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether ``moe_out`` is the plain sum of weight times output, and of shared experts that the block adds."""
+        steps = (self.experts_input, self.routed_steps, self.whole_steps)
+        return self.weights_on == "output" and all(map(change_nothing, steps))
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,12 @@ class LayerSpec:
     part: int = 0
     modality: Modality | None = None
     pooled: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether everything that the layer writes is added to the residual as it is."""
+        joins = [join for join in (self.mid, self.post) if join is not None]
+        return self.post is not None and all(join.plain for join in joins) and (self.moe is None or self.moe.plain)
 
 
 @dataclass(frozen=True)
@@ -230,8 +244,13 @@ class ModelSpec:
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Indices of the MoE layers, as the checkpoint numbers its layers."""
+        """Indices of the MoE layers, as the checkpoint numbers its layers; after them those of vision experts."""
         return tuple(layer.index for layer in self.layers if layer.moe)
+
+    @property
+    def main_layers(self) -> tuple[LayerSpec, ...]:
+        """The layers of the stack whose last residual gives the output."""
+        return tuple(layer for layer in self.layers if layer.stack == self.main_stack)
 
     @property
     def num_experts(self) -> int:

@@ -78,6 +78,11 @@ def follow(hf: nn.Module, steps: Sequence[Step], value: Tensor) -> Tensor:
     return value
 
 
+def change_nothing(steps: Sequence[Step]) -> bool:
+    """Whether these steps leave every value as it is."""
+    return all(isinstance(step, Times) and step.factor == 1.0 for step in steps)
+
+
 def tensor(hf: nn.Module, path: str) -> Tensor:
     """A parameter or buffer by its dotted name."""
     path, _, name = path.rpartition(".")
@@ -93,6 +98,11 @@ class Sum:
     branch: tuple[Step, ...] = ()
     residual: tuple[Step, ...] = ()
     whole: tuple[Step, ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the plain sum."""
+        return all(map(change_nothing, (self.branch, self.residual, self.whole)))
 
     def __call__(self, hf: nn.Module, residual: Tensor, branch: Tensor) -> Tensor:
         """The residual stream after the branch."""
@@ -149,3 +159,8 @@ class Join:
     base: str
     branches: tuple[str, ...]
     how: Sum | Gate | Streams = Sum()
+
+    @property
+    def plain(self) -> bool:
+        """Whether base and branches are simply added."""
+        return isinstance(self.how, Sum) and self.how.plain

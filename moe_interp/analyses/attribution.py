@@ -25,6 +25,7 @@ from moe_interp.analyses.lens import (
     token_texts,
     tolerance,
 )
+from moe_interp.analyses.plain import check_plain_model, check_writes_text
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
@@ -59,12 +60,14 @@ def logit_attribution(
         UnsupportedModel: parts that do not add up to the residual, a final norm that is neither a
             root-mean-square nor a layer norm, or an unembedding that is not linear.
     """
+    check_writes_text(model)
+    check_plain_model(model)
     ids = _token_ids(model, tokens)
     points = ["embed", "attn_out", "mlp_out", "expert_out", "shared_out", "resid_post"]
     run, at = run_text(model, text, [point for point in points if point in model.points], None, (position,))
     parts = _residual_parts(model, run, at)
     values = torch.stack([part.value for part in parts])
-    residual = run["resid_post", model.spec.num_layers - 1][0, 0].to(values.device)
+    residual = run["resid_post", model.spec.last(model.spec.main_stack)][0, 0].to(values.device)
     check_adds_up("the last resid_post", "embedding and all outputs", values.sum(0), residual.float(), model.dtype)
     split, logit = _split_logits(model, residual, values, ids)
     variables = {
@@ -102,7 +105,7 @@ class _ResidualPart(NamedTuple):
 def _residual_parts(model: MoEModel, run: Run, at: At) -> list[_ResidualPart]:
     """All that was added to the residual at the one selected position, in the order in which it was."""
     parts = [_ResidualPart("embed", "embed", at.of(run["embed"], at.only)[0].float())]
-    for layer in range(model.spec.num_layers):
+    for layer in (spec.index for spec in model.spec.main_layers):
         outputs = [
             _ResidualPart(f"{layer}.{point}", point, at.of(run[point, layer], at.only)[0].float(), layer)
             for point in ("attn_out", "mlp_out", "shared_out")

@@ -77,14 +77,16 @@ def sample_inputs(
             rng = np.random.default_rng([seed, document])
             drawn = np.sort(rng.permutation(len(real))[:per_document])
             for layer in layers:
-                found[layer].append((document, _at(run, layer, row, real[torch.from_numpy(drawn)], document)))
+                columns, experts = real[torch.from_numpy(drawn)], model.spec.moe(layer).num_experts
+                found[layer].append((document, _at(run, layer, row, columns, document, experts)))
     return {layer: _joined(parts) for layer, parts in found.items()}, going.provenance
 
 
-def _at(run: Run, layer: int, row: int, columns: Int[Tensor, " t"], document: int) -> Inputs:
+def _at(run: Run, layer: int, row: int, columns: Int[Tensor, " t"], document: int, experts: int) -> Inputs:
     routing = run.routing[layer]
     scores = run["router_scores", layer][row, columns].float()
     ids, weights = routing.ids[row, columns], routing.weights[row, columns].float()
+    scores = scores[:, :experts]  # a router may have a class that is no expert
     return Inputs(
         run["moe_in", layer][row, columns],
         scores,

@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional
 
+from moe_interp.analyses.plain import check_plain, check_writes_text
 from moe_interp.encode import Inputs, encode, token_text
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
@@ -102,10 +103,12 @@ def expert_lens(
 
     Raises:
         BadInput: several texts, an empty or too long one, no such position, an option out of range.
-        UnknownName: a layer that is no MoE layer, or a model without resid_mid.
-        UnsupportedModel: a layer whose parts do not add up to its output.
+        UnknownName: a layer that is no MoE layer.
+        UnsupportedModel: a layer whose output is not the plain sum of its parts, or no causal language model.
     """
     chosen = _layers(model, layers)
+    check_writes_text(model)
+    check_plain(model, chosen)
     _check_options(model, top, definition, chunk)
     slots = model.spec.moe(chosen[0]).top_k
     shared = "shared_out" in model.spec.layer(chosen[0]).sites

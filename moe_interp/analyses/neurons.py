@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_interp.analyses.lens import token_texts
+from moe_interp.analyses.plain import check_plain, check_writes_text
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -45,9 +46,12 @@ def neuron_lens(
     Raises:
         UnknownName: no such layer or expert.
         BadInput: ``top`` out of range.
+        UnsupportedModel: a layer that does something to the outputs of experts before it adds them.
     """
     if not 1 <= top <= model.spec.vocab_size:
         raise BadInput("top out of range", expected=f"1 to {model.spec.vocab_size} tokens", got=str(top))
+    check_writes_text(model)
+    check_plain(model, [layer])
     down = model.weights(layer, expert).down.T
     draw = torch.Generator().manual_seed(seed)
     random = torch.randn(null_directions, model.spec.d_model, generator=draw).to(down)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from moe_interp.analyses.plain import check_writes_text
 from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, apply, top_k
@@ -73,6 +74,7 @@ def perplexity(
     Raises:
         BadInput: no tokenizer, ``ks`` out of range, an unknown ``renormalise``, or no token with a context.
     """
+    check_writes_text(model)
     grid = _grid(model, ks, renormalise, per_layer)
     work = batches(model, corpus, max_tokens=max_tokens, batch_tokens=batch_tokens)
     nll, counted = _measure(model, corpus, grid, work, seed)

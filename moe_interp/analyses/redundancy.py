@@ -192,6 +192,7 @@ def _by_weights(model: MoEModel, layer: int, null_pairs: int, seed: int) -> dict
     if not null_pairs:
         return {"weights": matched, "weights_unmatched": plain, "weights_null": np.array(np.nan)}
     experts = [neurons(model.weights(layer, expert)) for expert in range(count)]
+    width = model.weights(layer, 0).up.shape[1]  # of what experts work in, which may be less than the residual
     for one in range(count):
         for other in range(one + 1, count):
             matched[one, other] = matched[other, one] = matched_cosine(experts[one], experts[other])
@@ -201,7 +202,7 @@ def _by_weights(model: MoEModel, layer: int, null_pairs: int, seed: int) -> dict
     null = []
     for _ in range(null_pairs):
         one, other = rng.choice(count, 2, replace=False)
-        null.append(matched_cosine(experts[one], _permuted(experts[other], model.spec.d_model, rng)))
+        null.append(matched_cosine(experts[one], _permuted(experts[other], width, rng)))
     return {"weights": matched, "weights_unmatched": plain, "weights_null": np.mean(null)}
 
 

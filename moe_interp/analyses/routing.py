@@ -117,7 +117,7 @@ def _layer_sums(routing: Routing, experts: int) -> dict[str, Int[Tensor, "B _"]]
     return {
         "counts": empty.scatter_add(1, ids.flatten(1), mask.expand_as(ids).flatten(1).long()),
         "weights": empty.scatter_add(1, ids.flatten(1), fixed(weights).flatten(1)),
-        "scores": fixed(scores).sum(dim=1),
+        "scores": fixed(scores[..., :experts]).sum(dim=1),  # a router may have a class that is no expert
         "per_token": fixed(per_token).sum(dim=1),
     }
 

@@ -24,9 +24,10 @@ from numpy.typing import ArrayLike
 import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, Pass
 from moe_interp.analyses.exact import Provenance
+from moe_interp.checkpoint import REFERENCE, load
 from moe_interp.data import Corpus
 from moe_interp.errors import BadCheckpoint, BadInput
-from moe_interp.model import REFERENCE, MoEModel, load
+from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 
 _BUNDLED = REFERENCE / "routing_checkpoints.safetensors"

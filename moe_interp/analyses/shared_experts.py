@@ -20,6 +20,7 @@ from torch import Tensor
 import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, Pass
 from moe_interp.analyses.inputs import moe_layers
+from moe_interp.analyses.plain import check_plain_block
 from moe_interp.analyses.super_experts import nll_differences
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
@@ -59,9 +60,11 @@ def shared_experts(
     Raises:
         BadInput: no tokenizer, or a model without shared experts.
         UnknownName: a layer that is no MoE layer.
+        UnsupportedModel: a block that does something to the sum of weight times output.
     """
     if "shared_out" not in model.points:
         raise BadInput("no shared experts", expected="a model with the point 'shared_out'", got=model.spec.model_type)
+    check_plain_block(model, moe_layers(model, layers))
     chosen, options = moe_layers(model, layers), Options(special_tokens, max_tokens, batch_tokens)
     going, sums = Pass(model, corpus, options), _Sums.empty(len(corpus), len(chosen), model.spec.d_model)
     read = [Read(point, chosen) for point in ("shared_out", "routed_out")]

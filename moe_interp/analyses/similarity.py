@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm import tqdm
 
+from moe_interp.analyses.plain import check_plain
 from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
@@ -109,6 +110,7 @@ def _layers(model: MoEModel, layers: Indices) -> tuple[int, ...]:
     chosen = model.layers if given is None else tuple(dict.fromkeys(given))
     for layer in chosen:
         model.spec.moe(layer)
+    check_plain(model, chosen)
     return chosen
 
 

@@ -60,7 +60,9 @@ def super_experts(
     """
     options = Options(special_tokens, max_tokens, batch_tokens)
     sums, where = collect_outputs(model, corpus, options)
-    flags, threshold = super_flags(sums.largest, model.layers, model.spec.num_layers, percentile, share_of_largest)
+    flags, threshold = super_flags(
+        sums.largest, model.layers, len(model.spec.main_layers), percentile, share_of_largest
+    )
     found = np.argwhere(flags)
     ranked = found[np.argsort(-sums.largest[flags], kind="stable")][:most]
     chosen = sums.counts.sum(axis=0)

@@ -70,16 +70,18 @@ class TransitionCounts(Exact):
     def update(self, run: Run, documents: Int[np.ndarray, " B"]) -> None:
         """Adds a run; row b belongs to document ``documents[b]``, which it holds whole."""
         for row, document in enumerate(documents.tolist()):
-            ids = [self._ids(run, layer, row) for layer in self.layers]
             block = document % len(self.flows)
-            for index, (before, after) in enumerate(pairwise(ids)):
+            for index, pair in enumerate(pairwise(self.layers)):
+                before, after = self._ids(run, pair, row)
                 order = np.random.default_rng([self.seed, document, index]).permutation(len(after))
                 self.flows[block, index] += self._table(before, after)
                 self.shuffled[block, index] += self._table(before, after[torch.from_numpy(order)])
 
-    def _ids(self, run: Run, layer: int, row: int) -> Int[Tensor, "T K"]:
-        routing = run.routing[layer]
-        return routing.ids[row].cpu()[routing.mask[row].cpu()]
+    def _ids(self, run: Run, layers: tuple[int, int], row: int) -> tuple[Int[Tensor, "T K"], Int[Tensor, "T K"]]:
+        """Of the tokens that experts of both layers take."""
+        first, second = (run.routing[layer] for layer in layers)
+        both = (first.mask & second.mask)[row].cpu()
+        return first.ids[row].cpu()[both], second.ids[row].cpu()[both]
 
     def _table(self, before: Int[Tensor, "T K"], after: Int[Tensor, "T K"]) -> Int[np.ndarray, "E E"]:
         experts = self.flows.shape[-1]

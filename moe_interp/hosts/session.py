@@ -84,6 +84,8 @@ class Session:
             for name, value in whole.items()
         }
         seen = context.tokens.mask if context.rows is None else context.tokens.mask & context.rows
+        if self.spec.moe(layer).skips:
+            seen = seen & (context.weights != 0).any(dim=-1)
         return Routing(context.ids, context.weights, seen, full["router_logits"], full["router_scores"])
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

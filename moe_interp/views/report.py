@@ -27,9 +27,10 @@ from moe_interp.analyses.similarity import ensemble_similarity
 from moe_interp.analyses.token_counts import TokenCounts
 from moe_interp.analyses.transitions import TransitionCounts
 from moe_interp.analyses.vocabulary import vocabulary_result
+from moe_interp.checkpoint import REFERENCE
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput, BadOutput
-from moe_interp.model import REFERENCE, MoEModel
+from moe_interp.model import MoEModel
 from moe_interp.results import provenance_of, whole_file
 from moe_interp.views import figures, routing_figures
 from moe_interp.views.tokens import shown

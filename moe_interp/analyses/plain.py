@@ -1,0 +1,69 @@
+"""What an analysis takes for granted of a model, refused with a reason where it does not hold.
+
+An analysis that adds up parts of the residual stream is right where they are added as they are. Where a factor, a norm,
+a learned gate, a projection or several streams come between, its numbers would be of something else.
+"""
+
+from collections.abc import Sequence
+
+from moe_interp.adapters.sums import change_nothing
+from moe_interp.errors import UnsupportedModel
+from moe_interp.model import MoEModel
+
+
+def check_plain(model: MoEModel, layers: Sequence[int]) -> None:
+    """Refuse layers whose residual is not ``resid_mid`` plus the weighted outputs of experts and shared experts.
+
+    Raises:
+        UnsupportedModel: naming the first such layer.
+    """
+    for layer in layers:
+        spec = model.spec.layer(layer)
+        parts = {"moe_out", "shared_out"}
+        from_parts = spec.post is not None and spec.post.base == "resid_mid" and set(spec.post.branches) <= parts
+        if not (spec.plain and from_parts and model.spec.streams == 1):
+            raise _refusal(model, f"layer {layer}", "resid_mid + the sum of weight times output + shared experts")
+
+
+def check_plain_block(model: MoEModel, layers: Sequence[int]) -> None:
+    """Refuse layers whose block does something to the sum of weight times output.
+
+    Raises:
+        UnsupportedModel: naming the first such layer.
+    """
+    for layer in layers:
+        if not model.spec.moe(layer).plain:
+            raise _refusal(model, f"the block of layer {layer}", "the sum of weight times output + shared experts")
+
+
+def check_plain_model(model: MoEModel) -> None:
+    """Refuse a model whose last residual is not the plain sum of the embedding and all that layers write.
+
+    Raises:
+        UnsupportedModel: it is not.
+    """
+    spec = model.spec
+    embedded = spec.embedding is not None and change_nothing(spec.embedding)
+    if not (embedded and spec.streams == 1 and all(layer.plain for layer in spec.main_layers)):
+        raise _refusal(model, "the residual stream", "the plain sum of the embedding and all outputs")
+
+
+def check_writes_text(model: MoEModel) -> None:
+    """Refuse a model that does not predict the next token.
+
+    Raises:
+        UnsupportedModel: an encoder, an encoder-decoder, one without tokens or without a head.
+    """
+    if model.spec.kind != "causal" or model.spec.unembed is None:
+        got = "one without a head" if model.spec.kind == "causal" else f"{model.spec.model_type}, of another kind"
+        raise UnsupportedModel("no next token to predict", expected="a causal language model", got=got)
+
+
+def _refusal(model: MoEModel, what: str, expected: str) -> UnsupportedModel:
+    notes = " ".join(model.spec.notes)
+    return UnsupportedModel(
+        f"{what} of {model.spec.model_type} is not the plain sum of its parts",
+        expected=expected,
+        got="a factor, norm, gate, projection or several streams between" + (f" ({notes})" if notes else ""),
+        do="Read the points and add them up as docs/points.md says.",
+    )

@@ -1,0 +1,121 @@
+"""Every analysis on every model type: a result, or an error of ours that says why not; never a wrong number.
+
+What is plain is written out here, not asked of the package: the types whose residual is ``resid_mid`` plus weighted
+outputs plus shared experts, with nothing between.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import moe_interp as moe
+from moe_interp.data import Corpus
+from moe_interp.errors import UnsupportedModel
+from tests.stub_tokenizer import StubTokenizer
+from tests.tiny_types import TYPES, build, images
+
+QUICK = (
+    "dots3_note", "ernie4_5_vl_moe", "gemma4", "granitemoeshared", "llama4_text", "muse_spark", "nemotron_h", "olmoe",
+    "openai_privacy_filter", "switch_transformers", "zaya",
+)  # fmt: skip
+EACH_TYPE = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TYPES]
+PLAIN = {
+    "aria", "aria_text", "axk2", "bailing_hybrid", "dbrx", "deepseek_ocr2", "deepseek_v2", "deepseek_v3",
+    "deepseek_v32", "dots1", "dots3_note", "dots3_note_text", "ernie4_5_moe", "ernie4_5_vl_moe", "exaone_moe", "flint",
+    "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa", "gpt_oss", "hunyuan_v1_moe", "hy_v3",
+    "jamba", "kimi_k25", "kimi_linear", "lfm2_moe", "mellum", "mimo_v2_flash", "minimax_m2", "mistral4",
+    "mistral_large4", "mistral_large4_text", "mixtral", "nllb-moe", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe",
+    "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_vl_moe",
+    "qwen3_vl_moe_text", "solar_open", "switch_transformers", "unlimited_ocr",
+}  # fmt: skip
+NO_HEAD = {"glm4v_moe_text", "glm5_next_text", "mistral_large4_text", "muse_spark_text", "qwen3_vl_moe_text"}
+CROSSED = {"diffusion_gemma", "nllb-moe", "switch_transformers"}
+NO_NEXT_TOKEN = NO_HEAD | CROSSED | {"openai_privacy_filter"}
+CORPUS = Corpus.from_texts(
+    {"a": ["ab cd ef gh" * 2, "hello there all" * 2], "b": ["one two three" * 2, "xyz uvw rst" * 2]}
+)
+IDS = torch.arange(3, 11)[None]
+ANALYSES: dict[str, Callable[[moe.MoEModel], Any]] = {
+    "lens": lambda model: moe.expert_lens(model, IDS),
+    "neurons": lambda model: moe.neuron_lens(model, model.layers[0], 0, null_directions=20),
+    "ensemble": lambda model: moe.ensemble_similarity(model, CORPUS, resamples=5),
+    "attribution": lambda model: moe.logit_attribution(model, IDS, 5),
+    "perplexity": lambda model: moe.perplexity(model, CORPUS, resamples=5),
+    "routing": lambda model: moe.routing(model, CORPUS, resamples=5),
+    "map": lambda model: moe.routing_map(model, "abcd"),
+    "coactivation": lambda model: moe.coactivation(model, CORPUS, resamples=5),
+    "transitions": lambda model: moe.transitions(model, CORPUS),
+    "norms": lambda model: moe.norm_and_weight(model, CORPUS, resamples=5),
+    "weights": lambda model: moe.expert_similarity(model, CORPUS),
+    "shared": lambda model: moe.shared_experts(model, CORPUS, resamples=5),
+    "super": lambda model: moe.super_experts(model, CORPUS, resamples=5),
+}
+
+
+@cache
+def outcome(model_type: str) -> dict[str, str]:
+    """ "ok" or the class of our error, by analysis; any other error fails."""
+    found = {}
+    with moe.wrap(build(model_type), StubTokenizer()) as model:
+        for name, run in ANALYSES.items():
+            try:
+                run(model)
+                found[name] = "ok"
+            except moe.MoEError as error:
+                found[name] = type(error).__name__
+    return found
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_analyses_give_a_result_or_an_error_of_ours(model_type):
+    found = outcome(model_type)
+    for name in ("routing", "map", "coactivation", "transitions", "norms"):
+        assert (found[name] == "ok") == (model_type not in CROSSED), (name, found)
+    assert found["perplexity"] == ("UnsupportedModel" if model_type in NO_NEXT_TOKEN else "ok")
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_parts_are_added_up_only_where_they_are_plainly_added(model_type):
+    found, plain = outcome(model_type), model_type in PLAIN
+    decodes = plain and model_type not in NO_NEXT_TOKEN
+    assert found["lens"] == found["neurons"] == ("ok" if decodes else "UnsupportedModel")
+    if model_type in CROSSED:
+        assert found["ensemble"] != "ok"
+    else:
+        assert found["ensemble"] == ("ok" if plain else "UnsupportedModel")
+
+
+def test_the_refusal_says_what_stands_between():
+    says = "layer 0 of granitemoeshared is not the plain sum of its parts"
+    with moe.wrap(build("granitemoeshared"), StubTokenizer()) as model, pytest.raises(UnsupportedModel, match=says):
+        moe.ensemble_similarity(model, CORPUS)
+
+
+def test_a_token_that_skips_all_experts_is_counted_nowhere():
+    hf = build("zaya")
+    taken, skipped = {}, 0
+    with moe.wrap(hf, StubTokenizer()) as model:
+        result = moe.routing(model, CORPUS, resamples=5)
+        for document in CORPUS.documents:
+            run = model.run(document.text, read=["router_logits"])
+            for layer, routing in run.routing.items():
+                biased = routing.logits.softmax(-1) + hf.model.layers[layer].mlp.gate.balancing_biases
+                skips = biased.argmax(-1) == hf.config.num_experts
+                assert torch.equal(routing.mask, ~skips)
+                taken[layer] = taken.get(layer, 0) + int((~skips).sum())
+                skipped += int(skips.sum())
+    assert skipped > 0
+    assert result["counts"].sum(["expert", "domain"]).values.tolist() == list(taken.values())
+
+
+def test_text_reaches_no_vision_expert_and_images_do():
+    hf = build("ernie4_5_vl_moe")
+    with moe.wrap(hf) as model:
+        vision = [layer for layer in model.spec.moe_layers if layer not in model.layers]
+        assert vision == [4, 5, 6]
+        assert set(model.run(images(hf)).routing) == {*model.layers, *vision}
+        assert np.array_equal(sorted(model.run(IDS).routing), model.layers)
