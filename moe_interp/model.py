@@ -2,7 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
@@ -51,6 +51,7 @@ class MoEModel:
         # torch.compile puts a model into a wrapper, whose hooks the model's own methods would not reach.
         hf = getattr(hf, "_orig_mod", hf)
         self.hf, self.tokenizer = hf, tokenizer
+        self._sessions: list[Session] = []
         self._open(hf, describe(hf) if spec is None else spec)
         self.name = name or getattr(hf, "name_or_path", "") or self.spec.model_type
 
@@ -125,7 +126,7 @@ class MoEModel:
         self._check_open()
         if grad:
             self._check_gradients()
-        interventions = _listed(edit, Intervention)
+        interventions = [*self._standing, *_listed(edit, Intervention)]
         session = Session(self._host, interventions, [_as_read(one) for one in _listed(read, (str, Read))], grad)
         model_inputs = self.encode(inputs)
         if self.spec.kind == "encoder-decoder" and not {"decoder_input_ids", "labels"} & model_inputs.keys():
@@ -135,7 +136,7 @@ class MoEModel:
                 got=f"one with {', '.join(model_inputs)}",
                 do="model.generate needs input_ids alone.",
             )
-        with session():
+        with self._in_place_of_standing(), session():
             output = self.forward(model_inputs)
         tokens = session.tokens
         self._check_finite(output, tokens.mask, bool(interventions))
@@ -171,14 +172,46 @@ class MoEModel:
                 got="one without",
                 do="Use run.",
             )
-        session = Session(self._host, _listed(edit, Intervention), ())
+        session = Session(self._host, [*self._standing, *_listed(edit, Intervention)])
         model_inputs = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
-        with session():
+        with self._in_place_of_standing(), session():
             ids = cast(Any, self.hf.get_submodule(self.spec.entry)).generate(**model_inputs, **options)
         if not isinstance(ids, Tensor) or not (isinstance(inputs, str) or _are_texts(inputs)):
             return ids
         texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
         return texts[0] if isinstance(inputs, str) and len(texts) == 1 else texts
+
+    @contextmanager
+    def edit(self, *edits: Intervention | Sequence[Intervention]) -> Iterator["Session"]:
+        """Edits that stand inside the ``with``.
+
+        They act in `run` and `generate`, before those given there, so in every analysis; and in calls of the
+        transformers model itself, whose gradients stay as they are.
+
+        ``with model.edit(...) as standing`` gives what knows how often each touched something in direct calls,
+        ``standing.touched``; runs tell it themselves.
+
+        Raises:
+            UnknownName: a point, layer or expert that the model does not have.
+            BadInput: edits that contradict each other.
+        """
+        self._check_open()
+        listed = [one for some in edits for one in _listed(some, Intervention)]
+        session = Session(self._host, [*self._standing, *listed], grad=None)
+        outer, self._sessions = self._sessions, [*self._sessions, session]
+        with ExitStack() as stack:
+            for other in outer[-1:]:
+                stack.enter_context(other.pause())
+            stack.callback(setattr, self, "_sessions", outer)
+            yield stack.enter_context(session())
+
+    @property
+    def _standing(self) -> list[Intervention]:
+        return self._sessions[-1].interventions if self._sessions else []
+
+    def _in_place_of_standing(self) -> AbstractContextManager[None]:
+        """A run takes the standing edits into its own list, so that they come before its own at every point."""
+        return self._sessions[-1].pause() if self._sessions else nullcontext()
 
     def forward(self, model_inputs: Mapping[str, Any]) -> Tensor:
         """The model's own forward pass: logits, or the last hidden states of a model without a head."""

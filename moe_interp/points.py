@@ -64,6 +64,11 @@ POINTS: dict[str, Point] = {
     )
 }
 
+SELECTION = ("selection_scores", "selected_ids")
+"""Places inside a router, [B, S, E] and [B, S, K], at which interventions change its choice: what its top-k looks at
+(after any selection bias and choice of groups), and the ids that it takes. Weights follow by the router's own recipe
+from the scores as they were. Nothing is read there."""
+
 
 def point(name: str) -> Point:
     """The point called ``name``.

@@ -5,7 +5,7 @@
 """
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import SupportsIndex
 
@@ -43,16 +43,27 @@ class Tokens:
     Attributes:
         mask: [B, S], True at real tokens.
         index: [B, S], the number of each real token in its text; with a KV cache this goes on from the cached ones.
+        numbers: [B], which texts of a larger batch these are; None: all of it.
     """
 
     mask: Bool[Tensor, "B S"]
     index: Int[Tensor, "B S"]
+    numbers: Int[Tensor, " B"] | None = None
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor, length: int) -> "Tokens":
         """From an attention mask over cached and current tokens, of which the last ``length`` are current."""
         mask = attention_mask.bool()
         return cls(mask[:, -length:], (mask.long().cumsum(1) - 1)[:, -length:])
+
+    @property
+    def texts(self) -> Int[Tensor, " B"]:
+        """[B], the number of each text in the whole batch."""
+        return torch.arange(len(self.mask), device=self.mask.device) if self.numbers is None else self.numbers
+
+    def of(self, rows: slice, numbers: Int[Tensor, " b"]) -> "Tokens":
+        """Those of some rows, which are texts ``numbers`` of the whole batch."""
+        return Tokens(self.mask[rows], self.index[rows], numbers)
 
     def at(self, positions: tuple[int, ...] | None) -> Bool[Tensor, "B S"]:
         """[B, S], True at the given positions of every text (at all real tokens for None)."""
@@ -109,6 +120,8 @@ class Context:
         tokens: which entries are real.
         ids, weights: [B, S, K], the layer's experts and combine weights, once they are known (after edits of them).
         rows: [B, S], True at the tokens that the layer's mixture sees; None: all.
+        weighs_output: whether weights multiply outputs, not inputs of experts.
+        added: [B, S, D] by expert, what interventions add to ``routed_out`` in an expert's name where it has no slot.
     """
 
     layer: int | None
@@ -116,15 +129,21 @@ class Context:
     ids: Int[Tensor, "B S K"] | None = None
     weights: Float[Tensor, "B S K"] | None = None
     rows: Bool[Tensor, "B S"] | None = None
+    weighs_output: bool = True
+    added: dict[int, Tensor] = field(default_factory=dict)
 
-    def slots_of(self, expert: int, positions: tuple[int, ...] | None = None) -> Bool[Tensor, "B S K"]:
-        """[B, S, K], True where a slot of a real token (at the given positions) holds this expert."""
+    @property
+    def seen(self) -> Bool[Tensor, "B S"]:
+        """[B, S], the real tokens that the layer's mixture sees."""
+        return self.tokens.mask if self.rows is None else self.tokens.mask & self.rows
+
+    def slots_of(self, experts: Sequence[int]) -> Bool[Tensor, "B S K"]:
+        """[B, S, K], True where a slot of a token that the mixture sees holds one of these experts."""
         if self.ids is None:
             raise BadInput(
                 "no experts chosen yet at this point", expected="a point after expert_ids", got="an earlier one"
             )
-        here = self.tokens.at(positions)
-        return (self.ids == expert) & (here if self.rows is None else here & self.rows)[..., None]
+        return torch.isin(self.ids, torch.tensor(experts, device=self.ids.device)) & self.seen[..., None]
 
 
 @dataclass(frozen=True)
@@ -136,6 +155,7 @@ class Routing:
         mask: [B, S], True at real tokens that the layer's mixture sees: not those of another modality, nor those that
             a router lets skip all experts.
         logits, scores: [B, S, E], if ``router_logits`` or ``router_scores`` were read at all positions.
+        weighs_output: whether weights multiply outputs, not inputs of experts.
     """
 
     ids: Int[Tensor, "B S K"]
@@ -143,6 +163,7 @@ class Routing:
     mask: Bool[Tensor, "B S"]
     logits: Float[Tensor, "B S E"] | None = None
     scores: Float[Tensor, "B S E"] | None = None
+    weighs_output: bool = True
 
     def by_rank(self) -> Int[Tensor, "B S K"]:
         """[B, S, K], the slots from the heaviest to the lightest."""
@@ -211,11 +232,34 @@ class Run:
         """
         outputs = self["expert_out", layer]
         routing = self.routing[layer]
+        if outputs.shape[:3] != routing.ids.shape:
+            raise BadInput(
+                f"expert_out of layer {layer} was read in part", expected="all positions", got=str(outputs.shape[1])
+            )
         slots = (routing.ids == expert) & routing.mask[..., None]
         used = slots.any(dim=2)
         # An edit may have put an expert into several slots of one token; its output is the same in each.
         first = slots.int().argmax(dim=2)[..., None, None].expand(*used.shape, 1, outputs.shape[-1])
         return torch.where(used[..., None], outputs.gather(2, first).squeeze(2), 0.0), used
+
+    def contribution(
+        self, layer: int, expert: int
+    ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S"], Bool[Tensor, "B S"]]:
+        """What one expert added to ``routed_out``, as output and weight; and the mask of tokens that used it.
+
+        The weight is 0 where it was not chosen, and 1 where weights multiply the input.
+
+        Raises:
+            UnknownName: ``expert_out`` was not read at this layer.
+            BadInput: it was read at some positions only.
+        """
+        outputs, used = self.expert(layer, expert)
+        routing = self.routing[layer]
+        slots = (routing.ids == expert) & routing.mask[..., None]
+        if routing.weighs_output:
+            return outputs, routing.weights.masked_fill(~slots, 0.0).sum(dim=-1), used
+        whole = self["expert_out", layer].masked_fill(~slots[..., None], 0.0).sum(dim=2)
+        return whole, used.to(outputs.dtype), used
 
     def heaviest(self, layer: int, rank: int = 0) -> Float[Tensor, "B S D"]:
         """Unweighted output of the expert whose weight is the ``rank``-th largest (0: the heaviest) at each token.

@@ -60,6 +60,7 @@ def _switch(feed_forward: str, crossed: bool) -> Family:
         call=forward_switch,
         top_k=1,
         wide=never,
+        selects=lambda router: None,
         kind="encoder-decoder",
         notes=(
             "Layers are numbered through encoder and decoder. A token over an expert's capacity has weight 0.",
@@ -95,6 +96,7 @@ def _nllb(crossed: bool) -> Family:
         call=forward_nllb,
         top_k=2,
         wide=never,
+        selects=lambda router: None,
         embedding=lambda body: None,
         kind="encoder-decoder",
         notes=(

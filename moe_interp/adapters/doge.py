@@ -16,6 +16,7 @@ from moe_interp.adapters.experts import ExpertWeights, OnAct, Tap, run_experts
 from moe_interp.adapters.family import At
 from moe_interp.adapters.formats import in_memory
 from moe_interp.adapters.spec import BlockCall, Site
+from moe_interp.points import SELECTION
 
 
 class RankOne:
@@ -44,7 +45,7 @@ def forward(block: Any, tap: Tap, hidden_states: Tensor, **kwargs: Any) -> tuple
     hidden = hidden_states.reshape(-1, block.hidden_size)
     keys = block.router_gate(hidden).view(2, len(hidden), -1)
     logits = tap("router_logits", (keys[0][:, :, None] + keys[1][:, None, :]).flatten(1))
-    scores, ids = logits.topk(block.top_k, dim=-1)
+    scores, ids = tap.choose(logits, block.top_k)
     weights = functional.softmax(scores, dim=-1)
     if block.norm_topk_prob:
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -56,4 +57,4 @@ def forward(block: Any, tap: Tap, hidden_states: Tensor, **kwargs: Any) -> tuple
 def sites(layer: At) -> dict[str, Site]:
     """The points that only the block's own call reaches."""
     inside = BlockCall(layer("mlp"), forward)
-    return {"router_logits": inside, "router_scores": inside, "shared_out": inside}
+    return dict.fromkeys(("router_logits", "router_scores", *SELECTION, "shared_out"), inside)

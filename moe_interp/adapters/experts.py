@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe_interp.adapters.formats import check_format, in_memory, linear_weight, matrices
@@ -38,6 +38,15 @@ class Tap(Protocol):
 
     def scores(self) -> None:
         """Show the router scores of the logits that went through last."""
+
+    def choose(self, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest of the scores [T, E] and whose they are [T, k], under edits of the selection."""
+
+    def experts(self, own: nn.Module) -> nn.Module:
+        """The experts that run: the layer's own, or those that an intervention put in their place."""
+
+    def kept(self, weights: Tensor) -> Tensor | None:
+        """[T, K], the slots that must be computed; None: all."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +102,29 @@ def run_experts(
     ids = tap("expert_ids", ids)
     weights = tap("gate_weights", weights)
     tap.scores()
+    experts = tap.experts(experts)
     on_act = (lambda act: tap("expert_act", act, slots)) if tap.live("expert_act") else None
     if weights_on == "input":
         rows = (hidden[:, None] * weights[..., None]).flatten(0, 1).to(hidden.dtype)
         outputs = tap("expert_out", kernel.outputs(experts, rows, ids.reshape(-1, 1), on_act), slots)
         return tap("routed_out", outputs.view(*ids.shape, -1).sum(dim=1))
-    outputs = tap("expert_out", kernel.outputs(experts, hidden, ids, on_act), slots)
+    kept = tap.kept(weights)
+    if kept is None:
+        outputs = tap("expert_out", kernel.outputs(experts, hidden, ids, on_act), slots)
+    else:
+        outputs = _outputs_of(kernel, experts, hidden, ids, kept)
     total = added_in_turn(outputs, ids, weights) if in_turn else weighted_sum(outputs, weights, hidden.dtype)
     return tap("routed_out", total)
+
+
+def _outputs_of(
+    kernel: Kernel, experts: nn.Module, hidden: Float[Tensor, "T D"], ids: Int[Tensor, "T K"], kept: Bool[Tensor, "T K"]
+) -> Float[Tensor, "TK D2"]:
+    """Unweighted outputs, slot by slot, of some slots alone; zero at the others."""
+    slots = kept.reshape(-1).nonzero().flatten()
+    slots = slots if len(slots) else slots.new_zeros(1)
+    some = kernel.outputs(experts, hidden[slots // ids.shape[-1]], ids.reshape(-1, 1)[slots])
+    return some.new_zeros(ids.numel(), some.shape[-1]).index_copy(0, slots, some)
 
 
 def weighted_sum(

@@ -6,7 +6,7 @@ block holds a submodule under the row's ``experts`` name.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -23,11 +23,13 @@ from moe_interp.adapters.spec import (
     ResidualInput,
     RouterLinear,
     RouterOutput,
+    RouterTopK,
     Scoring,
     Site,
 )
 from moe_interp.adapters.sums import Gate, Join, Step, Streams, Sum, Through
 from moe_interp.errors import UnsupportedModel
+from moe_interp.points import SELECTION
 
 EXPERTS_POINTS = ("expert_ids", "gate_weights", "expert_act", "expert_out", "routed_out")
 BODIES = ("model.language_model", "model", "", "language_model.model", "thinker.model.language_model", "transformer")
@@ -105,6 +107,8 @@ class Family:
         columns: how many of the router's logits are experts, given the router; None: all.
         returns_logits: whether the router is called for the logits and returns just these, as a plain linear map does.
         call: a function that takes the place of the block's forward.
+        selects: who calls ``torch.topk`` on the scores of all experts, given the router: "router", "block", or "call",
+            by ``tap.choose``; None where nobody does. Without it the choice can be replaced and not masked.
         weights_on, proportional, runs, skips: as in `MoESpec`.
         sites: sites that differ, given a layer.
         embedding, final: as in `ModelSpec`, given the body.
@@ -140,6 +144,7 @@ class Family:
     columns: Callable[[Any], int | None] = lambda router: None
     returns_logits: bool = False
     call: Callable[..., Any] | None = None
+    selects: Callable[[Any], Literal["router", "block", "call"] | None] = lambda router: "router"
     weights_on: Any = "output"
     proportional: bool = True
     runs: int | None = None
@@ -265,11 +270,20 @@ class Family:
         }
         inside = BlockCall(moe.block, self.call) if self.call else ExpertsCall(moe.experts)
         sites |= dict.fromkeys(EXPERTS_POINTS, inside)
+        sites |= self._selection_sites(layer, moe)
         if moe.shared and self.shared_gate:
             sites["shared_out"] = GatedOutput(moe.shared, layer(self.shared_gate))
         elif moe.shared:
             sites["shared_out"] = Output(moe.shared)
         return sites
+
+    def _selection_sites(self, layer: At, moe: MoESpec) -> dict[str, Site]:
+        who = self.selects(layer.hf.get_submodule(moe.router))
+        if who is None:
+            return {}
+        if who == "call" and self.call is not None:
+            return dict.fromkeys(SELECTION, BlockCall(moe.block, self.call))
+        return dict.fromkeys(SELECTION, RouterTopK(moe.block if who == "block" else moe.router, moe.num_experts))
 
     def moe(self, layer: At) -> MoESpec:
         """The spec of a layer's mixture."""

@@ -18,9 +18,9 @@ KERNEL = Fused(is_transposed=True, act="act_fn")
 def forward(block: Any, tap: Tap, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """``Llama4TextMoe.forward`` over the chosen experts."""
     hidden = hidden_states.reshape(-1, block.hidden_dim)
-    scores, logits = block.router(hidden)
+    _, logits = block.router(hidden)
     # The model's own order: by logit. A chosen score may round to zero, so the scores do not say who was chosen.
-    ids = torch.topk(logits, block.router.top_k, dim=1).indices
-    weights = scores.gather(1, ids)
+    chosen, ids = tap.choose(logits, block.router.top_k)
+    weights = torch.sigmoid(chosen.float()).to(hidden.dtype)
     routed = run_experts(tap, KERNEL, block.experts, hidden, ids, weights, weights_on="input")
     return block.shared_expert(hidden) + routed, logits

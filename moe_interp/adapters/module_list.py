@@ -73,7 +73,7 @@ def linear_gate(
         logits = block.gate(hidden)
         first = order == "softmax, top-k"
         scores = logits.softmax(dim=-1, dtype=torch.float32) if first else logits
-        weights, ids = scores.topk(getattr(block, top_k), dim=-1)
+        weights, ids = tap.choose(scores, getattr(block, top_k))
         if not first:
             weights = weights.softmax(dim=-1, dtype=torch.float32)
         elif getattr(block, renormalise) if isinstance(renormalise, str) else renormalise:

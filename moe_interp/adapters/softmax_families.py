@@ -5,8 +5,9 @@ from typing import Any
 
 from moe_interp.adapters import dbrx, module_list
 from moe_interp.adapters.family import At, Family, How, branch_through, first_of, never, softcap
-from moe_interp.adapters.spec import Output, RouterOutput, Site
+from moe_interp.adapters.spec import Output, RouterOutput, RouterTopK, Site
 from moe_interp.adapters.sums import Flatten, Gate, Plus, Repeat, Streams, Sum, Times
+from moe_interp.points import SELECTION
 
 _QWEN = Family()
 _QWEN_SHARED = Family(shared="mlp.shared_expert", shared_gate="mlp.shared_expert_gate")
@@ -103,6 +104,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "phimoe": Family(
         router="router",
+        selects=lambda router: None,
         renormalises=False,
         proportional=False,
         wide=never,
@@ -117,6 +119,7 @@ FAMILIES: dict[str, Family] = {
         block="ffn",
         router="router",
         kernel=dbrx.KERNEL,
+        selects=lambda router: "block",
         top_k="top_k",
         attention=lambda layer: "norm_attn_norm.attn",
         mid="norm_attn_norm.norm_2",
@@ -137,7 +140,7 @@ FAMILIES: dict[str, Family] = {
         renormalises=False,
         mid_join=lambda layer: Gate(layer("post_attention_residual_scale"), branch_first=True),
         post_join=lambda layer: Gate(layer("post_mlp_residual_scale"), branch_first=True),
-        sites=lambda layer, mixture: _zaya_logits(layer),
+        sites=lambda layer, mixture: _zaya_router(layer),
         embedding=lambda body: (
             Plus(body("input_hidden_states_bias")),
             Times(body("input_hidden_states_scale")),
@@ -148,6 +151,8 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def _zaya_logits(layer: At) -> dict[str, Site]:
+def _zaya_router(layer: At) -> dict[str, Site]:
     logits = RouterOutput(layer("mlp.gate.router_mlp"))
-    return {"router_logits": logits, "router_scores": logits}
+    classes = layer.sub("mlp.experts").module.num_experts + 1  # the last is to skip
+    choice = dict.fromkeys(SELECTION, RouterTopK(layer("mlp.gate"), classes, batched=True))
+    return {"router_logits": logits, "router_scores": logits, **choice}

@@ -64,6 +64,18 @@ class RouterOutput:
 
 
 @dataclass(frozen=True)
+class RouterTopK:
+    """The top-k over ``columns`` scores of each token that a module calls, on [B * S, columns].
+
+    Or ``batched``: on [B, S, columns].
+    """
+
+    module: str
+    columns: int
+    batched: bool = False
+
+
+@dataclass(frozen=True)
 class ExpertsCall:
     """The arguments, the inside or the result of ``experts(hidden, ids, weights)``."""
 
@@ -95,7 +107,7 @@ class Modality:
     kept: bool
 
 
-Site = Input | ResidualInput | Output | GatedOutput | RouterLinear | RouterOutput | ExpertsCall | BlockCall
+Site = Input | ResidualInput | Output | GatedOutput | RouterLinear | RouterOutput | RouterTopK | ExpertsCall | BlockCall
 Scores = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
 

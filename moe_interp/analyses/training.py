@@ -270,7 +270,7 @@ class RoutingWatch:
             return
         mask = tokens.mask
         routing = {
-            layer: Routing(mask=mask, **{name: self._seen[point, layer] for point, name in _POINTS.items()})
+            layer: Routing(mask=mask, **{name: self._seen[point, layer] for point, name in _POINTS.items()})  # type: ignore[arg-type]
             for layer in layers
         }
         run = Run(torch.zeros(*mask.shape, 1), None, tokens, routing, {})

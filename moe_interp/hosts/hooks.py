@@ -18,6 +18,7 @@ from moe_interp.adapters.spec import (
     ResidualInput,
     RouterLinear,
     RouterOutput,
+    RouterTopK,
     Site,
 )
 from moe_interp.errors import UnsupportedModel
@@ -41,7 +42,9 @@ def attach(hf: nn.Module, taps: Taps, name: str, site: Site) -> list[RemovableHa
             return _attach_router(module, taps, site.columns)
         case RouterOutput() if name == "router_logits":
             return [module.register_forward_hook(_logits_hook(taps))]
-        case RouterLinear() | RouterOutput() | ExpertsCall() | BlockCall():
+        case RouterTopK() if name == "selection_scores":
+            return _attach_selection(module, taps, site)
+        case RouterTopK() | RouterLinear() | RouterOutput() | ExpertsCall() | BlockCall():
             return []  # router_scores follow from the logits; the calls are replaced as a whole
     raise UnsupportedModel(f"no way to reach {name!r}", expected="a site this host knows", got=repr(site))
 
@@ -170,6 +173,42 @@ def _attach_router(router: nn.Module, taps: Taps, columns: int | None) -> list[R
             )
 
     return [router.register_forward_pre_hook(enter), router.register_forward_hook(leave, always_call=True)]
+
+
+class _TopK(TorchFunctionMode):
+    """Passes every top-k over rows of so many columns through a function of its input and of itself."""
+
+    def __init__(self, site: RouterTopK, through: Callable[[Tensor, Callable[[Tensor], Any]], Any]):
+        super().__init__()
+        self.site, self.through = site, through
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in (torch.topk, Tensor.topk) or not self._of_all(args[0]):
+            return func(*args, **kwargs)
+        return self.through(args[0], lambda scores: func(scores, *args[1:], **kwargs))
+
+    def _of_all(self, scores: Tensor) -> bool:
+        # Routers with groups of experts take a top-k of each group, too: [B * S, groups, columns of a group].
+        return scores.dim() == (3 if self.site.batched else 2) and scores.shape[-1] == self.site.columns
+
+
+def _attach_selection(module: nn.Module, taps: Taps, site: RouterTopK) -> list[RemovableHandle]:
+    """Take a router's choice through its hook points."""
+    entered: list[_TopK] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if taps.selects:
+            entered.append(_TopK(site, taps.chosen))
+            entered[-1].__enter__()
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if entered:
+            entered.pop().__exit__(None, None, None)
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 
 
 def _logits_hook(taps: Taps) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ What is installed, and taken away again by `LocalHost.remove`:
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -173,6 +173,30 @@ class LocalHost:
                 stack.callback(setattr, router, name, getattr(router, name))
                 setattr(router, name, k)
             yield
+
+    @contextmanager
+    def exchanged(self, whose: Mapping[int, int]) -> Iterator[None]:
+        """Let the experts of other layers run in place of a layer's own inside the ``with``."""
+        before = {layer: self.taps[layer].stand_in for layer in whose}
+        try:
+            for layer, other in whose.items():
+                self.taps[layer].stand_in = self.hf.get_submodule(self.spec.moe(other).experts)
+            yield
+        finally:
+            for layer, module in before.items():
+                self.taps[layer].stand_in = module
+
+    @contextmanager
+    def dropping(self, layers: Iterable[int]) -> Iterator[None]:
+        """Leave slots of weight 0 uncomputed at these layers inside the ``with``."""
+        before = {layer: self.taps[layer].drops for layer in layers}
+        try:
+            for layer in before:
+                self.taps[layer].drops = True
+            yield
+        finally:
+            for layer, drops in before.items():
+                self.taps[layer].drops = drops
 
 
 def _attribute(layer: LayerSpec) -> str:

@@ -1,6 +1,8 @@
 """Hook points, and the taps that carry a layer's values through them."""
 
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +10,14 @@ from torch import Tensor, nn
 from moe_interp.adapters.experts import check_ids
 from moe_interp.adapters.formulas import router_scores
 from moe_interp.adapters.spec import LayerSpec
+from moe_interp.errors import UnsupportedModel
+from moe_interp.points import SELECTION
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
 INSIDE = (
     "router_logits",
     "router_scores",
+    *SELECTION,
     "expert_ids",
     "gate_weights",
     "expert_act",
@@ -50,6 +55,9 @@ class Taps:
         self.rows: Tensor | None = None  # [B, S], True at the tokens that the mixture sees; None: all
         self.logits: Tensor | None = None
         self.in_turn = False  # whether outputs are added up as transformers' loop over experts does
+        self.chose = False  # whether the router's choice was met in the forward pass under way
+        self.stand_in: nn.Module | None = None  # experts that run in place of the layer's own
+        self.drops = False  # whether slots of weight 0 need no computing
 
     def enter(self, hidden: Tensor) -> None:
         """The layer is called with these hidden states: [B, S, ...], or [S, D] where there is no batch.
@@ -59,7 +67,7 @@ class Taps:
         self.grid = (hidden.shape[0], hidden.shape[1]) if hidden.dim() > 2 else (1, hidden.shape[0])
         if self.layer.pooled:
             self.grid = (hidden.shape[0], 1)
-        self.rows = None
+        self.rows, self.chose = None, False
 
     def live(self, name: str) -> bool:
         """Whether anything is hooked at the point (False where the layer does not have it)."""
@@ -70,6 +78,8 @@ class Taps:
         if name == "router_logits":
             value = self.logits = self._through(name, value, slots)
             return value
+        if name == "expert_ids":
+            self._check_chose()
         return self._through(name, value, slots)
 
     def _through(self, name: str, value: Tensor, slots: int | None) -> Tensor:
@@ -101,6 +111,48 @@ class Taps:
         if changed is shown:
             return logits
         return changed if columns is None else torch.cat([changed, logits[..., columns:]], dim=-1)
+
+    @property
+    def selects(self) -> bool:
+        """Whether anything is hooked inside the router's choice."""
+        return any(map(self.live, SELECTION))
+
+    def choose(self, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest of the scores [T, E] and whose they are [T, k], under edits of the selection."""
+        return self.chosen(scores, lambda shown: torch.topk(shown, k, dim=-1))
+
+    def chosen(self, scores: Tensor, top: Callable[[Tensor], Any]) -> Any:
+        """What ``top`` returns, values and ids, after edits of the scores and then of the ids.
+
+        Values are those of the scores as they were: weights follow from them.
+        """
+        if not self.selects:
+            return top(scores)
+        self.chose = True
+        shown = self("selection_scores", scores)
+        own = top(shown)
+        ids = self("selected_ids", own[1])
+        if shown is scores and ids is own[1]:
+            return own
+        return torch.return_types.topk((scores.gather(-1, ids), ids))
+
+    def _check_chose(self) -> None:
+        if self.selects and not self.chose:
+            raise UnsupportedModel(
+                f"the choice of the router at layer {self.layer.index} was not met",
+                expected="torch.topk over the scores of all experts in the router (or the block)",
+                got="a router that chooses in another way",
+                do="Say so in the adapter by Family(selects=...), or edit router_logits or expert_ids.",
+            )
+
+    def experts(self, own: nn.Module) -> nn.Module:
+        """The experts that run: the layer's own, or those that an intervention put in their place."""
+        return own if self.stand_in is None else self.stand_in
+
+    def kept(self, weights: Tensor) -> Tensor | None:
+        """[T, K], the slots that must be computed; None: all."""
+        needed = self.live("expert_act") or self.live("expert_out") or torch.is_grad_enabled()
+        return None if needed or not self.drops else weights != 0
 
     def scores(self) -> None:
         """Show the scores that weights come from; they are read, never replaced."""

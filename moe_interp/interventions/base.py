@@ -1,19 +1,23 @@
 """What an intervention is: plain data that says which points it changes, and how.
 
 `Intervention.edits` turns the data into `Edit`s: a point, a layer, and a function from the value there (and its
-`Context`) to the new value and the mask of what it touched. Hosts carry edits out in the order given.
+`Context`) to the new value and the count of what it touched. Hosts carry edits out in the order given.
 """
 
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from jaxtyping import Bool
 from torch import Tensor
 
 from moe_interp.adapters import ModelSpec
-from moe_interp.errors import BadInput, UnknownName
-from moe_interp.run import Context
+from moe_interp.errors import BadInput, UnknownName, UnsupportedModel
+from moe_interp.interventions.values import ByToken, Values
+from moe_interp.points import POINTS, SELECTION
+from moe_interp.run import Context, Tokens, positions_of
 
 
 class Change(NamedTuple):
@@ -32,12 +36,20 @@ class Edit(NamedTuple):
 
 
 class Intervention:
-    """Base of all interventions: frozen dataclasses, so that they compare, print and compose as plain data."""
+    """Base of all interventions: frozen dataclasses, so that they compare, print and compose as plain data.
+
+    Attributes:
+        drops: whether slots that it gives weight 0 need not be computed.
+        adds: whether it may give an expert a contribution at tokens where it has no slot.
+    """
 
     kinds: ClassVar[dict[str, type["Intervention"]]] = {}
+    drops: ClassVar[bool] = False
+    adds: ClassVar[bool] = False
 
-    def __init_subclass__(cls) -> None:
-        Intervention.kinds[cls.__name__.lower()] = cls
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        if not abstract:
+            Intervention.kinds[cls.__name__.lower()] = cls
 
     def edits(self, spec: ModelSpec) -> list[Edit]:
         """The edits that carry it out on a model.
@@ -51,13 +63,100 @@ class Intervention:
         """Layers whose router must choose another number of experts than the model's own, and that number."""
         return {}
 
+    def exchanges(self, spec: ModelSpec) -> Mapping[int, int]:
+        """Layers at which another layer's experts run, and which."""
+        return {}
+
+    def decides(self, spec: ModelSpec) -> tuple[int, ...]:
+        """Layers at which it decides all of a token's experts."""
+        return ()
+
+    def demands(self, spec: ModelSpec) -> Mapping[int, frozenset[int]]:
+        """Experts that it makes run, by layer."""
+        return {}
+
+    def forbids(self, spec: ModelSpec) -> Mapping[int, frozenset[int]]:
+        """Experts that it forbids, by layer."""
+        return {}
+
+    def check(self, texts: Sequence[Tokens]) -> None:
+        """Before a pass over whole texts: refuse what could never touch them.
+
+        Raises:
+            BadInput: no text has such a token.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed(Intervention, abstract=True):
+    """An intervention at some layers and some tokens.
+
+    Attributes:
+        layers: where; None: every layer that has the point.
+        positions: of real tokens, negative ones from the end; None: all.
+        tokens: a mark for each real token of each text; None: all.
+    """
+
+    layers: tuple[int, ...] | None = None
+    positions: tuple[int, ...] | None = None
+    tokens: ByToken | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "positions"):
+            object.__setattr__(self, name, positions_of(getattr(self, name)))
+        if self.tokens is not None:
+            marks = ByToken.of(self.tokens, what="marks of tokens")
+            if str(marks.values.tensor.dtype) != "torch.bool" or marks.values.tensor.dim() != 2:
+                raise BadInput("not marks of tokens", expected="booleans of shape [batch, pos]", got=repr(marks.values))
+            if not bool(marks.values.tensor.any()):
+                raise BadInput("an edit can never touch anything", expected="a token that is marked", got="none")
+            object.__setattr__(self, "tokens", marks)
+
+    def here(self, context: Context) -> Bool[Tensor, "B S"]:
+        """[B, S], the real tokens at which it acts."""
+        here = context.tokens.at(self.positions)
+        if self.tokens is None:
+            return here
+        marked, there = self.tokens.at(context.tokens)
+        return here & marked & there
+
+    def seen(self, context: Context) -> Bool[Tensor, "B S"]:
+        """[B, S], of these the tokens that the layer's mixture sees."""
+        return self.here(context) & context.seen
+
+    def check(self, texts: Sequence[Tokens]) -> None:
+        """Refuse positions and marks beyond the end of every text."""
+        longest = max(int(tokens.mask.sum(1).max()) for tokens in texts)
+        missed = [
+            position
+            for position in self.positions or ()
+            if not any(bool(tokens.at((position,)).any()) for tokens in texts)
+        ]
+        got = f"positions {missed}" if missed else None
+        if self.tokens is not None and not any(
+            tokens.mask.shape[0] in (1, len(self.tokens.lengths)) or len(self.tokens.lengths) == 1 for tokens in texts
+        ):
+            got = f"marks for {len(self.tokens.lengths)} texts"
+        elif self.tokens is not None and not missed:
+            marked = self.tokens.values.tensor.any(0).nonzero().flatten()
+            got = f"marks from token {int(marked[0])} on" if int(marked[0]) >= longest else None
+        if got:
+            raise BadInput(
+                "an edit can never touch anything",
+                expected=f"positions within the {longest} tokens of the longest text",
+                got=got,
+            )
+
 
 def layers_at(spec: ModelSpec, point: str, layers: Iterable[int] | None) -> tuple[int | None, ...]:
     """The layers at which an intervention acts: those asked for, or all that have the point.
 
     Raises:
         UnknownName: the model has no such point, or not at that layer.
+        UnsupportedModel: a router whose choice cannot be reached.
     """
+    if point in SELECTION:
+        return _choosing_layers(spec, layers)
     there = spec.layers_of(point)
     if layers is None:
         return there
@@ -71,8 +170,119 @@ def layers_at(spec: ModelSpec, point: str, layers: Iterable[int] | None) -> tupl
     return chosen
 
 
+def _choosing_layers(spec: ModelSpec, layers: Iterable[int] | None) -> tuple[int, ...]:
+    chosen = spec.moe_layers if layers is None else tuple(layers)
+    for layer in chosen:
+        spec.moe(layer)
+        if SELECTION[0] not in spec.layer(layer).sites:
+            raise UnsupportedModel(
+                f"the choice of the router at layer {layer} of {spec.model_type} cannot be edited",
+                expected="a router that takes the k largest of the scores of all experts",
+                got="one that chooses in another way",
+                do="Edit router_logits, or force experts with weights='kept' or weights of your own.",
+            )
+    return chosen
+
+
+def moe_layers_at(spec: ModelSpec, layers: Iterable[int] | None) -> tuple[int, ...]:
+    """The MoE layers asked for, or all.
+
+    Raises:
+        UnknownName: one is no MoE layer.
+    """
+    chosen = spec.moe_layers if layers is None else tuple(layers)
+    for layer in chosen:
+        spec.moe(layer)
+    return chosen
+
+
+def check_together(interventions: Sequence[Intervention], spec: ModelSpec) -> None:
+    """Refuse interventions of which one undoes what another says.
+
+    Raises:
+        BadInput: two that decide all experts of the same tokens, or the number of experts of one router; one that
+            forces an expert that another forbids; several that forbid too many.
+    """
+    for number, one in enumerate(interventions):
+        _check_pairs(one, interventions[:number], spec)
+    _check_left(interventions, spec)
+
+
+def _check_pairs(one: Intervention, others: Sequence[Intervention], spec: ModelSpec) -> None:
+    for other in others:
+        for layer, k in one.widths(spec).items():
+            if other.widths(spec).get(layer, k) != k:
+                raise _conflict(layer, other, one, "one number of experts for a router")
+        for layer in {*one.decides(spec)} & {*other.decides(spec)}:
+            if _may_meet(one, other):
+                raise _conflict(layer, other, one, "one intervention that decides a token's experts")
+        for forced, forbidden in ((one, other), (other, one)):
+            for layer, experts in forced.demands(spec).items():
+                if experts & forbidden.forbids(spec).get(layer, frozenset()) and _may_meet(one, other):
+                    raise _conflict(layer, other, one, "an expert forced or forbidden, not both")
+
+
+def _check_left(interventions: Sequence[Intervention], spec: ModelSpec) -> None:
+    """Refuse to forbid so many experts, everywhere, that a router has too few to choose from."""
+    forbidden: dict[int, frozenset[int]] = {}
+    for one in interventions:
+        if getattr(one, "positions", None) is None and getattr(one, "tokens", None) is None:
+            for layer, experts in one.forbids(spec).items():
+                forbidden[layer] = forbidden.get(layer, frozenset()) | experts
+    for layer, experts in forbidden.items():
+        moe = spec.moe(layer)
+        if moe.num_experts - len(experts) < moe.top_k:
+            raise BadInput(
+                f"too few experts left at layer {layer}",
+                expected=f"at least {moe.top_k}, which are chosen",
+                got=str(moe.num_experts - len(experts)),
+            )
+
+
+def _may_meet(one: Any, other: Any) -> bool:
+    """Whether both may act at one token: at the same positions, or where one of them acts at all."""
+    if one.positions is not None and other.positions is not None:
+        same_side = all(position >= 0 for position in (*one.positions, *other.positions))
+        if same_side and not set(one.positions) & set(other.positions):
+            return False
+    if one.tokens is not None and other.tokens is not None:
+        first, second = (marks.values.tensor for marks in (one.tokens, other.tokens))
+        if first.shape == second.shape and not bool((first & second).any()):
+            return False
+    return True
+
+
+def _conflict(layer: int, first: Intervention, second: Intervention, expected: str) -> BadInput:
+    return BadInput(
+        f"two interventions contradict each other at layer {layer}", expected=expected, got=f"{first} and {second}"
+    )
+
+
+def fit(point: str, value: Tensor, given: Tensor) -> Tensor:
+    """A value for a point, in its shape and dtype.
+
+    Raises:
+        BadInput: it does not fit.
+    """
+    kinds = given.dtype.is_floating_point, value.dtype.is_floating_point
+    try:
+        spread = given.to(value.device).expand(value.shape)
+    except RuntimeError as error:
+        raise BadInput(
+            f"values do not fit {point!r}",
+            expected=f"a shape that broadcasts to {tuple(value.shape)} ({POINTS[point].dims})",
+            got=str(tuple(given.shape)),
+        ) from error
+    if kinds[0] != kinds[1]:
+        raise BadInput(f"values do not fit {point!r}", expected=str(value.dtype), got=str(given.dtype))
+    return spread.to(value.dtype)
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------
+
+
 def to_json(interventions: Sequence[Intervention]) -> str:
-    """Interventions as JSON; `from_json` reads them back.
+    """Interventions as JSON; `from_json` reads them back. Tensors are stored to the last bit.
 
     Raises:
         BadInput: one of them holds a function (`moe.apply`), which JSON cannot.
@@ -88,7 +298,16 @@ def _as_record(one: Intervention) -> dict[str, Any]:
             expected="an intervention made of numbers and names",
             got="one that holds a function",
         )
-    return {"kind": type(one).__name__.lower()} | record
+    return {"kind": type(one).__name__.lower()} | {name: _stored(value) for name, value in record.items()}
+
+
+_TENSORS: dict[str, type[Values] | type[ByToken]] = {"tensor": Values, "by_token": ByToken}
+
+
+def _stored(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_stored(item) for item in value]
+    return next(({name: value.record()} for name, kind in _TENSORS.items() if isinstance(value, kind)), value)
 
 
 def from_json(text: str) -> list[Intervention]:
@@ -111,5 +330,14 @@ def _from_record(record: dict[str, Any]) -> Intervention:
         raise UnknownName(
             f"unknown intervention {kind!r}", expected=f"one of {', '.join(Intervention.kinds)}", got=repr(kind)
         )
-    listed = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
-    return Intervention.kinds[kind](**listed)
+    return Intervention.kinds[kind](**{name: _restored(value) for name, value in record.items()})
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_restored(item) for item in value)
+    if isinstance(value, dict) and len(value) == 1:
+        name, record = next(iter(value.items()))
+        if name in _TENSORS:
+            return _TENSORS[name].from_record(record)
+    return value

@@ -1,114 +1,23 @@
-"""The interventions that have a name: ablate, scale, top_k; and apply, for any function of one's own."""
+"""The interventions by name: functions that take what a user has at hand and return plain data."""
 
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from moe_interp.adapters import ModelSpec, MoESpec
 from moe_interp.errors import BadInput
-from moe_interp.interventions.base import Change, Edit, Intervention, layers_at
+from moe_interp.interventions.base import Intervention
+from moe_interp.interventions.outputs import AddToOutput, Mean, Patch, Resample, Scale, SetOutput
+from moe_interp.interventions.places import AddToPoint, Apply, Noise, SetPoint
+from moe_interp.interventions.routes import Bias, Force, Mask, Randomize, Share, Swap, SwapLayers, TopK
+from moe_interp.interventions.values import ByToken, Values
 from moe_interp.points import editable
-from moe_interp.run import Context, Indices, positions_of
+from moe_interp.run import Indices, Run, positions_of
 
-
-@dataclass(frozen=True)
-class Scale(Intervention):
-    """Multiply one expert's output."""
-
-    layer: int
-    expert: int
-    by: float
-    positions: tuple[int, ...] | None = None
-
-    def edits(self, spec: ModelSpec) -> list[Edit]:
-        """One edit of ``expert_out``, wherever a slot holds the expert."""
-        spec.check_runs(self.layer, self.expert)
-        return [Edit("expert_out", self.layer, self._scaled)]
-
-    def _scaled(self, outputs: Tensor, context: Context) -> Change:
-        slots = context.slots_of(self.expert, self.positions)
-        return Change(torch.where(slots[..., None], outputs * self.by, outputs), int(slots.sum()))
-
-
-@dataclass(frozen=True)
-class TopK(Intervention):
-    """Keep only the k heaviest experts of each token."""
-
-    k: int
-    renormalise: bool = False
-    layers: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise BadInput("cannot keep fewer than one expert", expected="k >= 1", got=f"k = {self.k}")
-
-    def widths(self, spec: ModelSpec) -> Mapping[int, int]:
-        """Routers that must choose more experts than they do on their own."""
-        chosen = layers_at(spec, "gate_weights", self.layers)
-        for layer in chosen:
-            spec.check_expert(layer, self.k - 1)  # type: ignore[arg-type]
-        wider = {layer: self.k for layer in chosen if layer is not None and self.k > spec.moe(layer).top_k}
-        for layer in wider:
-            if spec.moe(layer).width is None:
-                raise BadInput(
-                    f"the router of layer {layer} cannot choose {self.k} experts",
-                    expected=f"k up to {spec.moe(layer).top_k}, which {spec.model_type} has built in",
-                    got=str(self.k),
-                )
-        return wider
-
-    def edits(self, spec: ModelSpec) -> list[Edit]:
-        """One edit of ``gate_weights`` at each layer."""
-        layers = layers_at(spec, "gate_weights", self.layers)
-        return [Edit("gate_weights", layer, self._kept(spec.moe(layer))) for layer in layers if layer is not None]
-
-    def _kept(self, moe: MoESpec) -> Callable[[Tensor, Context], Change]:
-        def kept(weights: Tensor, context: Context) -> Change:
-            rank = weights.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-            light = (rank >= self.k) & context.tokens.mask[..., None]
-            left = weights.masked_fill(light, 0.0)
-            if self.renormalise:
-                # A widened router that renormalises has given its k weights the same total already.
-                own = weights if moe.renormalises else weights.masked_fill(rank >= moe.top_k, 0.0)
-                left = left * (own.sum(dim=-1, keepdim=True) / left.sum(dim=-1, keepdim=True))
-            return Change(left, int(light.sum()))
-
-        return kept
-
-
-@dataclass(frozen=True)
-class Apply(Intervention):
-    """Change a point by any function of its value."""
-
-    point: str
-    fn: Callable[[Tensor], Tensor]
-    layers: tuple[int, ...] | None = None
-    positions: tuple[int, ...] | None = None
-
-    def edits(self, spec: ModelSpec) -> list[Edit]:
-        """One edit of the point at each layer."""
-        editable(self.point)
-        return [Edit(self.point, layer, self._applied) for layer in layers_at(spec, self.point, self.layers)]
-
-    def _applied(self, value: Tensor, context: Context) -> Change:
-        changed = self.fn(value.clone())
-        if not isinstance(changed, Tensor) or changed.shape != value.shape or changed.dtype != value.dtype:
-            raise BadInput(
-                f"edit of {self.point!r} at layer {context.layer} returned the wrong thing",
-                expected=f"a {value.dtype} tensor of shape {tuple(value.shape)}",
-                got=f"a {changed.dtype} tensor of shape {tuple(changed.shape)}"
-                if isinstance(changed, Tensor)
-                else type(changed).__name__,
-            )
-        if self.positions is None:
-            return Change(changed, int(context.tokens.mask.sum()))
-        here = context.tokens.at(self.positions)
-        where = here.view(*here.shape, *[1] * (value.dim() - 2))
-        return Change(torch.where(where, changed, value), int(here.sum()))
+Marks = Tensor | ByToken | None
+"""Tokens as they may be given: booleans [B, S] (or [S]), a mark for each real token of each text, or None for all."""
 
 
 def _whole(number: Any) -> int:
@@ -118,18 +27,322 @@ def _whole(number: Any) -> int:
         raise BadInput("not a layer, expert or k", expected="a whole number", got=repr(number)) from error
 
 
-def ablate(*, layer: SupportsIndex, expert: SupportsIndex, positions: Indices = None) -> Scale:
-    """Zero one expert's contribution (at these positions): the others keep their weights, nothing is re-routed."""
-    return Scale(_whole(layer), _whole(expert), 0.0, positions_of(positions))
+def _some(numbers: Indices, what: str) -> tuple[int, ...]:
+    found = positions_of(numbers)
+    if found is None:
+        raise BadInput(f"no {what}", expected=f"one {what} or several", got="None")
+    return found
 
 
-def scale(*, layer: SupportsIndex, expert: SupportsIndex, by: float, positions: Indices = None) -> Scale:
-    """Multiply one expert's output by a factor (at these positions)."""
-    return Scale(_whole(layer), _whole(expert), float(by), positions_of(positions))
+def _where(layer: Indices, positions: Indices, tokens: Marks) -> dict[str, Any]:
+    marks = None if tokens is None else ByToken.of(tokens, what="marks of tokens")
+    return {"layers": positions_of(layer), "positions": positions_of(positions), "tokens": marks}
 
 
-def top_k(k: SupportsIndex, *, renormalise: bool = False, layers: Indices = None) -> TopK:
-    """Keep only the k heaviest experts of each token, shared experts untouched.
+# ---- what experts put out ----------------------------------------------------------------------------------
+
+
+def ablate(
+    *,
+    layer: Indices,
+    expert: Indices,
+    how: Literal["zero", "mean", "resample", "forbid"] = "zero",
+    mean: Mapping[tuple[int, int], Tensor] | None = None,
+    run: Run | None = None,
+    seed: int = 0,
+    positions: Indices = None,
+    tokens: Marks = None,
+) -> Intervention:
+    """Take experts out. What takes their place is a choice, and the answers differ.
+
+    Args:
+        layer, expert: one or several; every expert at every layer.
+        how: "zero": their contribution is zero, the others keep their weights, nothing is re-routed. "mean": it is its
+            mean over tokens that route to the expert. "resample": it is the one to a random such token of another run.
+            "forbid": they cannot be chosen, and the next best run (`mask`).
+        mean: for "mean", the mean contribution [D] by (layer, expert): `moe.mean_contributions`.
+        run: for "resample", a run that read ``expert_out`` at these layers.
+        seed: for "resample".
+        positions: of real tokens, negative ones from the end; None: all.
+        tokens: marks of real tokens, [B, S] or [S]; None: all.
+
+    Raises:
+        BadInput: what ``how`` needs is missing, or ``run`` never used an expert.
+    """
+    layers, experts = _some(layer, "layer"), _some(expert, "expert")
+    where = _where(layers, positions, tokens)
+    pairs = [(one, other) for one in layers for other in experts]
+    match how:
+        case "zero":
+            return Scale(experts=experts, by=0.0, **where)
+        case "forbid":
+            return Mask(experts=experts, **where)
+        case "mean" if mean is not None:
+            return Mean(experts=experts, means=Values.of(torch.stack([mean[pair] for pair in pairs])), **where)
+        case "resample" if run is not None:
+            pools = [_used(run, *pair) for pair in pairs]
+            return Resample(
+                experts=experts,
+                means=Values.of(torch.cat(pools)),
+                counts=tuple(map(len, pools)),
+                seed=_whole(seed),
+                **where,
+            )
+    if how not in ("mean", "resample"):
+        raise BadInput("unknown ablation", expected="how = 'zero', 'mean', 'resample' or 'forbid'", got=repr(how))
+    needed = "mean=moe.mean_contributions(model, corpus)" if how == "mean" else "run=model.run(..., read='expert_out')"
+    raise BadInput(f"ablation by {how} needs more", expected=needed, got="None")
+
+
+def _used(run: Run, layer: int, expert: int) -> Tensor:
+    """[n, D], the contributions of an expert to the tokens of a run that used it."""
+    outputs, weights, used = run.contribution(layer, expert)
+    if not bool(used.any()):
+        raise BadInput(
+            f"the run never used expert {expert} of layer {layer}",
+            expected="a run with a token that chose it",
+            got="none",
+            do="Take a longer text, or another kind of ablation.",
+        )
+    return outputs[used] * weights[used].to(outputs)[:, None]
+
+
+def scale(*, layer: Indices, expert: Indices, by: float, positions: Indices = None, tokens: Marks = None) -> Scale:
+    """Multiply experts' outputs by a factor (at these tokens)."""
+    return Scale(experts=_some(expert, "expert"), by=float(by), **_where(layer, positions, tokens))
+
+
+def replace(
+    values: Any,
+    *,
+    layer: Indices,
+    expert: Indices = None,
+    point: str | None = None,
+    positions: Indices = None,
+    tokens: Marks = None,
+) -> Intervention:
+    """Put values in place of experts' outputs, or of a point.
+
+    Args:
+        values: [D], for every token; or [B, S, ...], a value for each real token of each text.
+        layer: one or several (None: the embedding, or all layers of the point).
+        expert: whose outputs; weights stay as they are.
+        point: or which point.
+        positions, tokens: as in `ablate`.
+    """
+    stored = _values(values)
+    where = _where(layer, positions, tokens)
+    if point is None:
+        return SetOutput(experts=_some(expert, "expert"), values=stored, **where)
+    _refuse_both(point, expert)
+    return SetPoint(point=editable(point).name, values=stored, **where)
+
+
+def _values(given: Any) -> Values | ByToken:
+    stored = Values.of(given)
+    return ByToken.of(stored.tensor) if stored.tensor.dim() > 2 else stored
+
+
+def _refuse_both(point: str, expert: Indices) -> None:
+    if expert is not None:
+        raise BadInput(
+            "a point or an expert",
+            expected="one of them: an expert's outputs are 'expert_out'",
+            got=f"{point!r} and both",
+        )
+
+
+def steer(
+    vector: Any,
+    *,
+    layer: Indices,
+    expert: Indices = None,
+    point: str | None = None,
+    by: float = 1.0,
+    positions: Indices = None,
+    tokens: Marks = None,
+) -> Intervention:
+    """Add a vector to experts' outputs, or to a point (a residual point, say).
+
+    Args:
+        vector: [D].
+        layer, expert, point, positions, tokens: as in `replace`.
+        by: a factor for the vector.
+    """
+    stored, where = Values.of(vector, "a vector"), _where(layer, positions, tokens)
+    if point is None:
+        return AddToOutput(experts=_some(expert, "expert"), vector=stored, by=float(by), **where)
+    _refuse_both(point, expert)
+    return AddToPoint(point=editable(point).name, vector=stored, by=float(by), **where)
+
+
+def noise(
+    std: float,
+    *,
+    point: str = "embed",
+    layer: Indices = None,
+    seed: int = 0,
+    positions: Indices = None,
+    tokens: Marks = None,
+) -> Noise:
+    """Add Gaussian noise to a point: the corruption of causal tracing (Meng et al. 2022, arXiv 2202.05262)."""
+    return Noise(point=editable(point).name, std=float(std), seed=_whole(seed), **_where(layer, positions, tokens))
+
+
+def patch(
+    run: Run,
+    *,
+    layer: Indices,
+    expert: Indices = None,
+    point: str | None = None,
+    positions: Indices = None,
+    tokens: Marks = None,
+) -> Intervention:
+    """Put what another run had in place of this one's, token by token: the n-th real token's at the n-th.
+
+    Args:
+        run: of as many texts (or of one). For experts it must have read ``expert_out`` at these layers, for a point
+            that point, at all positions.
+        layer: one or several.
+        expert: whose contributions (weight times output; 0 at tokens that did not use the expert, in either run). Slots
+            do not matter, and routes stay: `patch_route` is the other half.
+        point: or which point; one layer.
+        positions, tokens: as in `ablate`.
+
+    Raises:
+        UnknownName: the run did not read what is needed.
+    """
+    where = _where(layer, positions, tokens)
+    if point is None:
+        layers, experts = _some(layer, "layer"), _some(expert, "expert")
+        found = [run.contribution(one, other) for one in layers for other in experts]
+        return Patch(
+            experts=experts,
+            outputs=tuple(ByToken.of(outputs, run.tokens) for outputs, _, _ in found),
+            weights=tuple(ByToken.of(weights, run.tokens) for _, weights, _ in found),
+            **where,
+        )
+    _refuse_both(point, expert)
+    given = positions_of(layer)
+    if given is not None and len(given) > 1:
+        raise BadInput("a point of several layers", expected="one layer", got=str(given))
+    value = run[editable(point).name] if given is None else run[editable(point).name, given[0]]
+    if value.shape[:2] != run.mask.shape:
+        raise BadInput(f"{point!r} was read in part", expected="a read at all positions", got=str(tuple(value.shape)))
+    return SetPoint(point=point, values=ByToken.of(value, run.tokens), **where)
+
+
+# ---- who is chosen -----------------------------------------------------------------------------------------
+
+
+def patch_route(run: Run, *, layer: SupportsIndex, positions: Indices = None, tokens: Marks = None) -> Force:
+    """Put another run's experts and weights in place of this one's, token by token; outputs are computed anew."""
+    at = _whole(layer)
+    if at not in run.routing:
+        raise BadInput(f"the run has no routing at layer {at}", expected=f"one of {list(run.routing)}", got=str(at))
+    routing = run.routing[at]
+    ids, weights = (ByToken.of(value, run.tokens) for value in (routing.ids, routing.weights))
+    return Force(experts=ids, weights=weights, **_where(at, positions, tokens))
+
+
+def force(
+    experts: Any,
+    *,
+    layer: Indices,
+    weights: Any = "own",
+    positions: Indices = None,
+    tokens: Marks = None,
+) -> Force:
+    """Make these experts run.
+
+    Args:
+        experts: up to K ids for every token, or ids [B, S, K] of each.
+        layer: one or several (None: all).
+        weights: "own": each gets the weight of the router's own recipe on its scores (renormalised only if the model
+            does that), and fewer than K experts are joined by the router's best others. "kept": each slot keeps its
+            weight. Numbers, or [B, S, K]: these, and no other expert counts.
+        positions, tokens: as in `ablate`.
+    """
+    each = isinstance(experts, Tensor) and experts.dim() > 1
+    ids = ByToken.of(experts if experts.dim() > 2 else experts[None]) if each else _some(experts, "expert")
+    if isinstance(weights, Tensor) and weights.dim() > 1:
+        weights = ByToken.of(weights if weights.dim() > 2 else weights[None])
+    elif not isinstance(weights, str | ByToken):
+        weights = tuple(float(weight) for weight in ([weights] if isinstance(weights, int | float) else weights))
+    return Force(experts=ids, weights=weights, **_where(layer, positions, tokens))
+
+
+def mask(
+    *,
+    layer: Indices,
+    expert: Indices,
+    on: Literal["selection", "logits"] = "selection",
+    positions: Indices = None,
+    tokens: Marks = None,
+) -> Mask:
+    """Forbid experts.
+
+    ``on`` the selection, after any selection bias and choice of groups: the next best run, with the weights that the
+    router's recipe gives them on its scores as they were. On the logits: they are minus infinity, which changes the
+    weights of the others where these come from a softmax over all, and does not forbid where a bias is added later.
+    """
+    return Mask(experts=_some(expert, "expert"), on=on, **_where(layer, positions, tokens))
+
+
+def bias(
+    *,
+    layer: Indices,
+    expert: Indices,
+    by: float,
+    on: Literal["selection", "logits"] = "selection",
+    positions: Indices = None,
+    tokens: Marks = None,
+) -> Bias:
+    """Push experts (or hold them back) by a number added to their selection scores, or to their logits.
+
+    Selection scores are what the router's top-k looks at: probabilities in most models, logits in some; a push on them
+    changes no weight of an expert that was chosen anyhow.
+    """
+    return Bias(experts=_some(expert, "expert"), by=float(by), on=on, **_where(layer, positions, tokens))
+
+
+def randomize(
+    *,
+    layer: Indices = None,
+    weights: Literal["kept", "fresh"] = "kept",
+    seed: int = 0,
+    positions: Indices = None,
+    tokens: Marks = None,
+) -> Randomize:
+    """Route at random: K different experts a token, uniformly (Poetzscher's control).
+
+    The weights are those that the router gave its own choice, slot by slot, or fresh ones by its recipe. A token's draw
+    depends on the seed, the layer, and the text and number of the token alone.
+    """
+    return Randomize(weights=weights, seed=_whole(seed), **_where(layer, positions, tokens))
+
+
+def swap(
+    *, layer: Indices = None, experts: Iterable[SupportsIndex] | None = None, layers: Indices = None,
+    positions: Indices = None, tokens: Marks = None,
+) -> Intervention:  # fmt: skip
+    """Swap two experts of a layer (``layer=5, experts=(3, 7)``), or all experts of two layers (``layers=(3, 5)``)."""
+    if (layers is None) == (experts is None):
+        raise BadInput("what to swap", expected="layer and two experts, or two layers", got="both or neither")
+    if experts is None:
+        return SwapLayers(**_where(layers, positions, tokens))
+    return Swap(experts=_some(tuple(experts), "expert"), **_where(layer, positions, tokens))
+
+
+def top_k(
+    k: SupportsIndex,
+    *,
+    renormalise: bool = False,
+    layers: Indices = None,
+    positions: Indices = None,
+    tokens: Marks = None,
+) -> TopK:
+    """Keep only the k heaviest experts of each token, shared experts untouched. Those dropped are not computed.
 
     With ``k`` above the model's own K the router chooses k by its own recipe. ``renormalise`` rescales the kept
     weights to the total that K experts would have; off, as in MoE-Lens, the dropped weight is lost.
@@ -137,7 +350,26 @@ def top_k(k: SupportsIndex, *, renormalise: bool = False, layers: Indices = None
     Raises:
         BadInput: k below 1.
     """
-    return TopK(_whole(k), renormalise, positions_of(layers))
+    return TopK(k=_whole(k), renormalise=renormalise, **_where(layers, positions, tokens))
+
+
+def share(
+    of_weight: float,
+    *,
+    renormalise: bool = False,
+    layers: Indices = None,
+    positions: Indices = None,
+    tokens: Marks = None,
+) -> Share:
+    """Keep the fewest experts of each token whose weights reach a share of their sum; those dropped are not computed.
+
+    Raises:
+        BadInput: a share that is not above 0 and up to 1.
+    """
+    return Share(share=float(of_weight), renormalise=renormalise, **_where(layers, positions, tokens))
+
+
+# ---- anything ----------------------------------------------------------------------------------------------
 
 
 def apply(
@@ -146,14 +378,15 @@ def apply(
     *,
     layers: Indices = None,
     positions: Indices = None,
+    tokens: Marks = None,
 ) -> Apply:
     """Change a point by any pure function from its value to a tensor of the same shape and dtype.
 
-    Without ``positions`` the function's result replaces the whole value, padding included; with them only the rows of
-    these real tokens are replaced.
+    Without ``positions`` and ``tokens`` the function's result replaces the whole value, padding included; with them
+    only the rows of these real tokens are replaced.
 
     Raises (when run):
         UnknownName: no such point or layer in the model.
         BadInput: the point is read-only, or ``fn`` returned another shape or dtype.
     """
-    return Apply(point, fn, positions_of(layers), positions_of(positions))
+    return Apply(point=point, fn=fn, **_where(layers, positions, tokens))

@@ -1,0 +1,403 @@
+"""Interventions on who is chosen and with which weight.
+
+Where a router's choice can be reached (`moe_interp.points.SELECTION`), ids change there and the weights follow by the
+router's own recipe from the scores as they were. Otherwise ``expert_ids`` and ``gate_weights`` are edited as they are.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moe_interp.adapters import ModelSpec, MoESpec
+from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.interventions.base import Change, Edit, Placed, layers_at, moe_layers_at
+from moe_interp.interventions.chance import uniform
+from moe_interp.interventions.outputs import OfExperts
+from moe_interp.interventions.values import ByToken
+from moe_interp.points import SELECTION
+from moe_interp.run import Context, positions_of
+
+SCORES, IDS = SELECTION
+
+
+def _one_of(name: str, given: object, options: tuple[str, ...]) -> None:
+    if given not in options:
+        raise BadInput(f"unknown {name}", expected=f"one of {', '.join(map(repr, options))}", got=repr(given))
+
+
+# ---- masks and biases --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfScores(OfExperts, abstract=True):
+    """A change of what experts are chosen by: the selection scores alone, or the logits, from which weights follow."""
+
+    on: Literal["selection", "logits"] = "selection"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("scores", self.on, ("selection", "logits"))
+
+    def edits(self, spec: ModelSpec) -> list[Edit]:
+        """One edit of the scores (or ``router_logits``) at each layer."""
+        point = SCORES if self.on == "selection" else "router_logits"
+        layers = [layer for layer in layers_at(spec, point, self.layers) if layer is not None]
+        for layer in layers:
+            for expert in self.experts:
+                spec.check_runs(layer, expert)
+        return [Edit(point, layer, self.changed) for layer in layers]
+
+    def columns(self, scores: Tensor, context: Context) -> Bool[Tensor, "B S E"]:
+        """[B, S, E], the scores that change."""
+        columns = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
+        columns[list(self.experts)] = True
+        return columns & self.seen(context)[..., None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask(_OfScores):
+    """Forbid experts: the next best run."""
+
+    def forbids(self, spec: ModelSpec) -> Mapping[int, frozenset[int]]:
+        """The experts, at each of its layers."""
+        layers = moe_layers_at(spec, self.layers) if self.on == "selection" else ()
+        return dict.fromkeys(layers, frozenset(self.experts))
+
+    def changed(self, scores: Float[Tensor, "B S E"], context: Context) -> Change:
+        """Scores that lose against all others, also against those of groups that were not chosen."""
+        columns = self.columns(scores, context)
+        if self.on == "selection":
+            scores = scores.clamp(min=torch.finfo(scores.dtype).min)
+        return Change(scores.masked_fill(columns, -torch.inf), int(columns[..., self.experts[0]].sum()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bias(_OfScores):
+    """Push experts: a number is added to their scores."""
+
+    by: float
+
+    def changed(self, scores: Float[Tensor, "B S E"], context: Context) -> Change:
+        """Scores plus the number."""
+        columns = self.columns(scores, context)
+        return Change(torch.where(columns, scores + self.by, scores), int(columns[..., self.experts[0]].sum()))
+
+
+# ---- whole routes ------------------------------------------------------------------------------------------
+
+Weights = Literal["own", "kept"] | tuple[float, ...] | ByToken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Force(Placed):
+    """Make these experts run.
+
+    Attributes:
+        experts: up to K ids, or ids [B, N, K] of each token.
+        weights: "own": by the router's recipe on its scores; fewer than K experts are joined by the router's best
+            others. "kept": each slot keeps its weight. Numbers, or [B, N, K]: these; slots without an expert get 0.
+    """
+
+    experts: tuple[int, ...] | ByToken
+    weights: Weights = "own"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.experts, ByToken):
+            experts = positions_of(self.experts) or ()
+            if not experts or len(set(experts)) < len(experts):
+                raise BadInput("not experts to force", expected="different expert ids", got=str(self.experts))
+            object.__setattr__(self, "experts", experts)
+        if isinstance(self.weights, str):
+            _one_of("weights", self.weights, ("own", "kept"))
+        elif isinstance(self.weights, ByToken) != isinstance(self.experts, ByToken):
+            raise BadInput("weights do not fit experts", expected="both for each token, or neither", got="one")
+        elif isinstance(self.weights, tuple) and isinstance(self.experts, tuple):
+            if len(self.weights) != len(self.experts):
+                raise BadInput(
+                    "weights do not fit experts", expected=f"{len(self.experts)} weights", got=str(self.weights)
+                )
+            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+
+    def decides(self, spec: ModelSpec) -> tuple[int, ...]:
+        """Its layers, unless the router chooses some of the experts."""
+        layers = moe_layers_at(spec, self.layers)
+        whole = isinstance(self.experts, ByToken) or self.weights != "own"
+        return tuple(layer for layer in layers if whole or len(self.experts) >= spec.moe(layer).top_k)  # type: ignore[arg-type]
+
+    def demands(self, spec: ModelSpec) -> Mapping[int, frozenset[int]]:
+        """The experts, at each of its layers."""
+        if isinstance(self.experts, ByToken):
+            return {}
+        return dict.fromkeys(moe_layers_at(spec, self.layers), frozenset(self.experts))
+
+    def edits(self, spec: ModelSpec) -> list[Edit]:
+        """Edits of the router's choice, or of ``expert_ids`` and ``gate_weights``."""
+        layers = moe_layers_at(spec, self.layers)
+        for layer in layers:
+            self._check_layer(spec, layer)
+        if self.weights == "own":
+            layers_at(spec, SCORES, layers)
+            if isinstance(self.experts, tuple):
+                return [Edit(SCORES, layer, self._first(spec.moe(layer))) for layer in layers]
+            return [Edit(IDS, layer, self._ids) for layer in layers]
+        given = [] if self.weights == "kept" else [Edit("gate_weights", layer, self._weights) for layer in layers]
+        return [Edit("expert_ids", layer, self._ids) for layer in layers] + given
+
+    def _check_layer(self, spec: ModelSpec, layer: int) -> None:
+        if isinstance(self.experts, ByToken):
+            ids = self.experts.values.tensor
+            for expert in (int(ids.min()), int(ids.max())):
+                spec.check_runs(layer, expert)
+            return
+        for expert in self.experts:
+            spec.check_runs(layer, expert)
+        k = spec.moe(layer).top_k
+        if len(self.experts) > k or (self.weights == "kept" and len(self.experts) < k):
+            raise BadInput(
+                f"{len(self.experts)} experts cannot be forced at layer {layer}",
+                expected=f"{k} of them, a slot each" if self.weights == "kept" else f"up to {k}, the slots of a token",
+                got=str(self.experts),
+            )
+
+    def _first(self, moe: MoESpec) -> Callable[[Tensor, Context], Change]:
+        def first(scores: Float[Tensor, "B S E"], context: Context) -> Change:
+            where = self.seen(context)
+            forced = scores[..., list(self.experts)][where]  # type: ignore[arg-type]
+            if moe.scoring.function == "softmax" and bool((forced == 0).any()):
+                raise UnsupportedModel(
+                    f"an expert outside the groups that the router chose has no weight at layer {context.layer}",
+                    expected="a score above 0",
+                    got="0",
+                    do="Give the weights: moe.force(..., weights=...).",
+                )
+            raised = scores.clone()
+            raised[..., list(self.experts)] = torch.inf  # type: ignore[arg-type]
+            return Change(torch.where(where[..., None], raised, scores), int(where.sum()))
+
+        return first
+
+    def _ids(self, ids: Int[Tensor, "B S K"], context: Context) -> Change:
+        where = self.seen(context)
+        if isinstance(self.experts, ByToken):
+            new, there = self.experts.at(context.tokens)
+            where = where & there
+        else:
+            # slots without an expert keep theirs, with weight 0
+            new = torch.cat(
+                [ids.new_tensor(self.experts).expand(*ids.shape[:2], -1), ids[..., len(self.experts) :]], -1
+            )
+        _check_slots(new, ids, "experts")
+        return Change(torch.where(where[..., None], new.to(ids.dtype), ids), int(where.sum()))
+
+    def _weights(self, weights: Float[Tensor, "B S K"], context: Context) -> Change:
+        where = self.seen(context)
+        if isinstance(self.weights, ByToken):
+            new, there = self.weights.at(context.tokens)
+            where = where & there
+        else:
+            new = weights.new_zeros(weights.shape[-1])
+            new[: len(self.weights)] = weights.new_tensor(self.weights)
+            new = new.expand_as(weights)
+        _check_slots(new, weights, "weights")
+        return Change(torch.where(where[..., None], new.to(weights.dtype), weights), 0)
+
+
+def _check_slots(given: Tensor, own: Tensor, what: str) -> None:
+    if given.shape[-1] != own.shape[-1]:
+        raise BadInput(f"not {what} of this model", expected=f"{own.shape[-1]} slots a token", got=str(given.shape[-1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Randomize(Placed):
+    """Uniformly random routes: K different experts a token.
+
+    Attributes:
+        weights: "kept": each slot keeps the weight that the router gave it; "fresh": the router's recipe on its scores
+            of the drawn experts.
+        seed: what is drawn depends on it, the layer, and the text and number of the token.
+    """
+
+    weights: Literal["kept", "fresh"] = "kept"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("weights", self.weights, ("kept", "fresh"))
+
+    def decides(self, spec: ModelSpec) -> tuple[int, ...]:
+        """Its layers."""
+        return moe_layers_at(spec, self.layers)
+
+    def edits(self, spec: ModelSpec) -> list[Edit]:
+        """One edit of the ids at each layer."""
+        layers = moe_layers_at(spec, self.layers)
+        for layer in layers:
+            spec.check_runs(layer, spec.moe(layer).num_experts - 1)
+        if self.weights == "fresh":
+            layers_at(spec, IDS, layers)
+        point = IDS if self.weights == "fresh" else "expert_ids"
+        return [Edit(point, layer, self._drawn(spec.moe(layer).num_experts)) for layer in layers]
+
+    def _drawn(self, experts: int) -> Callable[[Tensor, Context], Change]:
+        def drawn(ids: Int[Tensor, "B S K"], context: Context) -> Change:
+            where = self.seen(context)
+            layer = torch.tensor(context.layer, device=ids.device)
+            texts, index = context.tokens.texts[:, None, None], context.tokens.index[..., None]
+            keys = uniform(self.seed, layer, texts, index, torch.arange(experts, device=ids.device))
+            new = keys.topk(ids.shape[-1], dim=-1).indices.to(ids.dtype)
+            return Change(torch.where(where[..., None], new, ids), int(where.sum()))
+
+        return drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swap(OfExperts):
+    """Two experts of a layer change places: wherever one was chosen the other runs, with the same weight."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.experts) != 2:
+            raise BadInput("not two experts to swap", expected="two different ids", got=str(self.experts))
+
+    def edits(self, spec: ModelSpec) -> list[Edit]:
+        """One edit of ``expert_ids`` at each layer."""
+        return [Edit("expert_ids", edit.layer, self.changed) for edit in super().edits(spec)]
+
+    def changed(self, ids: Int[Tensor, "B S K"], context: Context) -> Change:
+        """The other's id at both."""
+        first, second = self.experts
+        here = self.seen(context)[..., None]
+        one, other = (ids == first) & here, (ids == second) & here
+        return Change(ids.masked_fill(one, second).masked_fill(other, first), int((one | other).sum()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapLayers(Placed):
+    """Two layers change experts: each one's router and weights, with the experts of the other."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is None or len(set(self.layers)) != 2 or self.positions or self.tokens:
+            raise BadInput(
+                "not two layers to swap", expected="two different layers, at all tokens", got=str(self.layers)
+            )
+
+    def exchanges(self, spec: ModelSpec) -> Mapping[int, int]:
+        """Each of the two layers with the other."""
+        first, second = self.layers  # type: ignore[misc]
+        one, other = spec.moe(first), spec.moe(second)
+        same = (one.num_experts, one.kernel, one.experts_input, one.weights_on)
+        if same != (other.num_experts, other.kernel, other.experts_input, other.weights_on):
+            raise BadInput(
+                f"layers {first} and {second} cannot swap experts",
+                expected="experts of the same number and kind, without projections around them",
+                got=f"{one.num_experts} and {other.num_experts} experts",
+            )
+        return {first: second, second: first}
+
+    def edits(self, spec: ModelSpec) -> list[Edit]:
+        """None: the experts themselves are exchanged."""
+        self.exchanges(spec)
+        return []
+
+
+# ---- fewer or more experts ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Placed):
+    """Keep only the k heaviest experts of each token."""
+
+    drops: ClassVar[bool] = True
+    k: int
+    renormalise: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.k, int) or self.k < 1:
+            raise BadInput("cannot keep fewer than one expert", expected="k >= 1", got=f"k = {self.k}")
+
+    def widths(self, spec: ModelSpec) -> Mapping[int, int]:
+        """Routers that must choose more experts than they do on their own."""
+        chosen = moe_layers_at(spec, self.layers)
+        for layer in chosen:
+            spec.check_expert(layer, self.k - 1)
+        wider = {layer: self.k for layer in chosen if self.k > spec.moe(layer).top_k}
+        for layer in wider:
+            if spec.moe(layer).width is None:
+                raise BadInput(
+                    f"the router of layer {layer} cannot choose {self.k} experts",
+                    expected=f"k up to {spec.moe(layer).top_k}, which {spec.model_type} has built in",
+                    got=str(self.k),
+                )
+            if self.positions is not None or self.tokens is not None:
+                raise BadInput(
+                    "more experts at some tokens only",
+                    expected=f"k up to {spec.moe(layer).top_k} there",
+                    got=str(self.k),
+                )
+        return wider
+
+    def edits(self, spec: ModelSpec) -> list[Edit]:
+        """One edit of ``gate_weights`` at each layer."""
+        self.widths(spec)
+        layers = moe_layers_at(spec, self.layers)
+        return [Edit("gate_weights", layer, self._kept(spec.moe(layer))) for layer in layers]
+
+    def _kept(self, moe: MoESpec) -> Callable[[Tensor, Context], Change]:
+        def kept(weights: Float[Tensor, "B S K"], context: Context) -> Change:
+            rank = _rank(weights)
+            light = (rank >= self.k) & self.here(context)[..., None]
+            # A widened router that renormalises has given its k weights the same total already.
+            own = weights if moe.renormalises else weights.masked_fill(rank >= moe.top_k, 0.0)
+            return _without(weights, light, own if self.renormalise else None)
+
+        return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share(Placed):
+    """Keep the fewest experts of each token whose weights reach a share of their sum, heaviest first."""
+
+    drops: ClassVar[bool] = True
+    share: float
+    renormalise: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.share <= 1:
+            raise BadInput("not a share of weight", expected="a number above 0, up to 1", got=str(self.share))
+
+    def edits(self, spec: ModelSpec) -> list[Edit]:
+        """One edit of ``gate_weights`` at each layer."""
+        return [Edit("gate_weights", layer, self._kept) for layer in moe_layers_at(spec, self.layers)]
+
+    def _kept(self, weights: Float[Tensor, "B S K"], context: Context) -> Change:
+        ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+        # A slot is kept if those before it have not reached the share; rounding must not add one.
+        before = ordered.double().cumsum(dim=-1) - ordered.double()
+        enough = before >= (self.share - 1e-9) * ordered.double().sum(dim=-1, keepdim=True)
+        light = torch.zeros_like(enough).scatter(-1, order, enough) & self.here(context)[..., None]
+        return _without(weights, light, weights if self.renormalise else None)
+
+
+def _rank(weights: Float[Tensor, "B S K"]) -> Int[Tensor, "B S K"]:
+    """0 for the heaviest slot of a token."""
+    return weights.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+def _without(
+    weights: Float[Tensor, "B S K"], light: Bool[Tensor, "B S K"], total_of: Float[Tensor, "B S K"] | None
+) -> Change:
+    """Weights without the light ones, rescaled to the total of others if asked."""
+    left = weights.masked_fill(light, 0.0)
+    if total_of is not None:
+        total = left.sum(dim=-1, keepdim=True)
+        changed = light.any(dim=-1, keepdim=True) | (total_of != weights).any(dim=-1, keepdim=True)
+        left = torch.where(changed & (total != 0), left * (total_of.sum(dim=-1, keepdim=True) / total), left)
+    return Change(left, int(light.sum()))
