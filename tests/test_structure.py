@@ -15,6 +15,7 @@ FLOORS = (
     ("data", "stats", "results"),
     ("audit",),
     ("checkpoint",),
+    ("restart",),
     ("model",),
     ("encode",),
     ("hosts",),

@@ -175,6 +175,21 @@ class LocalHost:
             yield
 
     @contextmanager
+    def replaced(self, path: str, forward: Callable[..., Any]) -> Iterator[None]:
+        """Another forward of a module inside the ``with``."""
+        module: Any = self.hf.get_submodule(path)
+        name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        there, before = name in vars(module), vars(module).get(name)
+        setattr(module, name, forward)
+        try:
+            yield
+        finally:
+            if there:
+                setattr(module, name, before)
+            else:
+                delattr(module, name)
+
+    @contextmanager
     def exchanged(self, whose: Mapping[int, int]) -> Iterator[None]:
         """Let the experts of other layers run in place of a layer's own inside the ``with``."""
         before = {layer: self.taps[layer].stand_in for layer in whose}

@@ -1,0 +1,220 @@
+"""What a change of a model is measured by: one number for each text, from logits at some of its tokens.
+
+A metric is bound to a base run, which says which tokens it looks at and what it compares with. Where it looks at
+several, a text's number is the mean over them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from moe_interp.errors import BadInput
+from moe_interp.run import Run
+
+Values = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From logits [n, V] of tokens, their texts [n] and columns [n], to a number for each [n]."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A metric of one batch.
+
+    Attributes:
+        at: [B, S], the tokens whose logits it looks at.
+        values: a number for each of them.
+    """
+
+    at: Bool[Tensor, "B S"]
+    values: Values
+
+    def per_text(
+        self, logits: Float[Tensor, "n V"], texts: Int[Tensor, " n"], columns: Int[Tensor, " n"]
+    ) -> dict[int, float]:
+        """The number of each text: the mean over its tokens."""
+        values = self.values(logits, texts, columns).double()
+        return {int(text): float(values[texts == text].mean()) for text in texts.unique()}
+
+    def total(self, logits: Float[Tensor, "B S V"]) -> Float[Tensor, ""]:
+        """The sum of the texts' numbers, which can be differentiated."""
+        texts, columns = self.at.nonzero().T
+        values = self.values(logits[texts, columns], texts, columns)
+        return (values / self.at.sum(dim=1)[texts]).sum()
+
+    def of(self, run: Run) -> Float[Tensor, " B"]:
+        """The number of each text in a run of the same batch."""
+        texts, columns = self.at.nonzero().T
+        found = self.per_text(run.logits[texts, columns], texts, columns)
+        return torch.tensor([found[text] for text in range(len(self.at))], dtype=torch.float64)
+
+
+class Metric(Protocol):
+    """What can be bound to a run."""
+
+    @property
+    def name(self) -> str:
+        """For results."""
+
+    @property
+    def units(self) -> str:
+        """Of its numbers."""
+
+    def bind(self, base: Run) -> Bound:
+        """The metric of the batch that ``base`` ran."""
+
+
+@dataclass(frozen=True)
+class NLL:
+    """Negative log-likelihood of a text's tokens given those before, the mean over all but the first."""
+
+    name: str = "nll"
+    units: str = "nats/token"
+
+    def bind(self, base: Run) -> Bound:
+        """Targets are the batch's own tokens.
+
+        Raises:
+            BadInput: a text of one token, or inputs without ids.
+        """
+        if base.token_ids is None:
+            raise BadInput("nothing to predict", expected="token ids", got="embeddings")
+        real, ids = base.mask, base.token_ids
+        at = torch.zeros_like(real)
+        at[:, :-1] = real[:, :-1] & real[:, 1:]
+        if not bool(at.any(dim=1).all()):
+            raise BadInput("nothing to predict", expected="texts of two tokens or more", got="a shorter one")
+
+        def values(logits: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
+            return functional.cross_entropy(logits.float(), ids[texts, columns + 1], reduction="none")
+
+        return Bound(at, values)
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """Logit of an answer less that of a wrong one, at one token (Wang et al. 2022, arXiv 2211.00593).
+
+    Attributes:
+        answers, wrong: ids, one for all texts or one a text.
+        position: of a real token, negative ones from the end; the logits are those that follow it.
+    """
+
+    answers: tuple[int, ...]
+    wrong: tuple[int, ...]
+    position: int = -1
+    name: str = "logit_difference"
+    units: str = "logits"
+
+    def bind(self, base: Run) -> Bound:
+        """The difference for the batch's texts.
+
+        Raises:
+            BadInput: another number of answers, or ids out of the vocabulary.
+        """
+        count, size = len(base.mask), base.logits.shape[-1]
+        ids = [
+            torch.tensor(_for_each(given, count, size), device=base.mask.device) for given in (self.answers, self.wrong)
+        ]
+
+        def values(logits: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
+            right, wrong = (logits.float().gather(1, one[texts, None])[:, 0] for one in ids)
+            return right - wrong
+
+        return Bound(base.tokens.at((self.position,)), values)
+
+
+def _for_each(given: Sequence[int], count: int, size: int) -> list[int]:
+    listed = list(given) * count if len(given) == 1 else list(given)
+    if len(listed) != count or min(listed) < 0 or max(listed) >= size:
+        raise BadInput(
+            "answers do not fit the texts", expected=f"1 or {count} ids from 0 to {size - 1}", got=str(list(given))
+        )
+    return listed
+
+
+@dataclass(frozen=True)
+class LogProbability:
+    """Log-probability of an answer at one token: as `LogitDifference`."""
+
+    answers: tuple[int, ...]
+    position: int = -1
+    name: str = "log_probability"
+    units: str = "nats"
+
+    def bind(self, base: Run) -> Bound:
+        """The log-probability for the batch's texts.
+
+        Raises:
+            BadInput: another number of answers, or ids out of the vocabulary.
+        """
+        ids = torch.tensor(_for_each(self.answers, len(base.mask), base.logits.shape[-1]), device=base.mask.device)
+
+        def values(logits: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
+            return logits.float().log_softmax(dim=-1).gather(1, ids[texts, None])[:, 0]
+
+        return Bound(base.tokens.at((self.position,)), values)
+
+
+@dataclass(frozen=True)
+class KL:
+    """Divergence from the base run's next-token distribution, KL(base || changed), the mean over a text's tokens.
+
+    Attributes:
+        position: at this token alone; None: at all real tokens.
+    """
+
+    position: int | None = None
+    name: str = "kl"
+    units: str = "nats"
+
+    def bind(self, base: Run) -> Bound:
+        """The divergence from the logits of this run, whose log-probabilities are kept: [B, S, V]."""
+        log_base = base.logits.detach().float().log_softmax(dim=-1)
+
+        def values(logits: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
+            expected = log_base[texts, columns]
+            return (expected.exp() * (expected - logits.float().log_softmax(dim=-1))).sum(dim=-1)
+
+        return Bound(base.tokens.at(None if self.position is None else (self.position,)), values)
+
+
+@dataclass(frozen=True)
+class OfLogits:
+    """Any function from the logits [s, V] of all real tokens of one text to a number."""
+
+    fn: Callable[[Tensor], Tensor | float]
+    name: str = "metric"
+    units: str = "1"
+
+    def bind(self, base: Run) -> Bound:
+        """The function for the batch's texts."""
+
+        def values(logits: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
+            found = logits.new_zeros(len(texts), dtype=torch.float64)
+            for text in texts.unique():
+                found = torch.where(texts == text, torch.as_tensor(self.fn(logits[texts == text])).double(), found)
+            return found
+
+        return Bound(base.mask, values)
+
+
+def as_metric(given: "Metric | str | Callable[[Tensor], Tensor | float]") -> Metric:
+    """A metric by name ("nll", "kl"), as it is, or of a function of a text's logits.
+
+    Raises:
+        BadInput: neither.
+    """
+    named: dict[str, Metric] = {"nll": NLL(), "kl": KL()}
+    if isinstance(given, str):
+        if given not in named:
+            raise BadInput("unknown metric", expected=f"one of {', '.join(named)}, a metric, or a function", got=given)
+        return named[given]
+    if hasattr(given, "bind"):
+        return given  # type: ignore[return-value]
+    if callable(given):
+        return OfLogits(given)
+    raise BadInput("not a metric", expected="a name, a metric, or a function of logits", got=repr(given))

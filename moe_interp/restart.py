@@ -1,0 +1,252 @@
+"""The rest of a forward pass, again and again: from a cached residual on, under other edits, many variants in a batch.
+
+A sweep that changes one expert at a time runs the model once for each. What comes before the first changed layer is the
+same every time, and so are texts that a change does not touch: both are left out here, and several variants go through
+the model side by side, each under its own edits. What a restart gives is what a whole run under the same edits gives,
+up to rounding; an architecture where it is not (layers that hand more than the residual to later ones) is found out by
+a restart without edits, and then every variant is a whole pass.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moe_interp.encode import Inputs
+from moe_interp.errors import BadInput
+from moe_interp.hosts import Session
+from moe_interp.hosts.session import Block
+from moe_interp.interventions import Intervention
+from moe_interp.model import Edits, MoEModel, Reads
+from moe_interp.run import Read, Tokens
+
+
+class Variant(NamedTuple):
+    """A batch under edits of its own.
+
+    Attributes:
+        edits: carried out in order, after those of the base run.
+        texts: [n], which texts of the batch; None: all.
+    """
+
+    edits: Sequence[Intervention]
+    texts: Int[Tensor, " n"] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one variant gave.
+
+    Attributes:
+        number: of the variant, in the order given.
+        texts: [n], the text of each row of logits.
+        columns: [n], its column in the batch.
+        logits: [n, V].
+        touched: how many values each of its edits changed.
+    """
+
+    number: int
+    texts: Int[Tensor, " n"]
+    columns: Int[Tensor, " n"]
+    logits: Float[Tensor, "n V"]
+    touched: tuple[int, ...]
+
+
+class Restart:
+    """A run, of which the rest can be run again from any layer.
+
+    Attributes:
+        model: an opened model.
+        inputs: what was run, as the transformers model is given it.
+        base: the run, with ``resid_pre`` of every layer that the output goes through.
+        exact: whether leaving layers out gives the same; else variants are whole passes.
+        separable: whether a text alone gives the same; else each variant is a pass of its own over all texts.
+
+    Raises:
+        BadInput: the model takes no tokens.
+    """
+
+    def __init__(self, model: MoEModel, inputs: Inputs, *, edit: Edits = (), read: Reads = ()):
+        self.model, self.edits = model, [edit] if isinstance(edit, Intervention) else list(edit)
+        self.inputs = model.encode(inputs)
+        if model.spec.kind == "other":
+            raise BadInput("a restart needs tokens", expected="a model of tokens", got=model.spec.model_type)
+        self.layers = [layer.index for layer in model.spec.main_layers]
+        wanted = [one for one in read if (one if isinstance(one, str) else one.point) != "resid_pre"]
+        with self._forms() as self._returned:
+            self.base = model.run(self.inputs, read=[Read("resid_pre", tuple(self.layers)), *wanted], edit=self.edits)
+        self.separable = self._reproduces([self.layers[0]])
+        self.exact = self.separable and model.spec.kind == "causal" and self._reproduces(self._starts())
+
+    @property
+    def tokens(self) -> Tokens:
+        """Which tokens of the batch are real."""
+        return self.base.tokens
+
+    @torch.no_grad()
+    def run(
+        self, variants: Sequence[Variant], at: Bool[Tensor, "B S"] | None = None, *, batch_tokens: int = 4096
+    ) -> Iterator[Outcome]:
+        """Every variant's logits at some tokens, in no certain order.
+
+        Args:
+            variants: each with edits of points and routes; those that change modules (``top_k`` above the model's own
+                K, two layers that swap experts) are refused.
+            at: [B, S], where logits are wanted; None: at all real tokens.
+            batch_tokens: the most tokens in one pass, padding included (one variant's at least).
+
+        Raises:
+            BadInput: edits that a block of rows cannot have, or that contradict each other.
+            UnknownName: they name what the model does not have.
+        """
+        wanted = self.tokens.mask if at is None else at
+        edits = [[edit for one in variant.edits for edit in one.edits(self.model.spec)] for variant in variants]
+        firsts = [min((edit.layer or 0 for edit in some), default=self.layers[-1]) for some in edits]
+        for first in sorted(set(firsts)):
+            numbers = [number for number, one in enumerate(firsts) if one == first]
+            for chunk in self._chunks(variants, numbers, batch_tokens):
+                yield from self._pass([(number, variants[number]) for number in chunk], self._start(first), wanted)
+
+    def _texts(self, variant: Variant) -> Int[Tensor, " n"]:
+        if variant.texts is None or not self.separable:
+            return self.tokens.texts
+        return variant.texts.to(self.tokens.mask.device)
+
+    def _chunks(self, variants: Sequence[Variant], numbers: list[int], batch_tokens: int) -> Iterator[list[int]]:
+        chunk: list[int] = []
+        rows, most = 0, max(1, batch_tokens // self.tokens.mask.shape[1]) if self.separable else 1
+        for number in numbers:
+            count = len(self._texts(variants[number]))
+            if chunk and rows + count > most:
+                yield chunk
+                chunk, rows = [], 0
+            if count:
+                chunk.append(number)
+                rows += count
+        if chunk:
+            yield chunk
+
+    def _start(self, first: int) -> int:
+        """The layer to start at: the first part of the module that holds this one; 0 for a whole pass."""
+        return first - self.model.spec.layers[first].part if self.exact else self.layers[0]
+
+    def _pass(self, chunk: Sequence[tuple[int, Variant]], first: int, wanted: Bool[Tensor, "B S"]) -> Iterator[Outcome]:
+        texts = [self._texts(variant) for _, variant in chunk]
+        rows = torch.cat(texts)
+        at = wanted[rows]
+        blocks, begin = [], 0
+        for (_, variant), some in zip(chunk, texts, strict=True):
+            blocks.append(Block([*self.edits, *variant.edits], slice(begin, begin + len(some)), some))
+            begin += len(some)
+        logits, touched = self._logits(rows, blocks, first, at)
+        found, columns = at.nonzero().T
+        done = 0
+        for (number, variant), block in zip(chunk, blocks, strict=True):
+            mine = (found >= block.rows.start) & (found < block.rows.stop)
+            if variant.texts is not None:
+                mine &= torch.isin(rows[found], variant.texts.to(rows))
+            own = touched[done + len(self.edits) : done + len(block.edits)]
+            done += len(block.edits)
+            yield Outcome(number, rows[found[mine]], columns[mine], logits[mine], tuple(own))
+
+    def _logits(
+        self, rows: Int[Tensor, " R"], blocks: Sequence[Block], first: int, at: Bool[Tensor, "R S"]
+    ) -> tuple[Float[Tensor, "n V"], list[int]]:
+        inputs = {key: _of_rows(value, rows, len(self.tokens.mask)) for key, value in self.inputs.items()}
+        session = Session(self.model._host, blocks)
+        with ExitStack() as stack:
+            stack.enter_context(self.model._in_place_of_standing())
+            if first > self.layers[0]:
+                stack.enter_context(self._from(first, rows))
+            stack.enter_context(session())
+            gathered = stack.enter_context(self._only(at))
+            logits = self.model.forward(inputs)
+        return (logits.flatten(0, -2) if gathered else logits[at]), session.touched
+
+    @contextmanager
+    def _from(self, first: int, rows: Int[Tensor, " R"]) -> Iterator[None]:
+        """Layers before ``first`` do nothing, and it is given what the base run gave it."""
+        host, spec = self.model._host, self.model.spec
+        paths = {spec.layers[layer].path for layer in self.layers if layer < first} - {spec.layers[first].path}
+        cached = self.base["resid_pre", first]
+        with ExitStack() as stack:
+            for path in paths:
+                stack.enter_context(host.replaced(path, _returning(self._returned[path])))
+            handle = host.point("resid_pre", first).register_forward_hook(lambda *_: cached[rows])
+            stack.callback(handle.remove)
+            yield
+
+    @contextmanager
+    def _only(self, at: Bool[Tensor, "R S"]) -> Iterator[list[bool]]:
+        """The unembedding sees these tokens alone; what is yielded is not empty if it did."""
+        seen: list[bool] = []
+        path = self.model.spec.unembed
+
+        def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not args or args[0].shape[:2] != at.shape or args[0].dim() != 3:
+                return None
+            seen.append(True)
+            return (args[0][at][None], *args[1:])
+
+        handle = None if path is None else self.model.hf.get_submodule(path).register_forward_pre_hook(gather)
+        try:
+            yield seen
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    @contextmanager
+    def _forms(self) -> Iterator[dict[str, Any]]:
+        """What each layer returns besides the residual: None for a tensor alone."""
+        forms: dict[str, Any] = {}
+        spec = self.model.spec
+
+        def hook(path: str) -> Any:
+            def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                forms[path] = output[1:] if isinstance(output, tuple) else None
+
+            return look
+
+        with ExitStack() as stack:
+            for path in {spec.layers[layer].path for layer in self.layers}:
+                stack.callback(self.model.hf.get_submodule(path).register_forward_hook(hook(path)).remove)
+            yield forms
+
+    def _starts(self) -> list[int]:
+        """Layers at which a restart is tried: every other one, and the last."""
+        spec = self.model.spec
+        starts = [layer for layer in self.layers if spec.layers[layer].part == 0 and layer > self.layers[0]]
+        return starts[1::2] + starts[-1:]
+
+    def _reproduces(self, starts: Sequence[int]) -> bool:
+        """Whether restarts without edits, of one text alone, give the base run's logits."""
+        tensors = any(isinstance(item, Tensor) for form in self._returned.values() for item in form or ())
+        if tensors and any(first > self.layers[0] for first in starts):
+            return False
+        text = torch.zeros(1, dtype=torch.long, device=self.tokens.mask.device)
+        at = self.tokens.mask[text]
+        expected = self.base.output[text][at]
+        bound = 1e3 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+        for first in starts:
+            got, _ = self._logits(text, [Block(self.edits, slice(0, 1), text)], first, at)
+            if not float((got - expected).abs().max()) <= bound:
+                return False
+        return True
+
+
+def _of_rows(value: Any, rows: Tensor, count: int) -> Any:
+    return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
+
+
+def _returning(form: Any) -> Any:
+    """A layer's forward that returns what it is given, in the form that the layer has."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if form is None else (hidden, *form)
+
+    return forward
