@@ -20,6 +20,7 @@ _HOMES = {
     "adapters": ("Family", "register_adapter"),
     "run": ("Routing", "Run", "select"),
     "points": ("POINTS",),
+    "interventions.values": ("ByToken",),
     "interventions": (
         "Intervention",
         "ablate",
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
         to_json,
         top_k,
     )
+    from moe_interp.interventions.values import ByToken
     from moe_interp.model import MoEModel, wrap
     from moe_interp.points import POINTS
     from moe_interp.run import Routing, Run, select
@@ -122,6 +124,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "POINTS",
+    "ByToken",
     "Corpus",
     "Family",
     "Intervention",

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def ablate(
     *,
     layer: Indices,
     expert: Indices,
-    how: Literal["zero", "mean", "resample", "forbid"] = "zero",
+    how: str = "zero",
     mean: Mapping[tuple[int, int], Tensor] | None = None,
     run: Run | None = None,
     seed: int = 0,
@@ -276,7 +276,7 @@ def mask(
     *,
     layer: Indices,
     expert: Indices,
-    on: Literal["selection", "logits"] = "selection",
+    on: str = "selection",
     positions: Indices = None,
     tokens: Marks = None,
 ) -> Mask:
@@ -294,7 +294,7 @@ def bias(
     layer: Indices,
     expert: Indices,
     by: float,
-    on: Literal["selection", "logits"] = "selection",
+    on: str = "selection",
     positions: Indices = None,
     tokens: Marks = None,
 ) -> Bias:
@@ -309,7 +309,7 @@ def bias(
 def randomize(
     *,
     layer: Indices = None,
-    weights: Literal["kept", "fresh"] = "kept",
+    weights: str = "kept",
     seed: int = 0,
     positions: Indices = None,
     tokens: Marks = None,

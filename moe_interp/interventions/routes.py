@@ -6,7 +6,7 @@ router's own recipe from the scores as they were. Otherwise ``expert_ids`` and `
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,7 +36,7 @@ def _one_of(name: str, given: object, options: tuple[str, ...]) -> None:
 class _OfScores(OfExperts, abstract=True):
     """A change of what experts are chosen by: the selection scores alone, or the logits, from which weights follow."""
 
-    on: Literal["selection", "logits"] = "selection"
+    on: str = "selection"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +89,7 @@ class Bias(_OfScores):
 
 # ---- whole routes ------------------------------------------------------------------------------------------
 
-Weights = Literal["own", "kept"] | tuple[float, ...] | ByToken
+Weights = str | tuple[float, ...] | ByToken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +222,7 @@ class Randomize(Placed):
         seed: what is drawn depends on it, the layer, and the text and number of the token.
     """
 
-    weights: Literal["kept", "fresh"] = "kept"
+    weights: str = "kept"
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -45,7 +45,8 @@ def forward(
 ) -> Reference:
     """Run `model` on `input_ids` [B, S], with `edits` applied where each point is computed.
 
-    An edit of `router_logits` re-routes; one of `expert_ids` runs other experts, each slot's weight kept.
+    An edit of `router_logits` re-routes; one of `expert_ids` runs other experts, each slot's weight kept; one of
+    `selection`, what the router takes the largest of, changes the choice and no score that weights come from.
     Raises ValueError for an edit of a point that the model does not have, or that changes a shape or dtype.
     """
     tape = _Tape(edits or {})
@@ -69,6 +70,8 @@ class _Tape:
     def point(self, name: str, layer: int | None, value: Tensor) -> Tensor:
         if (name, layer) in self.edits:
             value = _edited(name, self.edits[name, layer], value)
+        elif name == "selection":
+            return value
         if torch.is_grad_enabled() and value.is_floating_point() and not value.requires_grad:
             value = value.detach().requires_grad_()  # a constant put there by an edit still has a gradient
         self.points[name, layer] = value
@@ -135,7 +138,7 @@ def _moe(block: Any, config: Any, x: Tensor, point: Callable[[str, Tensor], Tens
 
     x = point("moe_in", x)
     logits = point("router_logits", _each_token(lambda x: _linear(router, x), x))
-    scores, ids, weights = _ROUTES[family](config, router, logits)
+    scores, ids, weights = _ROUTES[family](config, router, logits, lambda selection: point("selection", selection))
     ids = point("expert_ids", ids)
     weights = point("gate_weights", weights)
     point("router_scores", scores)
@@ -170,7 +173,7 @@ def _each_token(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 # torch.topk is called as each model calls it: it decides the order of the slots.
 
 
-def _route_softmax(config: Any, _router: Any, logits: Tensor) -> Routed:
+def _route_softmax(config: Any, _router: Any, logits: Tensor, prefer: Edit) -> Routed:
     """mixtral, olmoe, qwen2_moe, qwen3_moe: weights are the scores of the chosen."""
     renormalise = config.model_type == "mixtral" or config.norm_topk_prob
 
@@ -179,11 +182,11 @@ def _route_softmax(config: Any, _router: Any, logits: Tensor) -> Routed:
         return chosen / chosen.sum() if renormalise else chosen
 
     scores = _each_token(_softmax, logits)
-    ids = torch.topk(scores, config.num_experts_per_tok, dim=-1).indices
+    ids = torch.topk(prefer(scores), config.num_experts_per_tok, dim=-1).indices
     return scores, ids, _each_token(weigh, scores, ids)
 
 
-def _route_deepseek_v2(config: Any, _router: Any, logits: Tensor) -> Routed:
+def _route_deepseek_v2(config: Any, _router: Any, logits: Tensor, prefer: Edit) -> Routed:
     """Scores outside the best groups count as zero. transformers ignores norm_topk_prob here."""
 
     def limit(scores: Tensor) -> Tensor:
@@ -195,15 +198,15 @@ def _route_deepseek_v2(config: Any, _router: Any, logits: Tensor) -> Routed:
 
     scores = _each_token(_softmax, logits)
     selection = _each_token(limit, scores)
-    ids = torch.topk(selection, config.num_experts_per_tok, dim=-1, sorted=False).indices
+    ids = torch.topk(prefer(selection), config.num_experts_per_tok, dim=-1, sorted=False).indices
     weights = _each_token(lambda s, i: config.routed_scaling_factor * s[i], selection, ids)
     return scores, ids, weights
 
 
-def _route_deepseek_v3(config: Any, router: Any, logits: Tensor) -> Routed:
+def _route_deepseek_v3(config: Any, router: Any, logits: Tensor, prefer: Edit) -> Routed:
     """A bias and groups decide the choice; the weights come from the unbiased sigmoids."""
 
-    def prefer(sigmoids: Tensor) -> Tensor:
+    def rank(sigmoids: Tensor) -> Tensor:
         groups = (sigmoids + router.e_score_correction_bias).reshape(config.n_group, -1)
         best_two = torch.stack([group.sort(descending=True).values[:2].sum() for group in groups])
         allowed = _best_groups(best_two, config.topk_group)
@@ -215,20 +218,20 @@ def _route_deepseek_v3(config: Any, router: Any, logits: Tensor) -> Routed:
         return config.routed_scaling_factor * chosen / total
 
     sigmoids = _each_token(torch.sigmoid, logits)
-    selection = _each_token(prefer, sigmoids)
-    ids = torch.topk(selection, config.num_experts_per_tok, dim=-1, sorted=False).indices
+    selection = _each_token(rank, sigmoids)
+    ids = torch.topk(prefer(selection), config.num_experts_per_tok, dim=-1, sorted=False).indices
     scores = _each_token(lambda s: s / s.sum(), sigmoids)
     return scores, ids, _each_token(weigh, sigmoids, ids)
 
 
-def _route_gpt_oss(config: Any, _router: Any, logits: Tensor) -> Routed:
+def _route_gpt_oss(config: Any, _router: Any, logits: Tensor, prefer: Edit) -> Routed:
     """Selection on the logits, then a softmax over the chosen ones alone."""
-    ids = torch.topk(logits, config.num_experts_per_tok, dim=-1).indices
+    ids = torch.topk(prefer(logits), config.num_experts_per_tok, dim=-1).indices
     weights = _each_token(lambda row, i: _softmax(row[i]), logits, ids)
     return _each_token(_softmax, logits), ids, weights
 
 
-_ROUTES: dict[str, Callable[[Any, Any, Tensor], Routed]] = {
+_ROUTES: dict[str, Callable[[Any, Any, Tensor, Edit], Routed]] = {
     "mixtral": _route_softmax,
     "olmoe": _route_softmax,
     "qwen2_moe": _route_softmax,

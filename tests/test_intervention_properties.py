@@ -1,0 +1,294 @@
+"""Laws that interventions obey on every family, to the last bit; conflicts; standing edits; what is not computed."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import moe_interp as moe
+from moe_interp.adapters.experts import Fused
+from tests.reference.model import forward
+from tests.tiny import FAMILIES, build
+
+IDS = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(8))
+LAYER = 2
+
+
+@cache
+def opened(family: str, dtype: torch.dtype = torch.float32) -> tuple[moe.MoEModel, moe.Run]:
+    model = moe.wrap(build(family, dtype=dtype))
+    return model, model.run(IDS, read=["expert_out", "resid_post"])
+
+
+@st.composite
+def places(draw: Any) -> dict[str, Any]:
+    layers = draw(st.sampled_from([(2,), (3,), (2, 3)]))
+    experts = draw(st.lists(st.integers(0, 7), min_size=1, max_size=3, unique=True))
+    positions = draw(st.none() | st.lists(st.integers(-7, 6), min_size=1, max_size=3, unique=True))
+    return {"layer": layers, "expert": experts, "positions": positions}
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, torch.float32) for family in FAMILIES), ("deepseek_v3", torch.bfloat16)]
+)
+@settings(max_examples=4, deadline=None, derandomize=True)
+@given(where=places())
+def test_laws_that_hold_to_the_last_bit(family, dtype, where):
+    model, clean = opened(family, dtype)
+    back = {"layer": where["layer"], "positions": where["positions"]}
+    identities = {
+        "scale by 1": [moe.scale(**where, by=1.0)],
+        "push by 0": [moe.bias(**where, by=0.0)],
+        "patch with itself": [moe.patch(clean, **where)],
+        "ablate, then patch back": [moe.ablate(**where), moe.patch(clean, **where)],
+        "ablate, then patch the point back": [moe.ablate(**where)]
+        + [moe.patch(clean, layer=layer, point="resid_post") for layer in where["layer"]],
+        "the model's own route": [
+            moe.patch_route(clean, layer=layer, positions=where["positions"]) for layer in where["layer"]
+        ],
+        "the model's own ids": [
+            moe.force(clean.routing[layer].ids, layer=layer, positions=where["positions"]) for layer in where["layer"]
+        ],
+        "all of the weight": [moe.share(1.0), moe.top_k(3)],
+    }
+    if len(where["expert"]) > 1:
+        pair = {"experts": where["expert"][:2], **back}
+        identities["swap twice"] = [moe.swap(**pair), moe.swap(**pair)]
+    for name, edits in identities.items():
+        run = model.run(IDS, edit=edits)
+        assert torch.equal(run.logits, clean.logits), name
+    first = {**where, "layer": where["layer"][0]}
+    chosen = torch.isin(clean.routing[first["layer"]].ids, torch.tensor(where["expert"]))
+    used = int(chosen[:, _columns(where["positions"])].sum())
+    ablated = model.run(IDS, edit=moe.ablate(**first))
+    assert ablated.touched == (used,)
+    assert torch.equal(ablated.logits, clean.logits) is (used == 0)
+
+
+def _columns(positions: list[int] | None) -> list[int]:
+    return list(range(7)) if positions is None else sorted({position % 7 for position in positions})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_multiply_and_a_forbidden_expert_is_nowhere(family):
+    model, clean = opened(family)
+    expert = int(clean.routing[LAYER].ids[0, 2, 0])
+    one = {"layer": LAYER, "expert": expert}
+    twice = model.run(IDS, edit=[moe.scale(**one, by=2.0), moe.scale(**one, by=4.0)]).logits
+    assert torch.equal(twice, model.run(IDS, edit=moe.scale(**one, by=8.0)).logits)
+    forbidden = model.run(IDS, edit=moe.ablate(**one, how="forbid")).routing[LAYER]
+    assert not (forbidden.ids == expert).any()
+    untouched = (clean.routing[LAYER].ids != expert).all(-1)
+    before, after = (
+        torch.zeros(2, 7, 8).scatter_add(-1, one.ids, one.weights) for one in (clean.routing[LAYER], forbidden)
+    )  # the slots of an unsorted top-k may come in another order
+    assert torch.equal(after[untouched], before[untouched])
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropped_experts_are_not_computed(family, monkeypatch):
+    rows: list[int] = []
+    outputs = Fused.outputs
+
+    def counted(self: Any, experts: Any, hidden: Any, ids: Any, on_act: Any = None) -> Any:
+        rows.append(ids.numel())
+        return outputs(self, experts, hidden, ids, on_act)
+
+    monkeypatch.setattr(Fused, "outputs", counted)
+    model, _ = opened(family)
+    model.run(IDS)
+    whole = sum(rows)
+    rows.clear()
+    one = model.run(IDS, edit=moe.top_k(1)).logits
+    assert sum(rows) == whole // 3
+    rows.clear()
+    again = model.run(IDS, edit=moe.top_k(1), read="expert_out").logits  # who looks at them gets them all
+    assert sum(rows) == whole
+    assert (one - again).abs().max() < 1e-5 * again.abs().max()
+    rows.clear()
+    model.run(IDS, edit=moe.top_k(1), grad=True)  # a dropped slot has a gradient
+    assert sum(rows) == whole
+    model.run(IDS, edit=moe.apply("gate_weights", torch.zeros_like))
+    assert model.run(IDS, edit=moe.top_k(1, positions=[0])).touched[0] == 2 * 2 * len(model.layers)
+
+
+def test_standing_edits_come_before_those_of_a_run():
+    model, clean = opened("mixtral")
+    expert = int(clean.routing[LAYER].ids[0, 2, 0])
+    ablate, scale = moe.ablate(layer=LAYER, expert=expert), moe.scale(layer=3, expert=expert, by=2.0)
+    force = moe.force([expert], layer=LAYER)
+    both = model.run(IDS, edit=[ablate, scale, force])
+    with torch.no_grad():
+        plain = model.hf(input_ids=IDS, use_cache=False).logits
+    with model.edit(ablate), model.edit([scale]) as standing:
+        run = model.run(IDS, edit=force)
+        assert torch.equal(run.logits, both.logits)
+        assert run.touched == both.touched
+        assert standing.touched == [0, 0]
+        with torch.no_grad():
+            direct = model.hf(input_ids=IDS, use_cache=False).logits
+        assert standing.touched[0] > 0
+        written = model.generate(IDS[:1], max_new_tokens=3, do_sample=False, eos_token_id=None)
+        assert model.hf(input_ids=IDS, use_cache=False).logits.requires_grad
+    expected = model.run(IDS, edit=[ablate, scale])
+    assert torch.equal(direct, expected.logits)
+    assert torch.equal(
+        written,
+        model.generate(IDS[:1], edit=[ablate, scale], max_new_tokens=3, do_sample=False, eos_token_id=None),
+    )
+    with torch.no_grad():
+        assert torch.equal(model.hf(input_ids=IDS, use_cache=False).logits, plain)
+    with pytest.raises(moe.MoEError, match="unknown expert 8"), model.edit(moe.ablate(layer=LAYER, expert=8)):
+        pass
+    assert torch.equal(model.run(IDS).logits, clean.logits)
+
+
+def test_an_error_inside_leaves_no_standing_edit():
+    model, clean = opened("mixtral")
+    with pytest.raises(ValueError, match="mine"), model.edit(moe.ablate(layer=LAYER, expert=0)):
+        raise ValueError("mine")
+    assert torch.equal(model.run(IDS).logits, clean.logits)
+    assert model._standing == []
+
+
+def test_standing_edits_reach_analyses():
+    model, clean = opened("olmoe")
+    expert = int(clean.routing[LAYER].ids[0, -1, 0])
+    with model.edit(moe.ablate(layer=LAYER, expert=expert)):
+        lens = moe.expert_lens(model, IDS[0])
+    plain = moe.expert_lens(model, IDS[0])
+    assert not lens["kl"].equals(plain["kl"])
+
+
+def test_patching_across_padding_goes_by_the_number_of_the_token():
+    model, _ = opened("deepseek_v3")
+    short = IDS[:1, :4]
+    left = {
+        "input_ids": torch.cat([torch.zeros(1, 3, dtype=torch.long), short], 1),
+        "attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1]]),
+    }
+    other = torch.randint(3, 90, (1, 4), generator=torch.Generator().manual_seed(9))
+    expert = int(model.run(short).routing[LAYER].ids[0, 1, 0])
+    for source in (short, left):
+        run = model.run(source, read=["expert_out", "resid_mid"])
+        for edit in (
+            moe.patch(run, layer=LAYER, expert=expert),
+            moe.patch(run, layer=LAYER, point="resid_mid"),
+            moe.patch_route(run, layer=LAYER),
+        ):
+            plain = model.run(other, edit=edit).logits
+            padded = {"input_ids": torch.cat([torch.zeros(1, 3, dtype=torch.long), other], 1)}
+            got = model.run({**padded, "attention_mask": left["attention_mask"]}, edit=edit).logits[:, 3:]
+            assert (got - plain).abs().max() < 1e-4 * plain.abs().max()
+            assert (plain - model.run(other).logits).abs().max() > 1e-3
+
+
+ONE = {"layer": LAYER, "expert": 1}
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        (lambda run: [moe.top_k(4), moe.top_k(5)], "contradict each other at layer 0: expected one number of experts"),
+        (lambda run: [moe.randomize(), moe.randomize(seed=1)], "contradict each other.*decides a token's experts"),
+        (
+            lambda run: [moe.force([0, 1, 2], layer=2), moe.patch_route(run, layer=2)],
+            "contradict each other at layer 2",
+        ),
+        (
+            lambda run: [moe.force([1], layer=2), moe.ablate(**ONE, how="forbid")],
+            "an expert forced or forbidden, not both",
+        ),
+        (
+            lambda run: [moe.mask(layer=2, expert=[0, 1, 2]), moe.mask(layer=2, expert=[3, 4, 5])],
+            "too few experts left",
+        ),
+        (lambda run: moe.mask(layer=2, expert=range(6)), "too few experts left at layer 2: expected at least 3.*got 2"),
+        (lambda run: moe.force([0, 1, 2, 3], layer=2), "4 experts cannot be forced at layer 2: expected up to 3"),
+        (lambda run: moe.force([0, 1], layer=2, weights="kept"), "2 experts cannot be forced.*a slot each"),
+        (lambda run: moe.force([0, 0], layer=2), "different expert ids"),
+        (lambda run: moe.force([0], layer=2, weights=[0.5, 0.5]), "expected 1 weights"),
+        (lambda run: moe.force([0], layer=2, weights="mine"), "unknown weights: expected one of 'own', 'kept'"),
+        (
+            lambda run: moe.force(torch.zeros(2, 7, 2, dtype=torch.long), layer=2, weights="kept"),
+            "3 slots a token, got 2",
+        ),
+        (lambda run: moe.swap(layer=2, experts=(1, 1)), "not two experts to swap"),
+        (lambda run: moe.swap(), "expected layer and two experts, or two layers"),
+        (lambda run: moe.swap(layers=(0, 9)), "unknown layer 9"),
+        (lambda run: moe.share(0.0), "above 0, up to 1"),
+        (lambda run: moe.top_k(5, positions=0), "more experts at some tokens only"),
+        (lambda run: moe.randomize(weights="new"), "unknown weights"),
+        (lambda run: moe.mask(**ONE, on="scores"), "unknown scores: expected one of 'selection', 'logits'"),
+        (lambda run: moe.ablate(**ONE, how="vanish"), "unknown ablation"),
+        (lambda run: moe.ablate(**ONE, how="mean"), "needs more: expected mean=moe.mean_contributions"),
+        (lambda run: moe.ablate(**ONE, how="resample"), "needs more: expected run="),
+        (lambda run: moe.ablate(layer=None, expert=1), "no layer: expected one layer or several"),
+        (lambda run: moe.patch(run, layer=3, expert=1), "run holds no 'expert_out' at layer 3"),
+        (lambda run: moe.patch(run, layer=2, expert=1, point="moe_out"), "a point or an expert"),
+        (lambda run: moe.patch_route(run, layer=1), None),
+        (lambda run: moe.replace(torch.zeros(65), **ONE), r"values do not fit 'expert_out'.*B S K D"),
+        (lambda run: moe.replace([float("nan")], **ONE), "values are not finite"),
+        (lambda run: moe.replace("vector", **ONE), "not values: expected a tensor or numbers"),
+        (lambda run: moe.replace(torch.zeros(3, 7, 64), layer=2, point="resid_mid"), "values of other texts"),
+        (lambda run: moe.replace(torch.zeros(64), layer=2, point="router_scores"), "cannot be edited"),
+        (lambda run: moe.ablate(**ONE, tokens=torch.zeros(2, 7, dtype=torch.bool)), "can never touch anything"),
+        (lambda run: moe.ablate(**ONE, tokens=torch.ones(2, 7)), "not marks of tokens: expected booleans"),
+        (lambda run: moe.ablate(**ONE, tokens=torch.ones(3, 7) > 0), "marks for 3 texts"),
+        (lambda run: moe.ablate(**ONE, tokens=torch.arange(9)[None] > 7), "marks from token 8 on"),
+    ],
+)
+def test_what_cannot_be_is_an_error(edits, message):
+    model, _ = opened("mixtral")
+    clean = model.run(IDS, read=moe.select("expert_out", layers=2))
+    if message is None:
+        return
+    with pytest.raises(moe.MoEError, match=message):
+        model.run(IDS, edit=edits(clean))
+    assert torch.equal(model.run(IDS).logits, clean.logits)
+
+
+def test_interventions_that_cannot_meet_do_not_conflict():
+    model, clean = opened("mixtral")
+    first, second = moe.force([0, 1, 2], layer=2, positions=0), moe.force([3, 4, 5], layer=2, positions=[1, 2])
+    ids = model.run(IDS, edit=[first, second]).routing[2].ids
+    assert set(ids[:, 0].flatten().tolist()) == {0, 1, 2}
+    assert set(ids[:, 1:3].flatten().tolist()) == {3, 4, 5}
+    assert torch.equal(ids[:, 3:], clean.routing[2].ids[:, 3:])
+
+
+def test_a_group_that_was_not_chosen_has_no_weight_to_give():
+    hf = build("deepseek_v2", topk_method="group_limited_greedy")
+    with moe.wrap(hf) as model:
+        chosen = set(model.run(IDS[:1, :1]).routing[LAYER].ids.flatten().tolist())
+        outside = 0 if min(chosen) > 3 else 7
+        with pytest.raises(moe.MoEError, match="outside the groups that the router chose has no weight"):
+            model.run(IDS[:1, :1], edit=moe.force([outside], layer=LAYER))
+        run = model.run(IDS[:1, :1], edit=moe.force([outside], layer=LAYER, weights=[0.5]))
+    assert run.routing[LAYER].ids[0, 0, 0] == outside
+    inside = {0, 1, 2, 3} if outside == 7 else {4, 5, 6, 7}
+    with moe.wrap(hf) as model:  # forbidding stays within the groups as long as there are enough
+        left = model.run(IDS[:1, :1], edit=moe.mask(layer=LAYER, expert=min(chosen))).routing[LAYER].ids
+    assert set(left.flatten().tolist()) == inside - {min(chosen)}
+
+
+def test_the_bias_of_a_router_beats_a_mask_of_its_logits():
+    """Where a bias is added to the scores before the choice, minus infinity in the logits does not forbid."""
+    hf = build("deepseek_v3")
+    expert = 5
+    hf.model.layers[LAYER].mlp.gate.e_score_correction_bias[expert] = 10.0
+    with moe.wrap(hf) as model:
+        one = {"layer": LAYER, "expert": expert}
+        assert (model.run(IDS, edit=moe.mask(**one, on="logits")).routing[LAYER].ids == expert).any()
+        assert not (model.run(IDS, edit=moe.mask(**one)).routing[LAYER].ids == expert).any()
+
+
+def test_the_reference_selects_as_the_model_does():
+    for family in FAMILIES:
+        hf = build(family)
+        ids = forward(hf, IDS).points["expert_ids", LAYER]
+        assert torch.equal(opened(family)[1].routing[LAYER].ids, ids)
