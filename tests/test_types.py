@@ -18,7 +18,7 @@ from moe_interp.adapters import FAMILIES, Family
 from moe_interp.points import POINTS
 from tests.edits import change, one_of_each_point
 from tests.module_sites import cacheless, output_of
-from tests.reference.types import Reference, forward
+from tests.reference.types import Reference, forward, routers
 from tests.tiny_types import TYPES, build, inputs, runner
 
 TOLERANCE = 1e-5
@@ -135,6 +135,66 @@ def test_dropping_the_lightest_slot_is_what_the_reference_computes(model_type, r
     record_property("drop", error(got, expected))
     assert error(reference.output, expected) > 1e-3
     assert error(got, expected) < TOLERANCE
+
+
+# Routers that do not take the k largest of the scores of all experts: their choice is forced, not masked.
+OTHER_CHOICE = ("nllb-moe", "phimoe", "switch_transformers")
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_a_forbidden_expert_is_replaced_as_the_reference_computes(model_type, monkeypatch):
+    hf, reference = tiny(model_type), clean(model_type)
+    with moe.wrap(hf) as model:
+        spec = model.spec
+        layers = [layer for layer in model.layers if "selection_scores" in spec.layers[layer].sites]
+        if model_type in OTHER_CHOICE:
+            assert not layers
+            with pytest.raises(moe.MoEError, match="the choice of the router at layer . of .* cannot be edited"):
+                model.run(inputs(hf), edit=moe.mask(layer=model.layers[0], expert=0))
+            return
+        expert = int(reference.points["expert_ids", layers[-1]].flatten().bincount().argmax())
+        run = model.run(inputs(hf), edit=moe.mask(layer=layers, expert=expert))
+        base = model.run(inputs(hf), read="expert_out")
+        again = model.run(inputs(hf), edit=[moe.patch_route(base, layer=layer) for layer in model.layers])
+    top = routers.top
+
+    def top_of_others(selection: Tensor, count: int, ordered: bool = True) -> Tensor:
+        forbidden = torch.arange(selection.shape[-1]) == expert
+        return top(selection.clamp(min=torch.finfo().min).masked_fill(forbidden, -torch.inf), count, ordered)
+
+    monkeypatch.setattr(routers, "top", top_of_others)
+    with torch.no_grad():
+        expected = forward(hf, inputs(hf))
+    assert not any((run.routing[layer].ids == expert).any() for layer in layers) or model_type == "zaya"
+    if "diffusion" not in model_type:  # the expert of the last layer is one of the canvas
+        assert error(reference.output, expected.output) > 1e-3
+    assert error(run.output, expected.output) < TOLERANCE
+    assert torch.equal(again.output, base.output)
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_contributions_are_patched_by_expert_id(model_type):
+    """Every expert's contribution from other texts: the routed sum is theirs, whoever was chosen here."""
+    hf = tiny(model_type)
+    others = {name: value.flip(0) if name.endswith("ids") else value for name, value in inputs(hf).items()}
+    with moe.wrap(hf) as model:
+        layer = model.layers[-1]
+        experts = range(model.spec.moe(layer).runs or model.spec.moe(layer).num_experts)
+        source = model.run(others, read=["expert_out", "routed_out"])
+        edit = moe.patch(source, layer=layer, expert=experts)
+        run = model.run(inputs(hf), edit=edit, read="routed_out")
+        base = model.run(inputs(hf), read="routed_out")
+        one = int(base.routing[layer].ids[base.routing[layer].mask][0, 0])
+        back = [
+            moe.ablate(layer=layer, expert=one),
+            moe.patch(model.run(inputs(hf), read="expert_out"), layer=layer, expert=one),
+        ]
+        restored = model.run(inputs(hf), edit=back)
+        stand = model.run(inputs(hf), edit=moe.replace(source["routed_out", layer], layer=layer, point="routed_out"))
+    assert error(base["routed_out", layer], source["routed_out", layer]) > 1e-3
+    assert error(run["routed_out", layer], source["routed_out", layer]) < TOLERANCE
+    assert error(run.output, stand.output) < TOLERANCE
+    assert error(restored.output, base.output) < TOLERANCE
 
 
 @pytest.mark.parametrize("model_type", EACH_TYPE)
