@@ -30,7 +30,6 @@ from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional
 
 from moe_interp.analyses.collect import Options, Pass
 from moe_interp.analyses.plain import check_decodes_stream
@@ -275,12 +274,14 @@ class Rows(NamedTuple):
 
     Attributes:
         hidden: the stream into each of the L layers, [n, D] each.
-        final: log-probabilities of the model's own output, [n, V], in float32.
+        final: probabilities of the model's own output, [n, V], in float32.
+        negentropy: sum of final times log final, [n], in nats.
         texts: [n], the row of the batch that each is of.
     """
 
     hidden: tuple[Float[Tensor, "n D"], ...]
     final: Float[Tensor, "n V"]
+    negentropy: Float[Tensor, " n"]
     texts: Int[Tensor, " n"]
 
 
@@ -297,13 +298,16 @@ def chunks(run: Run, layers: tuple[int, ...]) -> Iterator[Rows]:
         values = [run["resid_pre", layer] for layer in layers]
         hidden = tuple(value[text.to(value.device), position.to(value.device)] for value in values)
         logits = run.logits[text.to(run.logits.device), position.to(run.logits.device)]
-        yield Rows(hidden, logits.log_softmax(-1, dtype=torch.float32), text.cpu())
+        log_p = logits.log_softmax(-1, dtype=torch.float32)
+        final = log_p.exp()
+        yield Rows(hidden, final, torch.linalg.vecdot(final, log_p), text.cpu())
 
 
-def kl_to(final: Float[Tensor, "n V"], logits: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
-    """KL(final || softmax(logits)) in nats, of each row; ``final`` are log-probabilities."""
-    own = logits.log_softmax(-1, dtype=torch.float32).to(final.device)
-    return functional.kl_div(own, final, reduction="none", log_target=True).sum(-1)
+def kl_to(rows: Rows, logits: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
+    """KL(final || softmax(logits)) in nats, of each row."""
+    own = logits.log_softmax(-1, dtype=torch.float32).to(rows.final.device)
+    # Rounding can leave a distribution that equals the final one just below zero.
+    return (rows.negentropy - torch.linalg.vecdot(rows.final, own)).clamp(min=0.0)
 
 
 class Sums(NamedTuple):
@@ -340,7 +344,7 @@ def measure(
                 for place, (translator, hidden) in enumerate(zip(lens, rows.hidden, strict=True)):
                     logits = model.decode(translator(hidden))
                     hits = logits.argmax(-1).to(best.device) == best
-                    np.add.at(kl[:, number, place], where, kl_to(rows.final, logits).double().cpu().numpy())
+                    np.add.at(kl[:, number, place], where, kl_to(rows, logits).double().cpu().numpy())
                     np.add.at(agree[:, number, place], where, hits.cpu().numpy())
     return Sums(kl, agree, tokens)
 

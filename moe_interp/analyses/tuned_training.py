@@ -212,7 +212,7 @@ class _Training:
         self.optimizer.zero_grad()
         for rows in chunks(run, self.layers):
             for place, hidden in enumerate(rows.hidden):
-                loss = kl_to(rows.final, self.model.decode(self._translator(place)(hidden))).sum() / total
+                loss = kl_to(rows, self.model.decode(self._translator(place)(hidden))).sum() / total
                 # Of the translator alone: the model's own parameters gather no gradient.
                 loss.backward(inputs=[self.weights[place], self.biases[place]])
         self.optimizer.step()

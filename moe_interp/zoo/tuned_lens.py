@@ -22,7 +22,7 @@ from moe_interp.checkpoint import load
 from moe_interp.data import Corpus
 from moe_interp.zoo.corpus_tokens import corpus_hash, read_texts
 
-HELD_OUT = 8  # texts of each domain
+HELD_OUT = 6  # texts of each domain
 MEASURED = 40  # validation texts of each domain
 BATCH_TOKENS = 1024  # many small steps: a step's cost is the decoding, which grows with its tokens
 
@@ -57,8 +57,8 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="folder that holds train/ and validation/")
     parser.add_argument("--out", type=Path, default=BUNDLED["reference"])
     parser.add_argument("--state", type=Path, help="file that a killed training goes on from")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--threads", type=int, default=1)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
