@@ -44,6 +44,7 @@ ANALYSES: dict[str, Callable[[moe.MoEModel], Any]] = {
     "neurons": lambda model: moe.neuron_lens(model, model.layers[0], 0, null_directions=20),
     "ensemble": lambda model: moe.ensemble_similarity(model, CORPUS, resamples=5),
     "attribution": lambda model: moe.logit_attribution(model, IDS, 5),
+    "tuned": lambda model: moe.train_tuned_lens(model, CORPUS, steps=2, every=1),
     "perplexity": lambda model: moe.perplexity(model, CORPUS, resamples=5),
     "routing": lambda model: moe.routing(model, CORPUS, resamples=5),
     "map": lambda model: moe.routing_map(model, "abcd"),

@@ -1,5 +1,6 @@
 """The tuned lens: against the slow reference, where the best map is known, resumed, stopped, stored and refused."""
 
+import json
 from dataclasses import replace
 from itertools import product
 
@@ -17,6 +18,8 @@ from moe_interp.analyses.tuned_training import train_tuned_lens
 from moe_interp.data import Corpus
 from moe_interp.errors import BadData, BadInput, BadOutput, UnknownName, UnsupportedModel
 from moe_interp.results import load, save
+from moe_interp.zoo import tuned_lens as zoo
+from moe_interp.zoo.corpus_tokens import DOMAINS
 from tests.reference import tuned_lens as reference
 from tests.reference.model import forward
 from tests.stub_tokenizer import StubTokenizer
@@ -249,9 +252,11 @@ def test_training_reaches_a_map_that_is_known():
     assert torch.cosine_similarity(hidden, best, dim=-1).mean() < 0.5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_gains_at_every_layer(family):
-    hf = build(family)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, torch.float32) for family in FAMILIES), ("olmoe", torch.bfloat16)]
+)
+def test_every_family_gains_at_every_layer(family, dtype):
+    hf = build(family, dtype=dtype)
     before = {name: value.clone() for name, value in hf.state_dict().items()}
     with moe.wrap(hf, StubTokenizer()) as model:
         lens = train_tuned_lens(model, CORPUS, **QUICK)
@@ -371,7 +376,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(at, tmp_path, monkeypatch):
         monkeypatch.setattr(tuned_training._Training, "update", dying)
         with pytest.raises(Killed):
             train_tuned_lens(model, CORPUS, **QUICK, state=path)
-        assert path.exists() == (at >= 4) and [one.name for one in tmp_path.iterdir()] == ["state"] * path.exists()
+        assert [one.name for one in tmp_path.iterdir()] == ["state"]
         monkeypatch.setattr(tuned_training._Training, "update", counting)
         resumed = train_tuned_lens(model, CORPUS, **QUICK, state=path)
         assert steps == list(range(at - at % 4, 12))
@@ -499,9 +504,24 @@ def test_a_training_that_cannot_be_is_told(wrong, message):
         train_tuned_lens(model, CORPUS, **{**QUICK, **wrong})
 
 
+def test_logits_of_minus_infinity_are_told():
+    hf = build("olmoe")
+    handle = hf.lm_head.register_forward_hook(lambda _, args, out: out.index_fill(-1, torch.tensor([7]), -torch.inf))
+    with moe.wrap(hf, StubTokenizer()) as model, pytest.raises(BadInput, match="cannot be improved.*finite KL.*nan"):
+        train_tuned_lens(model, CORPUS, **QUICK)
+    handle.remove()
+
+
 def test_too_little_to_train_on_is_told():
     with opened() as model, pytest.raises(BadInput, match="too few documents.*two different texts"):
         train_tuned_lens(model, Corpus.from_texts({"a": ["one", "one"]}))
+
+    class Silent(StubTokenizer):
+        def __call__(self, text, verbose=True):
+            return super().__call__(text.replace("?", ""))
+
+    with moe.wrap(build("olmoe"), Silent()) as model, pytest.raises(BadInput, match="nothing to train on"):
+        train_tuned_lens(model, Corpus.from_texts({"a": ["?"]}), held_out=HELD_OUT)
     with moe.wrap(build("olmoe")) as model, pytest.raises(BadInput, match="needs a tokenizer"):
         train_tuned_lens(model, CORPUS)
 
@@ -523,3 +543,25 @@ def test_layers_and_definitions_without_a_translator_are_told():
 def test_an_unknown_bundled_lens_is_told():
     with pytest.raises(UnknownName, match="no bundled tuned lens 'gpt'.*reference.*TunedLens.load"):
         moe.tuned_lens("gpt")
+
+
+def test_the_bundled_lens_is_trained_on_texts_that_are_not_held_out(tmp_path):
+    (tmp_path / "train").mkdir()
+    for domain in DOMAINS:
+        own = [f"{domain} {number}" for number in range(zoo.HELD_OUT + 2)]
+        lines = [json.dumps({"text": text}) for text in [*own, own[0]]]  # the first once more, beyond those held out
+        (tmp_path / "train" / f"{domain}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    corpus, held_out = zoo.split(tmp_path)
+    assert held_out.texts == [f"{domain} {number}" for domain in DOMAINS for number in range(zoo.HELD_OUT)]
+    assert corpus.texts == [f"{domain} {zoo.HELD_OUT + number}" for domain in DOMAINS for number in range(2)]
+
+
+def test_its_table_has_the_figures():
+    with opened() as model:
+        quality = tuned_lens_quality(model, random_lens(model), HELD_OUT, resamples=20)
+    at = quality.sel(layer=2)
+    low, high = at["kl_gain_interval"].values
+    row = zoo.table(quality).splitlines()[4]
+    plain, tuned = (float(at["kl"].sel(lens=lens)) for lens in ("plain", "tuned"))
+    assert row.startswith(f"| 2 | {plain:.3f} | {tuned:.3f} | {plain - tuned:.3f} [{low:.3f}, {high:.3f}] | ")
+    assert row.count("|") == 8

@@ -88,8 +88,9 @@ def train_tuned_lens(
         steps: at most so many; the learning rate reaches zero at the last.
         learning_rate: of Adam. Wide models want less: a step changes the stream by up to D times this share of it.
         every, patience: steps between checks on ``held_out``, and checks without a better layer that end the training.
-        state: a file that all that is needed to go on is written to, whole or not at all, at every check; where it is
-            there already, training goes on from it, to the same bits. Of a training that ended it gives the result.
+        state: a file that all that is needed to go on is written to, whole or not at all, at every check; what came
+            after the last check is done again. Where the file is there already, training goes on from it, to the same
+            bits. Of a training that ended it gives the result.
         seed: of the order of documents.
         max_tokens, batch_tokens: as in `moe_interp.data.batches`; a step takes one batch.
 
@@ -115,6 +116,7 @@ def train_tuned_lens(
             training.resume(path)
         else:
             training.check()
+            training.save(path)  # now, so that a file that cannot be written is told before the work is done
         bar.update(training.step)
         for documents in islice(training.groups(), training.step, None):
             if training.ended:
@@ -122,8 +124,7 @@ def train_tuned_lens(
             training.update(documents)
             if training.step % every == 0 or training.step == steps:
                 training.check()
-                if path is not None:
-                    training.save(path)
+                training.save(path)
             bar.update()
             bar.set_postfix(held_out=f"{training.best_kl.mean():.4f}", refresh=False)
     return training.result()
@@ -133,7 +134,8 @@ def _apart(corpus: Corpus, held_out: Corpus | None) -> tuple[Corpus, Corpus]:
     """Documents to train on and documents held out, with no text on both sides."""
     if held_out is None:
         held_out = replace(corpus, documents=corpus.documents[::10])
-        rest = tuple(one for one in corpus.documents if one.text not in set(held_out.texts))
+        held = set(held_out.texts)
+        rest = tuple(one for one in corpus.documents if one.text not in held)
         if not rest:
             raise BadInput("too few documents", expected="two different texts or more", got=str(len(corpus)))
         return replace(corpus, documents=rest), held_out
@@ -179,6 +181,8 @@ class _Training:
         alone = batches(model, self.corpus, max_tokens=plan.max_tokens, batch_tokens=1)
         by_number = sorted((int(one.documents[0]), one.inputs["input_ids"][0].tolist()) for one in alone)
         self.documents = [ids for _, ids in by_number if ids]
+        if not self.documents:
+            raise BadInput("nothing to train on", expected="a document with a token", got="none")
         self.scales = self._scales()
         self.weights = [one.clone().to(model.device).requires_grad_() for one in self.start.weight]
         self.biases = [one.clone().to(model.device).requires_grad_() for one in self.start.bias]
@@ -227,6 +231,13 @@ class _Training:
         if not sums.tokens.any():
             raise BadInput("nothing held out", expected="a document with a token that is not special", got="none")
         kl = sums.kl[:, 0].sum(0) / sums.tokens.sum()
+        if self.step == 0 and not np.isfinite(kl).all():
+            raise BadInput(
+                "the plain lens cannot be improved",
+                expected="a finite KL from the model's own output",
+                got=f"{kl.round(3).tolist()}, by layer",
+                do="Logits of minus infinity, or weights that overflow in this dtype, do so.",
+            )
         if self.step == 0:
             self.best_kl = self.plain_kl = kl
             return
@@ -256,8 +267,10 @@ class _Training:
         weight, bias = (torch.stack([one[part] for one in self.best]).cpu() for part in (0, 1))
         return replace(self.start, weight=weight, bias=bias, provenance=provenance)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | None) -> None:
         """Write all that is needed to go on, whole or not at all."""
+        if path is None:
+            return
         with whole_file(path) as part, part.open("wb") as file:
             torch.save(self._state(), file)
 
