@@ -28,7 +28,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 from moe_interp.analyses.collect import Options, Pass
@@ -198,10 +198,7 @@ class TunedLens:
             "provenance": json.dumps(dict(self.provenance), ensure_ascii=False, sort_keys=True),
         }
         with whole_file(path) as part:
-            try:
-                save_file({**stored, "signature": self.signature.contiguous()}, part, told)
-            except SafetensorError as error:  # its own class for a folder that is not there
-                raise OSError(str(error)) from error
+            part.write_bytes(serialised({**stored, "signature": self.signature.contiguous()}, told))
         return Path(path)
 
     @classmethod
