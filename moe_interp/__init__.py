@@ -65,6 +65,8 @@ _HOMES = {
     "analyses.similarity": ("ensemble_similarity",),
     "analyses.perplexity": ("perplexity",),
     "views.report": ("report",),
+    "analyses.tuned_lens": ("TunedLens", "tuned_lens", "tuned_lens_quality"),
+    "analyses.tuned_training": ("train_tuned_lens",),
     "errors": ("MoEError",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -91,6 +93,8 @@ if TYPE_CHECKING:
     from moe_interp.analyses.token_identity import token_identity
     from moe_interp.analyses.training import RoutingCallback, RoutingWatch, routing_health, to_tensorboard
     from moe_interp.analyses.transitions import transitions
+    from moe_interp.analyses.tuned_lens import TunedLens, tuned_lens, tuned_lens_quality
+    from moe_interp.analyses.tuned_training import train_tuned_lens
     from moe_interp.analyses.vocabulary import vocabulary_specialization
     from moe_interp.checkpoint import load
     from moe_interp.data import Corpus, read_corpus, sample
@@ -134,7 +138,7 @@ __all__ = [
     "RoutingCallback",
     "RoutingWatch",
     "Run",
-    "__version__",
+    "TunedLens",
     "ablate",
     "apply",
     "bias",
@@ -182,7 +186,10 @@ __all__ = [
     "to_tensorboard",
     "token_identity",
     "top_k",
+    "train_tuned_lens",
     "transitions",
+    "tuned_lens",
+    "tuned_lens_quality",
     "vocabulary_specialization",
     "wrap",
 ]

@@ -1,4 +1,4 @@
-"""The commands: ``moe-interp report | routing | labels | profile | saturation | lens | similarity | perplexity | ...``.
+"""The commands: ``moe-interp report | routing | labels | profile | saturation | lens | tuned-lens | similarity | ...``.
 
 Everything they do is one call of the library. Errors of moe_interp are printed without a traceback; the exit status is
 then 2 (1 for an audit that failed).
@@ -221,6 +221,7 @@ def lens(
     text: Annotated[str, typer.Argument(help="The text to decode.")],
     model: Annotated[str | None, typer.Option("--model", help="Hub id or folder.")] = None,
     position: Annotated[int, typer.Option(help="Which token; -1 is the last.")] = -1,
+    tuned: Annotated[str | None, typer.Option(help="A tuned lens: a file, or reference for the bundled one.")] = None,
     output: Output = None,
     dtype: DType = "auto",
     device_map: DeviceMap = None,
@@ -230,8 +231,9 @@ def lens(
     from moe_interp.views.tokens import shown
 
     _check_output(output)
+    through = None if tuned is None else moe.tuned_lens(tuned) if tuned == "reference" else moe.TunedLens.load(tuned)
     opened = _load(model, dtype, device_map, trust_remote_code)
-    result = moe.expert_lens(opened, text, positions=position)
+    result = moe.expert_lens(opened, text, positions=position, lens=through)
     _save(result, output)
     parts = [p for p in ("resid_mid", "c1", "resid_mid+c1", "shared", "resid_post") if p in result["part"].values]
     table = Table("layer", "expert", "weight", *parts, title=f"Lens after {escape(shown(result['token'].item()))}")
@@ -242,6 +244,44 @@ def lens(
         ]
         expert, weight = int(at["expert"].sel(rank=1)), float(at["gate_weight"].sel(rank=1))
         table.add_row(str(layer), str(expert), f"{weight:.2f}", *map(escape, told))
+    console.print(table)
+
+
+@app.command()
+def tuned_lens(
+    model: Model = None,
+    data: Data = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.")] = Path(
+        "tuned_lens.safetensors"
+    ),
+    test: Annotated[str | None, typer.Option(help="Documents to measure the lens on, as for --data.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="At most so many.")] = 1000,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam; wide models want less.")] = 1e-3,
+    state: Annotated[Path | None, typer.Option(help="A file that a killed training goes on from.")] = None,
+    limit: Limit = None,
+    max_tokens: MaxTokens = 256,
+    dtype: DType = "auto",
+    device_map: DeviceMap = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train a tuned lens, every tenth document held out; --test says how good it is."""
+    _check_output(output)
+    corpus = _corpus(data, limit)
+    seen = None if test is None else _corpus(test, limit)
+    opened = _load(model, dtype, device_map, trust_remote_code)
+    trained = moe.train_tuned_lens(
+        opened, corpus, steps=steps, learning_rate=learning_rate, state=state, max_tokens=max_tokens
+    )
+    console.print(f"wrote {escape(str(trained.save(output).resolve()))}", soft_wrap=True)
+    if seen is None:
+        return
+    result = moe.tuned_lens_quality(opened, trained, seen, max_tokens=max_tokens)
+    table = Table("stream into layer", "KL, plain", "tuned", "gain in nats", title="KL to the model's own output")
+    for layer in result["layer"].values:
+        at = result.sel(layer=layer)
+        low, high = (float(end) for end in at["kl_gain_interval"])
+        gain = escape(f"{float(at['kl_gain']):.3f} [{low:.3f}, {high:.3f}]")
+        table.add_row(str(layer), *(f"{float(at['kl'].sel(lens=name)):.3f}" for name in ("plain", "tuned")), gain)
     console.print(table)
 
 

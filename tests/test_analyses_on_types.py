@@ -35,6 +35,10 @@ PLAIN = {
 NO_HEAD = {"glm4v_moe_text", "glm5_next_text", "mistral_large4_text", "muse_spark_text", "qwen3_vl_moe_text"}
 CROSSED = {"diffusion_gemma", "nllb-moe", "switch_transformers"}
 NO_NEXT_TOKEN = NO_HEAD | CROSSED | {"openai_privacy_filter"}
+# Several residual streams, or logits that use earlier residuals too.
+NOT_FROM_ONE_STREAM = {
+    "deepseek_v4", "glm5_next", "hy_v4", "inkling2", "inkling2_text", "qwen4_exp", "qwen4_exp_text",
+}  # fmt: skip
 CORPUS = Corpus.from_texts(
     {"a": ["ab cd ef gh" * 2, "hello there all" * 2], "b": ["one two three" * 2, "xyz uvw rst" * 2]}
 )
@@ -44,6 +48,7 @@ ANALYSES: dict[str, Callable[[moe.MoEModel], Any]] = {
     "neurons": lambda model: moe.neuron_lens(model, model.layers[0], 0, null_directions=20),
     "ensemble": lambda model: moe.ensemble_similarity(model, CORPUS, resamples=5),
     "attribution": lambda model: moe.logit_attribution(model, IDS, 5),
+    "tuned": lambda model: moe.train_tuned_lens(model, CORPUS, steps=2, every=1),
     "perplexity": lambda model: moe.perplexity(model, CORPUS, resamples=5),
     "routing": lambda model: moe.routing(model, CORPUS, resamples=5),
     "map": lambda model: moe.routing_map(model, "abcd"),
@@ -76,6 +81,7 @@ def test_analyses_give_a_result_or_an_error_of_ours(model_type):
     for name in ("routing", "map", "coactivation", "transitions", "norms"):
         assert (found[name] == "ok") == (model_type not in CROSSED), (name, found)
     assert found["perplexity"] == ("UnsupportedModel" if model_type in NO_NEXT_TOKEN else "ok")
+    assert found["tuned"] == ("UnsupportedModel" if model_type in NO_NEXT_TOKEN | NOT_FROM_ONE_STREAM else "ok")
 
 
 @pytest.mark.parametrize("model_type", EACH_TYPE)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import moe_interp as moe
 from moe_interp.checkpoint import REFERENCE
+from moe_interp.data import SAMPLE
 
 TEXT = "The capital of France is"
 
@@ -111,6 +112,15 @@ def test_routing_of_six_checkpoints_is_kept():
         assert 0 <= int(value.min()) and int(value.max()) < 64
 
 
+def test_the_bundled_tuned_lens_is_nearer_to_the_output_at_every_layer(model):
+    lens = moe.tuned_lens("reference")
+    assert lens.layers == tuple(range(8)) and lens.provenance["data"] == "the training texts of the reference model"
+    assert (REFERENCE / "tuned_lens.safetensors").stat().st_size < 0.5e6
+    quality = moe.tuned_lens_quality(model, lens, moe.sample().take(3), max_tokens=32)
+    assert (quality["kl_gain_interval"].sel(bound="low") > 0).all()
+    assert (quality["agreement_gain"] > 0).all()
+
+
 def cli(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "moe_interp.cli", *arguments]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
@@ -124,6 +134,11 @@ def cli(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
         (["models"], "deepseek_v2"),
         (["audit"], "passed"),
         (["lens", TEXT], "resid_mid+c1"),
+        (["lens", TEXT, "--tuned", "reference"], "resid_mid+c1"),
+        (
+            ["tuned-lens", "--limit", "2", "--max-tokens", "16", "--steps", "2", "--test", str(SAMPLE), "-o", "t.lens"],
+            "KL to the model's own output",
+        ),
         (["routing", "--limit", "2", "--max-tokens", "32", "-o", "routing.nc"], "most specialised expert"),
         (["similarity", "--limit", "2", "--max-tokens", "32"], "Cosine to the ensemble"),
         (["perplexity", "--limit", "2", "--max-tokens", "32", "--renormalise"], "random slots"),

@@ -10,6 +10,11 @@ heaviest expert and c_j = w_j f_j its contribution. At every MoE layer and posit
 3. the partial sums r + c_1 + ... + c_k for k = 1 ... K;
 4. r, 2. and 3. with s added, and s alone.
 
+Through a tuned lens (`moe_interp.analyses.tuned_lens`) a part is translated before it is decoded: resid_pre by the
+translator of the stream into the layer; everything that holds r, and resid_post, by that of the stream out of it, so
+that all parts together still are resid_post; what stands without r (c_j, f_j, s) by the linear part of the latter, for
+that is what it adds to the translated stream. Out of the last layer nothing is translated.
+
 `decode_top` takes rows some at a time and keeps only what is reported of them, so that memory grows with the
 chunk times the vocabulary and never with parts or positions times the vocabulary.
 """
@@ -26,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_interp.analyses.plain import check_plain, check_writes_text
+from moe_interp.analyses.tuned_lens import TunedLens
 from moe_interp.encode import Inputs, encode, token_text
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
@@ -67,6 +73,7 @@ def expert_lens(
     positions: Indices = None,
     top: int = 5,
     definition: Definition = "paper",
+    lens: TunedLens | None = None,
     chunk: int = CHUNK,
 ) -> xr.Dataset:
     """Decode every part of every MoE layer at every position of one text.
@@ -84,6 +91,8 @@ def expert_lens(
         positions: of real tokens, negative ones from the end (None: all).
         top: how many of the most probable tokens to keep.
         definition: "paper" or "as_coded".
+        lens: a tuned lens of the model (None: the plain one). The module's docstring says which part takes which
+            translator. Not with "as_coded".
         chunk: how many rows to decode at a time; beyond rounding the result does not depend on it.
 
     Returns:
@@ -102,7 +111,8 @@ def expert_lens(
         + c_k (0 for r), else -1. ``part_shared``: 1 if "shared" is in its name.
 
     Raises:
-        BadInput: several texts, an empty or too long one, no such position, an option out of range.
+        BadInput: several texts, an empty or too long one, no such position, an option out of range, a tuned lens
+            of another model.
         UnknownName: a layer that is no MoE layer.
         UnsupportedModel: a layer whose output is not the plain sum of its parts, or no causal language model.
     """
@@ -110,6 +120,8 @@ def expert_lens(
     check_writes_text(model)
     check_plain(model, chosen)
     _check_options(model, top, definition, chunk)
+    if lens is not None:
+        _check_lens(model, lens, definition)
     slots = model.spec.moe(chosen[0]).top_k
     shared = "shared_out" in model.spec.layer(chosen[0]).sites
     parts = part_terms(slots, shared and definition == "paper", definition)
@@ -118,7 +130,7 @@ def expert_lens(
     final = run.logits[0, at.columns].log_softmax(-1, dtype=torch.float32)
     decode = model.decode if definition == "paper" else _unit_decode(model)
     decoded = [
-        decode_top(decode, _rows(model, run, layer, at, parts), final, targets, top=top, chunk=chunk)
+        decode_top(decode, _rows(model, run, layer, at, parts, lens), final, targets, top=top, chunk=chunk)
         for layer in chosen
     ]
     variables = _part_variables(parts) | _lens_variables(model, decoded) | _expert_variables(run, chosen, at)
@@ -133,7 +145,7 @@ def expert_lens(
         variables | _text_variables(model, run, at, _describe(final[:, None], final, targets, top)),
         coords,
         analysis="expert_lens",
-        provenance={**run.provenance, "definition": definition},
+        provenance={**run.provenance, "definition": definition, "lens": "plain" if lens is None else "tuned"},
     )
 
 
@@ -270,8 +282,10 @@ def _points(shared: bool, definition: Definition) -> list[str]:
     return points + ["shared_out"] * shared + ["moe_in"] * (definition == "as_coded")
 
 
-def _rows(model: MoEModel, run: Run, layer: int, at: At, parts: Mapping[str, Sequence[str]]) -> Float[Tensor, "N P D"]:
-    """Every part of a layer as the sum of its terms, in the model's dtype."""
+def _rows(
+    model: MoEModel, run: Run, layer: int, at: At, parts: Mapping[str, Sequence[str]], lens: TunedLens | None
+) -> Float[Tensor, "N P D"]:
+    """Every part of a layer as the sum of its terms, translated if a tuned lens is given, in the model's dtype."""
     terms = {
         point.replace("shared_out", "shared"): at.of(value, at.only).float()
         for (point, where), value in run.values.items()
@@ -285,7 +299,17 @@ def _rows(model: MoEModel, run: Run, layer: int, at: At, parts: Mapping[str, Seq
     terms |= {f"c{j}": value for j, value in enumerate(contributions.unbind(1), start=1)}
     values = torch.stack(list(terms.values()), dim=1)
     sums = values.new_tensor([[name in part for name in terms] for part in parts.values()])
-    return (sums @ values).to(model.dtype)
+    rows = sums @ values
+    return (rows if lens is None else _translated(rows, layer, parts, lens)).to(model.dtype)
+
+
+def _translated(
+    rows: Float[Tensor, "N P D"], layer: int, parts: Mapping[str, Sequence[str]], lens: TunedLens
+) -> Float[Tensor, "N P D"]:
+    into, out = lens.into(layer), lens.out_of(layer)
+    by_first = {"resid_pre": into, "resid_mid": out, "resid_post": out}
+    taken = (by_first.get(terms[0], out.linear) for terms in parts.values())
+    return torch.stack([translate(rows[:, number]) for number, translate in enumerate(taken)], dim=1)
 
 
 def expert_terms(run: Run, layer: int, at: At) -> tuple[Float[Tensor, "N K D"], Float[Tensor, "N K D"]]:
@@ -345,6 +369,16 @@ def _check_options(model: MoEModel, top: int, definition: str, chunk: int) -> No
         raise BadInput("top out of range", expected=f"1 to {model.spec.vocab_size} tokens", got=str(top))
     if chunk < 1:
         raise BadInput("chunk out of range", expected="at least one row", got=str(chunk))
+
+
+def _check_lens(model: MoEModel, lens: TunedLens, definition: str) -> None:
+    if definition != "paper":
+        raise BadInput(
+            "a tuned lens cannot be used as coded",
+            expected='definition="paper": the released notebooks decode the normed input, which no translator is for',
+            got=repr(definition),
+        )
+    lens.check(model)
 
 
 def final_modules(model: MoEModel) -> tuple[str, str]:

@@ -59,6 +59,21 @@ def check_writes_text(model: MoEModel) -> None:
         raise UnsupportedModel("no next token to predict", expected="a causal language model", got=got)
 
 
+def check_decodes_stream(model: MoEModel) -> None:
+    """Refuse a model whose logits do not follow from the last residual alone, or whose residual has several streams.
+
+    Raises:
+        UnsupportedModel: it does not.
+    """
+    check_writes_text(model)
+    if model.spec.final is None or model.spec.streams != 1:
+        raise UnsupportedModel(
+            f"cannot decode the residual stream of {model.spec.model_type} by itself",
+            expected="one stream, whose last value alone gives the logits",
+            got="logits that use earlier ones too" if model.spec.final is None else f"{model.spec.streams} streams",
+        )
+
+
 def _refusal(model: MoEModel, what: str, expected: str) -> UnsupportedModel:
     notes = " ".join(model.spec.notes)
     return UnsupportedModel(
