@@ -29,6 +29,7 @@ _HOMES = {
         "force",
         "from_json",
         "mask",
+        "mean_contributions",
         "noise",
         "patch",
         "patch_route",
@@ -52,6 +53,7 @@ _HOMES = {
     "analyses.vocabulary": ("vocabulary_specialization",),
     "analyses.token_identity": ("token_identity",),
     "analyses.profiles": ("expert_profiles",),
+    "analyses.means": ("mean_contributions",),
     "analyses.norms": ("norm_and_weight",),
     "analyses.redundancy": ("expert_similarity",),
     "analyses.shared_experts": ("shared_experts",),
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from moe_interp.analyses.collect import collect
     from moe_interp.analyses.labels import routing_by_label, spans
     from moe_interp.analyses.lens import expert_lens
+    from moe_interp.analyses.means import mean_contributions
     from moe_interp.analyses.neurons import neuron_lens
     from moe_interp.analyses.norms import norm_and_weight
     from moe_interp.analyses.perplexity import perplexity
@@ -139,6 +142,7 @@ __all__ = [
     "RoutingWatch",
     "Run",
     "TunedLens",
+    "__version__",
     "ablate",
     "apply",
     "bias",
@@ -153,6 +157,7 @@ __all__ = [
     "load",
     "logit_attribution",
     "mask",
+    "mean_contributions",
     "neuron_lens",
     "noise",
     "norm_and_weight",
