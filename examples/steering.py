@@ -7,7 +7,7 @@
 1. On every other document of each domain: the experts of each layer whose share in the domain most exceeds that in the
    others.
 2. On the rest: continuations of beginnings from all domains, sampled with one seed, under no edit, with these experts
-   pushed (a number added to their selection scores), with them forbidden; and the same with random experts of the same
+   pushed (a number added to their router logits), with them forbidden; and the same with random experts of the same
    layers, several draws of as many, which is what touching any experts does.
 3. Measured: the share of written tokens that are the domain's (by a classifier of single tokens, whose score on real
    texts is printed beside), and the perplexity of held-out texts of the domain and of all others under the same edits.
@@ -32,7 +32,6 @@ from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention
 from moe_interp.stats import bootstrap_mean
 
-PUSH = 0.3  # of a selection score, which is a probability in the bundled model
 MARK = "<!-- tables -->"
 
 
@@ -45,7 +44,7 @@ class Setting:
     draws: int
     beginning: int
     written: int
-    push: float
+    pushes: tuple[float, ...]
     seed: int
 
 
@@ -86,8 +85,8 @@ def random_experts(model: moe.MoEModel, count: int, seed: int) -> dict[int, list
 
 
 def pushed(experts: dict[int, list[int]], by: float) -> list[Intervention]:
-    """A number added to their selection scores."""
-    return [moe.bias(layer=layer, expert=some, by=by) for layer, some in experts.items()]
+    """A number added to their logits, so that they are chosen more often and weigh more."""
+    return [moe.bias(layer=layer, expert=some, by=by, on="logits") for layer, some in experts.items()]
 
 
 def forbidden(experts: dict[int, list[int]]) -> list[Intervention]:
@@ -154,10 +153,11 @@ class Study:
         """All conditions; those of random experts are means over draws."""
         setting = self.setting
         draws = [random_experts(self.model, setting.experts, setting.seed + draw) for draw in range(setting.draws)]
-        work = {
-            "no edit": [[]],
-            "preferred pushed": [pushed(self.experts, setting.push)],
-            "random pushed": [pushed(some, setting.push) for some in draws],
+        work: dict[str, list[list[Intervention]]] = {"no edit": [[]]}
+        for by in setting.pushes:
+            work[f"preferred pushed by {by:g}"] = [pushed(self.experts, by)]
+            work[f"random pushed by {by:g}"] = [pushed(some, by) for some in draws]
+        work |= {
             "preferred forbidden": [forbidden(self.experts)],
             "random forbidden": [forbidden(some) for some in draws],
         }
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5, help="of random experts")
     parser.add_argument("--documents", type=int, default=12, help="of each domain")
     parser.add_argument("--written", type=int, default=32, help="tokens written on each beginning")
-    parser.add_argument("--push", type=float, default=PUSH)
+    parser.add_argument("--push", type=float, nargs="+", default=[4.0, 8.0], help="logits, one or several")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="a page to put the table into")
     options = parser.parse_args()
@@ -221,15 +221,17 @@ def main() -> None:
     corpus = (moe.read_corpus(options.data) if options.data else moe.sample()).take(options.documents)
     if options.domain not in corpus.domains:
         raise BadInput("no such domain", expected=f"one of {', '.join(corpus.domains)}", got=options.domain)
-    setting = Setting(options.domain, options.experts, options.draws, 8, options.written, options.push, options.seed)
+    setting = Setting(
+        options.domain, options.experts, options.draws, 8, options.written, (*options.push,), options.seed
+    )
     study = Study(model, corpus, setting)
     own, others = study.calibration()
     table = rows(study.outcomes())
     experts = "; ".join(f"{layer}: {', '.join(map(str, some))}" for layer, some in study.experts.items())
     notes = [
         f"Domain: {setting.domain}. Experts by layer: {experts}.",
-        f"{len(study.beginnings)} beginnings of 8 tokens, {setting.written} written on each; pushed by {setting.push}; "
-        f"{setting.draws} draws of random experts. Intervals: 95 %, over texts.",
+        f"{len(study.beginnings)} beginnings of 8 tokens, {setting.written} written on each; pushes in logits; "
+        f"{setting.draws} draws of random experts, the mean over them. Intervals: 95 %, over texts.",
         f"The classifier calls {100 * own:.1f} % of the tokens of real texts of the domain the domain's, "
         f"{100 * others:.1f} % of the others'.",
     ]

@@ -330,13 +330,22 @@ def test_a_patch_of_a_prompt_ends_with_the_prompt():
     """Under generation a patch acts on the tokens it has values for."""
     hf = tiny("mixtral")
     first, _ = pair("mixtral")
+    there = clean("mixtral", "OTHER").points["resid_mid", LAYER][:1]
+
+    def patched(value: Tensor) -> Tensor:
+        return torch.cat([there, value[:, 6:]], dim=1)
+
     with moe.wrap(hf) as model:
-        run = model.run(OTHER[:1], read="expert_out")
-        edit = moe.patch(run, layer=LAYER, expert=first)
-        got = model.generate(IDS[:1], edit=edit, max_new_tokens=3, do_sample=False, eos_token_id=None)
-    expected = IDS[:1]
+        run = model.run(OTHER[:1], read=["expert_out", "resid_mid"])
+        options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+        of_expert = model.generate(IDS[:1], edit=moe.patch(run, layer=LAYER, expert=first), **options)
+        of_point = model.generate(IDS[:1], edit=moe.patch(run, layer=LAYER, point="resid_mid"), **options)
+    expected, whole = IDS[:1], IDS[:1]
     for _ in range(3):
         ops = [("table", lambda t, at: t.contribute(first, contribution("mixtral", first, at)))]
         logits = slow.run(hf, expected, LAYER, ops, lambda at: at[1] < 6).logits
         expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(got, expected)
+        logits = forward(hf, whole, edits={("resid_mid", LAYER): patched}).logits
+        whole = torch.cat([whole, logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(of_expert, expected)
+    assert torch.equal(of_point, whole)
