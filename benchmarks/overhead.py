@@ -6,6 +6,7 @@ The plain forward stands there twice, so that the second (A/A) shows the noise.
 
     python benchmarks/overhead.py                     8 x 128 tokens, and one decoding step, each beside other hosts
     python benchmarks/overhead.py --rounds 30 --threads 2
+    python benchmarks/overhead.py --only edits      what interventions cost, or save
 """
 
 import argparse
@@ -160,16 +161,45 @@ def rows_for(inputs: dict[str, object], stack: ExitStack, hosts: bool) -> dict[s
     return rows
 
 
+def edit_rows(inputs: dict[str, object], stack: ExitStack) -> dict[str, Step]:
+    """Interventions at all layers."""
+    model = stack.enter_context(moe.wrap(olmoe()))
+    other = model.run(inputs["input_ids"].flip(0), read="expert_out")
+    layers, some = model.layers, list(range(8))
+    edits = {
+        "no edit": [],
+        "8 of 64 experts ablated": [moe.ablate(layer=layers, expert=some)],
+        "8 of 64 experts forbidden": [moe.mask(layer=layers, expert=some)],
+        "one expert patched from another run": [moe.patch(other, layer=layers, expert=0)],
+        "random routes": [moe.randomize()],
+        "top_k(4) of 8": [moe.top_k(4)],
+        "top_k(1) of 8": [moe.top_k(1)],
+        "top_k(1) of 8, reading every expert_out": [moe.top_k(1)],
+    }
+    rows = {PLAIN: plain(olmoe(), inputs), "the same again (A/A)": plain(olmoe(), inputs)}
+    for name, some_edits in edits.items():
+        read = ["expert_out"] if "reading" in name else []
+        rows[name] = lambda read=read, edit=some_edits: model.run(inputs, read=read, edit=edit)
+    return rows
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=["reads", "edits"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     random.seed(0)
     ids = torch.randint(1000, (8, 128), generator=torch.Generator().manual_seed(0))
     print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, {options.rounds} rounds\n")
+    if options.only != "reads":
+        with ExitStack() as stack:
+            rows = edit_rows({"input_ids": ids, "use_cache": False}, stack)
+            print(table("8 x 128 tokens, under edits", measure(rows, options.rounds)), "\n")
+    if options.only == "edits":
+        return
     with ExitStack() as stack:
         rows = rows_for({"input_ids": ids, "use_cache": False}, stack, hosts=True)
         print(table("8 x 128 tokens", measure(rows, options.rounds)), "\n")

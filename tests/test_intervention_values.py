@@ -288,7 +288,7 @@ def test_points_are_patched_steered_replaced_and_noised(family):
         noise = noised["embed"] - model.run(IDS, read="embed")["embed"]
     assert (noise[:, [1, 3, 4, 5]] == 0).all()
     assert 0.4 < noise[:, [0, 2]].std() < 0.6  # 256 values
-    assert not torch.equal(noise[0], noise[1])
+    assert (noise[0] - noise[1]).abs().max() > 0.5  # each text has its own
 
 
 @pytest.mark.parametrize("family", FAMILIES)
