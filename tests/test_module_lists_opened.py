@@ -288,3 +288,20 @@ def test_experts_quantised_by_bitsandbytes(bits, dtype):
             (expected,) = torch.autograd.grad(there.logits.square().sum(), there.values["resid_pre", LAYER])
         assert error(run.logits, there.logits) < TOLERANCE
         assert error(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("style", linear_gates.STYLES)
+def test_a_linear_gate_forbids_and_forces(style):
+    hf = linear_gates.build(style)
+    with moe.wrap(hf) as model:
+        clean = model.run(IDS)
+        layer = model.layers[-1]
+        expert = int(clean.routing[layer].ids[0, 0, 0])
+        forbidden = model.run(IDS, edit=moe.mask(layer=layer, expert=expert))
+        forced = model.run(IDS, edit=moe.force([expert], layer=layer))
+    before, after = clean.routing[layer], forbidden.routing[layer]
+    assert not (after.ids == expert).any()
+    assert (forced.routing[layer].ids == expert).any(-1).all()
+    untouched = (before.ids != expert).all(-1)
+    assert torch.equal(after.weights[untouched], before.weights[untouched])
+    assert not torch.equal(forbidden.logits, clean.logits)

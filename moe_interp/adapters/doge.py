@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_interp.adapters.experts import ExpertWeights, OnAct, Tap, run_experts
+from moe_interp.adapters.experts import ExpertWeights, OnAct, Tap, chooses, run_experts
 from moe_interp.adapters.family import At
 from moe_interp.adapters.formats import in_memory
 from moe_interp.adapters.spec import BlockCall, Site
-from moe_interp.points import SELECTION
 
 
 class RankOne:
@@ -40,6 +39,7 @@ class RankOne:
 KERNEL = RankOne()
 
 
+@chooses
 def forward(block: Any, tap: Tap, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """``DogeCDMoE.forward``."""
     hidden = hidden_states.reshape(-1, block.hidden_size)
@@ -57,4 +57,4 @@ def forward(block: Any, tap: Tap, hidden_states: Tensor, **kwargs: Any) -> tuple
 def sites(layer: At) -> dict[str, Site]:
     """The points that only the block's own call reaches."""
     inside = BlockCall(layer("mlp"), forward)
-    return dict.fromkeys(("router_logits", "router_scores", *SELECTION, "shared_out"), inside)
+    return dict.fromkeys(("router_logits", "router_scores", "shared_out"), inside)

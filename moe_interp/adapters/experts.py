@@ -49,6 +49,12 @@ class Tap(Protocol):
         """[T, K], the slots that must be computed; None: all."""
 
 
+def chooses(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a block's forward that makes the router's choice itself, by ``tap.choose``."""
+    forward.chooses = True  # type: ignore[attr-defined]
+    return forward
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """One expert's matrices in one layout, whatever the checkpoint's: ``down @ act(gate @ x, up @ x)``.

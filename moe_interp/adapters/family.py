@@ -107,8 +107,8 @@ class Family:
         columns: how many of the router's logits are experts, given the router; None: all.
         returns_logits: whether the router is called for the logits and returns just these, as a plain linear map does.
         call: a function that takes the place of the block's forward.
-        selects: who calls ``torch.topk`` on the scores of all experts, given the router: "router", "block", or "call",
-            by ``tap.choose``; None where nobody does. Without it the choice can be replaced and not masked.
+        selects: who calls ``torch.topk`` on the scores of all experts, given the router: "router" or "block"; None
+            where nobody does, and the choice can be replaced and not masked. A ``call`` that `chooses` does it itself.
         weights_on, proportional, runs, skips: as in `MoESpec`.
         sites: sites that differ, given a layer.
         embedding, final: as in `ModelSpec`, given the body.
@@ -144,7 +144,7 @@ class Family:
     columns: Callable[[Any], int | None] = lambda router: None
     returns_logits: bool = False
     call: Callable[..., Any] | None = None
-    selects: Callable[[Any], Literal["router", "block", "call"] | None] = lambda router: "router"
+    selects: Callable[[Any], Literal["router", "block"] | None] = lambda router: "router"
     weights_on: Any = "output"
     proportional: bool = True
     runs: int | None = None
@@ -278,11 +278,11 @@ class Family:
         return sites
 
     def _selection_sites(self, layer: At, moe: MoESpec) -> dict[str, Site]:
+        if self.call is not None and getattr(self.call, "chooses", False):
+            return dict.fromkeys(SELECTION, BlockCall(moe.block, self.call))
         who = self.selects(layer.hf.get_submodule(moe.router))
         if who is None:
             return {}
-        if who == "call" and self.call is not None:
-            return dict.fromkeys(SELECTION, BlockCall(moe.block, self.call))
         return dict.fromkeys(SELECTION, RouterTopK(moe.block if who == "block" else moe.router, moe.num_experts))
 
     def moe(self, layer: At) -> MoESpec:

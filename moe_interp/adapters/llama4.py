@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_interp.adapters.experts import Fused, Tap, run_experts
+from moe_interp.adapters.experts import Fused, Tap, chooses, run_experts
 
 KERNEL = Fused(is_transposed=True, act="act_fn")
 
 
+@chooses
 def forward(block: Any, tap: Tap, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """``Llama4TextMoe.forward`` over the chosen experts."""
     hidden = hidden_states.reshape(-1, block.hidden_dim)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_interp.adapters.experts import Separate, Tap, run_experts
+from moe_interp.adapters.experts import Separate, Tap, chooses, run_experts
 
 # The published eval path sorts with `argsort()`, which leaves the order within an expert open.
 KERNEL = Separate(up="up_proj", down="down_proj", gate="gate_proj", stable=False)
@@ -68,6 +68,7 @@ def linear_gate(
         returns_logits: whether the block returns ``(out, logits)``, as Mixtral's did before transformers 5.
     """
 
+    @chooses
     def forward(block: Any, tap: Tap, hidden_states: Tensor) -> Any:
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits = block.gate(hidden)
