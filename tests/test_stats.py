@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as arrays
 from moe_interp import stats
 from moe_interp.errors import BadInput
 from tests.reference import routing as slow
+from tests.reference import together
 
 
 def clustered(rng, documents, layers, share, *, length=200, alike=30.0):
@@ -173,6 +174,32 @@ def test_disjoint_loads_are_ln_2_apart_and_no_load_has_no_statistics():
     ):
         assert np.isnan(statistic(nothing)).all()
     assert np.isnan(stats.dead_experts(nothing)).all()
+
+
+@given(arrays.arrays(np.int64, (2, 3, 4), elements=st.integers(0, 9)).filter(lambda t: t.sum(axis=(1, 2)).all()))
+def test_mutual_information_against_loops_of_one_table_and_of_several(tables):
+    expected = [together.mutual_information(table) for table in tables.tolist()]
+    np.testing.assert_allclose(stats.mutual_information(tables), expected, atol=1e-12)
+    np.testing.assert_allclose(stats.mutual_information(tables[0]), expected[0], atol=1e-12)
+
+
+def test_a_single_load_has_the_measures_of_a_row_of_loads():
+    loads = np.array([[5, 0, 2, 1], [1, 1, 9, 3]])
+    for measure in (
+        partial(stats.coverage, share=0.5),
+        stats.gini,
+        stats.load_entropy,
+        stats.max_vio,
+        stats.cv2,
+        stats.dead_experts,
+    ):
+        for load, expected in zip(loads, measure(loads), strict=True):
+            one = measure(load)
+            assert isinstance(one, np.ndarray)
+            np.testing.assert_array_equal(one, expected)
+    for measure in (stats.jensen_shannon, stats.spearman):
+        one = measure(loads[0].astype(float), loads[1].astype(float))
+        np.testing.assert_allclose(one, measure(loads[:1].astype(float), loads[1:].astype(float))[0], rtol=1e-12)
 
 
 def test_sign_flip_max_against_loops():
