@@ -170,7 +170,8 @@ def profile(
 ) -> None:
     """What is known of an expert, or a page of them all."""
     if output is None and (layer is None or expert is None):
-        raise BadInput("which expert", expected="a layer and an expert, or --output for a page of all", got="neither")
+        got = "neither" if layer is None else "a layer alone"
+        raise BadInput("which expert", expected="a layer and an expert, or --output for a page of all", got=got)
     _check_output(output)
     opened = _load(model, dtype, device_map, trust_remote_code)
     if layer is not None and expert is not None:
@@ -193,6 +194,8 @@ def saturation(
     trust_remote_code: Trust = False,
 ) -> None:
     """How early in training the routing was settled; of the bundled model's own training if nothing is named."""
+    if not checkpoints and (revision or data is not None or limit is not None):
+        raise BadInput("which checkpoints", expected="folders or hub ids", got="none, but options for them")
     _check_output(output)
     options: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
     result = (

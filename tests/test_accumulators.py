@@ -14,7 +14,7 @@ from moe_interp import stats
 from moe_interp.analyses.coactivation import PairCounts
 from moe_interp.analyses.collect import Options, collect, counted
 from moe_interp.analyses.exact import Exact
-from moe_interp.analyses.labels import LabelCounts
+from moe_interp.analyses.labels import LabelCounts, kind, label_tokens
 from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.token_counts import TokenCounts
 from moe_interp.analyses.transitions import TransitionCounts
@@ -288,6 +288,30 @@ def test_label_counts_equal_loops_and_merge():
                 assert sums.counts[choice_document, label, index].tolist() == expected
 
 
+def test_labels_of_a_corpus_are_told_once_or_run_by_run():
+    numbers: list = [None] * DOCUMENTS
+    for _, lengths, documents in RUNS:
+        for document, labels in zip(documents, labels_of(documents, lengths), strict=True):
+            numbers[document] = labels
+    sizes = DOCUMENTS, 3, LAYERS, EXPERTS, TOP_K
+    told, run_by_run = LabelCounts.empty(*sizes, numbers), LabelCounts.empty(*sizes)
+    for (run, documents), (_, lengths, _) in zip(runs(), RUNS, strict=True):
+        told.update(run, np.array(documents))
+        run_by_run.add(run, np.array(documents), labels_of(documents, lengths))
+    np.testing.assert_array_equal(told.counts, run_by_run.counts)
+    np.testing.assert_array_equal(told.tokens, run_by_run.tokens)
+    assert_equal(LabelCounts.from_state(told.state()), told)
+    assert_equal(told.merge(LabelCounts.empty(*sizes, numbers)), told)
+    others = [(one + 1) % 3 for one in numbers]
+    with pytest.raises(BadInput, match="cannot merge LabelCounts"):
+        told.merge(LabelCounts.empty(*sizes, others))
+    moved = [np.concatenate([numbers[0], numbers[1][:1]]), numbers[1][1:], *numbers[2:]]  # the same, cut elsewhere
+    with pytest.raises(BadInput, match="cannot merge LabelCounts"):
+        told.merge(LabelCounts.empty(*sizes, moved))
+    with pytest.raises(BadInput, match=r"labels of tokens are not known: expected LabelCounts.empty\(..., numbers"):
+        run_by_run.update(runs()[0][0], np.array(runs()[0][1]))
+
+
 # One pass over a corpus
 
 
@@ -298,6 +322,19 @@ class Special(StubTokenizer):
 CORPUS = Corpus.from_texts(
     {"plain": ["#The cat sat", "#mu", "#so it goes on"], "code": ["#f(x) = 2", "#if a:"]}, "texts"
 )
+
+
+def interrupt_after(calls: int, model, monkeypatch) -> None:
+    """The run after so many is broken off."""
+    run, left = model.run, [None] * calls
+
+    def interrupted(*given, **named):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return run(*given, **named)
+
+    monkeypatch.setattr(model, "run", interrupted)
 
 
 def test_one_pass_feeds_all_and_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
@@ -317,15 +354,8 @@ def test_one_pass_feeds_all_and_goes_on_where_it_was_interrupted(tmp_path, monke
         assert where["special_tokens"] == "left out"
         assert whole["routing"].tokens.tolist() == [11, 2, 13, 8, 5]
 
-        path, run, calls = tmp_path / "states.npz", model.run, []
-
-        def interrupted(*given, **named):
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            calls.append(1)
-            return run(*given, **named)
-
-        monkeypatch.setattr(model, "run", interrupted)
+        path = tmp_path / "states.npz"
+        interrupt_after(2, model, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             collect(model, CORPUS, empty(), options, resume=path, every=1)
         monkeypatch.undo()
@@ -360,3 +390,30 @@ def test_what_is_held_is_what_is_stated(name):
         "tokens": 16 * (sums.routed.tidy()[0].size + sums.seen.tidy()[0].size) if name == "tokens" else 0,
     }[name]
     assert sums.nbytes == stated
+
+
+def test_a_pass_over_labels_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    with moe.wrap(build("deepseek_v3"), Special(), name="tiny") as model:
+        names, numbers = label_tokens(model, CORPUS, "kind")
+        options, path = Options(batch_tokens=16), tmp_path / "labels.npz"
+
+        def empty(labels=numbers):
+            return {"labels": LabelCounts.empty(5, len(names), model.layers, 8, 3, labels)}
+
+        whole = empty()
+        collect(model, CORPUS, whole, options)
+        for document, text in enumerate(CORPUS.texts):
+            kinds = [kind(sign) for sign in text[1:]]  # the first is special
+            assert whole["labels"].tokens[document].tolist() == [kinds.count(name) for name in names]
+        interrupt_after(2, model, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            collect(model, CORPUS, empty(), options, resume=path, every=1)
+        monkeypatch.undo()
+        with np.load(path) as stored:
+            assert stored["done"] == 2
+            assert 0 < stored["labels/tokens"].sum() < whole["labels"].tokens.sum()
+        resumed = empty()
+        collect(model, CORPUS, resumed, options, resume=path, every=1)
+        assert_equal(resumed["labels"], whole["labels"])
+        with pytest.raises(BadData, match="is of another pass"):  # as many labels, of other tokens
+            collect(model, CORPUS, empty([one[::-1].copy() for one in numbers]), options, resume=path)

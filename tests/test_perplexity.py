@@ -26,7 +26,7 @@ from tests.reference.perplexity import (
     nothing,
     token_perplexity,
 )
-from tests.reference.routing import tails
+from tests.reference.routing import bootstrap_interval
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
 
@@ -213,26 +213,28 @@ def test_intervals_resample_documents_in_pairs() -> None:
     labels = CORPUS.labels[scored]
     rows, plain = ([values[index] for index in scored] for values in (nats(model, heaviest(1)), nats(model)))
 
-    def ends(members: np.ndarray, weights: np.ndarray, of: Callable[[list[int]], float]) -> np.ndarray:
-        drawn = [np.repeat(members, row.astype(int)).tolist() for row in weights]
-        strata = 1 if len(members) < len(labels) else len(set(labels.tolist()))
-        return np.exp(np.quantile(np.log([of(one) for one in drawn]), tails(len(members), strata)))
+    def ends(members: np.ndarray, weights: np.ndarray, parts: list[tuple[float, float]]) -> np.ndarray:
+        top, bottom = zip(*(parts[index] for index in members), strict=True)
+        return np.exp(bootstrap_interval(top, bottom, weights, strata=labels[members]))
 
-    for aggregate, reference in AGGREGATES.items():
-        figures: dict[str, Callable[[list[int]], float]] = {
-            "perplexity": lambda drawn, of=reference: of([rows[index] for index in drawn]),
-            "ratio": lambda drawn, of=reference: of([rows[i] for i in drawn]) / of([plain[i] for i in drawn]),
+    for aggregate in AGGREGATES:
+        figures: dict[str, list[tuple[float, float]]] = {
+            name: [(sum(one), len(one)) if aggregate == "token" else (float(np.mean(one)), 1) for one in nll]
+            for name, nll in {
+                "perplexity": rows,
+                "ratio": [np.subtract(one, other) for one, other in zip(rows, plain, strict=True)],
+            }.items()
         }
-        for name, of in figures.items():
+        for name, parts in figures.items():
             at = {"aggregate": aggregate, "k": 1}
             for number, domain in enumerate(CORPUS.domains):
                 members = np.flatnonzero(labels == number)
                 weights = resampling_weights(np.zeros(len(members), int), resamples, seed + number)
                 interval = got[f"{name}_interval"].sel(at | {"domain": domain})
-                np.testing.assert_allclose(interval, ends(members, weights, of), **CLOSE)
+                np.testing.assert_allclose(interval, ends(members, weights, parts), **CLOSE)
             weights = resampling_weights(labels, resamples, seed)
             interval = got[f"{name}_overall_interval"].sel(at)
-            np.testing.assert_allclose(interval, ends(np.arange(len(labels)), weights, of), **CLOSE)
+            np.testing.assert_allclose(interval, ends(np.arange(len(labels)), weights, parts), **CLOSE)
 
 
 def test_normalised_is_log_perplexity_between_its_ends() -> None:

@@ -244,7 +244,7 @@ def test_intervals_equal_resampled_ratios():
         expected = slow.bootstrap_interval([row[4] for row in weight], [sum(row) for row in weight], draws, 0.95)
         np.testing.assert_allclose(here.weight_share_interval.sel(expert=4), expected, rtol=1e-9)
     draws = stats.resampling_weights(GROUPS, 50, 2)
-    overall = slow.bootstrap_interval(sums.counts[:, 0, 2].tolist(), sums.tokens.tolist(), draws, 0.95, strata=2)
+    overall = slow.bootstrap_interval(sums.counts[:, 0, 2].tolist(), sums.tokens.tolist(), draws, 0.95, GROUPS)
     found = dataset.utilisation_overall_interval.sel(layer=1, expert=2)
     np.testing.assert_allclose(found, np.array(overall) / TOP_K, rtol=1e-9)
 

@@ -49,10 +49,30 @@ def test_bars_are_the_most_preferred_experts_with_their_intervals():
     low, high = 100 * at.specialization_interval.values[:, order]
     np.testing.assert_allclose(bars.y - bars.error_y.arrayminus, low)
     np.testing.assert_allclose(bars.y + bars.error_y.array, high)
-    assert figure.layout.shapes[0].y0 == pytest.approx(100 * 3 / 8)
+    line = figure.layout.shapes[0]
+    assert line.y0 == pytest.approx(100 * 3 / 8)
+    assert line.line.width > 0  # the template's shapes have no line and are faint
+    assert line.opacity == 1
     assert figure.layout.annotations[0].text == "&lt;b&gt;plain&lt;/b&gt;"
     shown = figure.layout.sliders[0].steps[2].args[0]["visible"]
     assert [place for place, visible in enumerate(shown) if visible] == [4, 5]
+
+
+def test_the_heat_map_is_white_at_the_uniform_share_and_a_colour_further_for_every_doubling():
+    routing = made()["routing"].copy(deep=True)
+    routing["specialization"][1, 2, :4] = [0.0, 3 / 8, 2 * 3 / 8, 0.9]
+    figure = figures.specialization(routing)
+    heat, at = figure.data[2], routing.isel(layer=2, domain=1)
+    cells = values(heat.z).reshape(2, 8)[1]
+    np.testing.assert_allclose(cells[:4], [-3, 0, 1, np.log2(0.9 * 8 / 3)], rtol=1e-6)
+    told = values(heat.customdata).reshape(2, 8, 4)[1]
+    np.testing.assert_allclose(told[:, 0], 100 * at.specialization, rtol=1e-6)
+    np.testing.assert_allclose(told[:, 1:3].T, 100 * at.specialization_interval, rtol=1e-6)
+    np.testing.assert_allclose(told[:, 3], at.specialization_p, rtol=1e-6)
+    assert (heat.zmin, heat.zmax) == (-3, 3)
+    marks = dict(zip(heat.colorbar.tickvals, heat.colorbar.ticktext, strict=True))
+    assert marks == {-3: "4.7", -2: "9.4", -1: "19", 0: "38", 1: "75"}  # 37.5 % of tokens, and none above 100 %
+    assert heat.y[0] == "&lt;b&gt;plain&lt;/b&gt;"
 
 
 def test_pairs_show_lift_over_that_of_loads_in_the_order_of_the_clustering():
@@ -76,6 +96,18 @@ def test_clustering_puts_groups_side_by_side():
     likeness = np.where(group[:, None] == group, 0.9, -0.2) + 0.01 * rng.normal(size=(12, 12))
     order = routing_figures.clustered((likeness + likeness.T) / 2)
     assert sum(a != b for a, b in zip(group[order], group[order][1:], strict=False)) == 2
+
+
+def test_strong_flow_lies_near_the_diagonal():
+    rng = np.random.default_rng(0)
+    before, after = (rng.permutation(np.repeat(np.arange(6), 4)) for _ in range(2))
+    lift = np.where(before[:, None] == after, 4.0, 0.4) * rng.gamma(20, 1 / 20, size=(24, 24))
+    rows, columns = routing_figures._crossing(lift)
+    assert sorted(rows) == sorted(columns) == list(range(24))
+    np.testing.assert_array_equal(before[rows], after[columns])  # six blocks on the diagonal
+    assert sum(a != b for a, b in zip(before[rows], before[rows][1:], strict=False)) == 5
+    nothing = np.where(np.arange(24) == 3, 0.0, lift)  # an expert that nothing flows to comes last
+    assert routing_figures._crossing(nothing)[1][-1] == 3
 
 
 def test_flow_and_information_show_the_datasets_numbers():
@@ -136,6 +168,13 @@ def test_at_256_experts_and_60_layers_figures_stay_small_and_readable():
     drawn = routing_figures.coactivation(pairs)
     assert len(drawn.data) == 30  # of sixty, evenly spread: the file has room for so many
     assert len(drawn.to_json()) < 6e6
+    heat = figures.specialization(routing)
+    assert len(heat.to_json()) < 5e6
+    layers = np.arange(60)
+    control = figures.line(layers, layers / 60, "control", figures.CONTROL, dash="dash")
+    assert control.mode == "lines"  # dashes show: markers side by side would fill the gaps
+    assert figures.line(layers, layers / 60, "value", figures.COLOURS[0]).mode == "lines+markers"
+    assert figures.line(layers[:8], layers[:8] / 60, "control", figures.CONTROL, dash="dash").mode == "lines+markers"
     named = {"expert": "expert", "other": "next_expert"}
     flow = routing_figures.flow(pairs[["lift"]].rename({"other": named["other"]}))
     assert [step.label for step in flow.layout.sliders[0].steps][-1] == "59"

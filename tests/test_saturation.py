@@ -92,6 +92,26 @@ def test_checkpoints_are_loaded_from_folders_and_closed(tmp_path):
     assert all(model._closed for model in opened)
 
 
+def test_revisions_of_one_checkpoint_are_loaded_in_turn_and_may_be_named(monkeypatch):
+    from moe_interp.analyses import saturation
+
+    asked = []
+
+    def load(source, *, revision, dtype):
+        asked.append((source, revision, dtype))
+        return moe.wrap(build("olmoe", seed=len(revision)), StubTokenizer(), name=source)
+
+    monkeypatch.setattr(saturation, "load", load)
+    options = dict(revisions=["a", "bb"], resamples=5, dtype="float32")
+    result = router_saturation(["hub/one"], CORPUS, **options)
+    assert asked == [("hub/one", "a", "float32"), ("hub/one", "bb", "float32")]
+    assert result.step.values.tolist() == ["a", "bb"]
+    assert (result.saturation[0] < 1).all()
+    named = router_saturation(["hub/one"], CORPUS, names=[10, 20], **options)
+    assert named.step.values.tolist() == [10, 20]
+    np.testing.assert_array_equal(named.saturation, result.saturation)
+
+
 def test_what_cannot_be_compared():
     two = [moe.wrap(build(family), StubTokenizer()) for family in ("olmoe", "qwen2_moe")]
     with pytest.raises(BadInput, match="checkpoints of different models"):

@@ -19,7 +19,7 @@ from moe_interp.analyses.similarity import ensemble_similarity
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput, UnknownName
 from moe_interp.stats import resampling_weights
-from tests.reference.routing import tails
+from tests.reference.routing import bootstrap_interval
 from tests.reference.similarity import Token, as_coded, paper, tokens_of
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
@@ -231,12 +231,13 @@ def test_intervals_resample_documents() -> None:
     at = {"layer": 2, "candidate": "heaviest"}
 
     def ends(members: list[int], weights: np.ndarray) -> np.ndarray:
-        drawn = [
-            sum(weight * np.sum(rows[member], axis=0) for weight, member in zip(row, members, strict=True))
-            / sum(weight * len(rows[member]) for weight, member in zip(row, members, strict=True))
-            for row in weights
-        ]
-        return np.quantile(drawn, tails(len(members), 1 if len(members) < len(CORPUS) else len(CORPUS.domains)), axis=0)
+        totals = np.array([np.sum(rows[member], axis=0) for member in members])
+        tokens, strata = [len(rows[member]) for member in members], CORPUS.labels[members]
+        found = np.zeros((2, *totals.shape[1:]))
+        for place in np.ndindex(*totals.shape[1:]):
+            own = totals[(slice(None), *place)].tolist()
+            found[(slice(None), *place)] = bootstrap_interval(own, tokens, weights, strata=strata)
+        return found
 
     for number, domain in enumerate(CORPUS.domains):
         members = np.flatnonzero(CORPUS.labels == number).tolist()

@@ -318,6 +318,11 @@ def test_labels_that_cannot_be(label, message):
         routing_by_label(model_of(), CORPUS, label)
 
 
+def test_labels_need_a_tokenizer():
+    with moe.wrap(build("olmoe")) as model, pytest.raises(BadInput, match="labels need a tokenizer: expected moe.wrap"):
+        routing_by_label(model, CORPUS)
+
+
 # Byte-level tokens
 
 

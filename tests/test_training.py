@@ -140,6 +140,38 @@ def test_recomputing_in_the_backward_pass_counts_once():
     assert int(watch.table().tokens[0]) == 16
 
 
+def test_a_step_that_fails_is_forgotten():
+    hf, batch = build("olmoe"), batches(1)[0]
+    with RoutingWatch(hf, every=2) as watch:
+        with pytest.raises(RuntimeError, match="out of memory"), watch.step(0):
+            hf(**batch)
+            raise RuntimeError("out of memory")
+        with watch.step(1):  # not due
+            hf(**batch)
+        with pytest.raises(BadInput, match="nothing was reported"):
+            watch.table()
+        with watch.step(2):
+            hf(**batch)
+        table = watch.table()
+    assert table.step.values.tolist() == [2]
+    assert table.tokens.values.tolist() == [16]
+
+
+def test_every_token_counts_without_a_mask_and_a_mask_that_is_none_is_refused():
+    hf, ids = build("olmoe"), batches(1)[0]["input_ids"]
+    with RoutingWatch(hf, every=1) as watch:
+        with watch.step(0):
+            hf(ids)
+        with (
+            pytest.raises(
+                BadInput, match=r"cannot tell real tokens from padding: .* got one of shape \(2, 1, 10, 10\)"
+            ),
+            watch.step(1),
+        ):
+            hf(input_ids=ids, attention_mask=torch.ones(2, 1, 10, 10, dtype=torch.bool))
+        assert watch.table().tokens.values.tolist() == [20]
+
+
 def collapsed() -> torch.nn.Module:
     """A router that sends every token to the same experts."""
     hf = build("olmoe").train()

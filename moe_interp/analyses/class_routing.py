@@ -282,7 +282,7 @@ def debiased_information(counts: Int[np.ndarray, "C E"], images: int) -> float:
     one image are not independent.
     """
     bias = (counts > 0).sum() - counts.any(axis=1).sum() - counts.any(axis=0).sum() + 1
-    return float(mutual_information(counts[None])[0] - bias / (2 * images))
+    return float(mutual_information(counts) - bias / (2 * images))
 
 
 def information(trial: xr.Dataset) -> float:

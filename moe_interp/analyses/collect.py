@@ -8,7 +8,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -152,5 +152,7 @@ def _take_up(path: Path, sums: Mapping[str, Exact], mark: str) -> int:
         )
     for name, one in sums.items():
         state = {key.removeprefix(f"{name}/"): value for key, value in arrays.items() if key.startswith(f"{name}/")}
-        vars(one).update(vars(type(one).from_state(state)))
+        taken_up = type(one).from_state(state)
+        for field in fields(one):  # type: ignore[arg-type]
+            setattr(one, field.name, getattr(taken_up, field.name))
     return int(arrays["done"])

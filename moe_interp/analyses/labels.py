@@ -4,14 +4,15 @@
    the text, or whatever a function says; `spans` makes one of a function that marks stretches of text, such as a
    part-of-speech tagger.
 2. `LabelCounts` counts tokens and choices per document and label: specialization as in `routing`, with labels in
-   place of domains, and its interval over documents.
+   place of domains, and its interval over documents. One that is told the labels of a corpus can be fed by `collect`.
 3. The control is the same document: the share of its tokens *without* the label. Neighbouring tokens are alike, so
    labels are not permuted; the sign of each document's difference is flipped, all its experts at once.
 """
 
+import hashlib
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 import moe_interp.stats as stats
-from moe_interp.analyses.collect import Options, Pass
+from moe_interp.analyses.collect import Options, collect
 from moe_interp.analyses.exact import Exact, Provenance, flat_counts
 from moe_interp.data import Corpus
 from moe_interp.encode import token_text
@@ -108,8 +109,10 @@ def label_tokens(model: MoEModel, corpus: Corpus, label: str | Labeller) -> tupl
     """The labels that occur, in alphabetical order, and for each document the number of every token's label.
 
     Raises:
-        BadInput: an unknown name, a wrong number of labels, more than 256 different ones.
+        BadInput: no tokenizer, an unknown name, a wrong number of labels, more than 256 different ones.
     """
+    if model.tokenizer is None:
+        raise BadInput("labels need a tokenizer", expected="moe.wrap(model, tokenizer)", got="no tokenizer")
     if isinstance(label, str) and label not in LABELLERS:
         raise BadInput("unknown label", expected=f"one of {', '.join(LABELLERS)}, or a function", got=repr(label))
     labeller = LABELLERS[label] if isinstance(label, str) else label
@@ -148,6 +151,9 @@ class LabelCounts(Exact):
         top_k: K.
         tokens: [N, G].
         counts: [N, G, L, E], tokens with the label that chose the expert.
+        labelling: tells the labels of one pass from those of another, so that only like is merged and taken up; 0
+            where they are told run by run, by `add`.
+        numbers: the label of every token of every document, for `update`; not stored.
     """
 
     reads: ClassVar[tuple[str, ...]] = ()
@@ -156,12 +162,44 @@ class LabelCounts(Exact):
     top_k: int
     tokens: Int[np.ndarray, "N G"]
     counts: Int[np.ndarray, "N G L E"]
+    labelling: int = 0
+    numbers: InitVar[Sequence[np.ndarray] | None] = None
+
+    def __post_init__(self, numbers: Sequence[np.ndarray] | None) -> None:
+        self._numbers = numbers
+        if numbers is not None:
+            told = hashlib.sha256(b"".join(one.astype("<i8").tobytes() + b"|" for one in numbers))
+            self.labelling = int.from_bytes(told.digest()[:7], "big")
 
     @classmethod
-    def empty(cls, documents: int, labels: int, layers: Sequence[int], experts: int, top_k: int) -> "LabelCounts":
-        """Nothing counted yet."""
+    def empty(
+        cls,
+        documents: int,
+        labels: int,
+        layers: Sequence[int],
+        experts: int,
+        top_k: int,
+        numbers: Sequence[np.ndarray] | None = None,
+    ) -> "LabelCounts":
+        """Nothing counted yet; ``numbers`` is what `label_tokens` gives, without it there is `add` alone."""
         size = (documents, labels)
-        return cls(tuple(layers), top_k, np.zeros(size, np.int64), np.zeros((*size, len(layers), experts), np.int64))
+        tokens, counts = np.zeros(size, np.int64), np.zeros((*size, len(layers), experts), np.int64)
+        return cls(tuple(layers), top_k, tokens, counts, numbers=numbers)
+
+    def update(self, run: Run, documents: Int[np.ndarray, " B"]) -> None:
+        """Adds a run whose documents' labels are known.
+
+        Raises:
+            BadInput: they are not.
+        """
+        if self._numbers is None:
+            raise BadInput(
+                "labels of tokens are not known",
+                expected="LabelCounts.empty(..., numbers=...), as label_tokens gives them",
+                got="none",
+                do="Or add(run, documents, labels).",
+            )
+        self.add(run, documents, [self._numbers[document] for document in documents])
 
     def add(self, run: Run, documents: Int[np.ndarray, " B"], labels: Sequence[np.ndarray]) -> None:
         """Adds a run; row b belongs to document ``documents[b]``, whose tokens have ``labels[b]``."""
@@ -271,10 +309,9 @@ def routing_by_label(
     Raises:
         BadInput: no tokenizer, an unknown label, labels that do not fit the tokens or are too many.
     """
-    going = Pass(model, corpus, Options(special_tokens, max_tokens, batch_tokens))
     names, numbers = label_tokens(model, corpus, label)
-    sums = LabelCounts.empty(len(corpus), len(names), model.layers, model.spec.num_experts, model.spec.top_k)
-    for run, batch in going.runs((), "routing by label"):
-        sums.add(run, batch.documents, [numbers[document] for document in batch.documents])
-    where = {**going.provenance, "label": label if isinstance(label, str) else getattr(label, "__name__", "function")}
+    spec = model.spec
+    sums = LabelCounts.empty(len(corpus), len(names), model.layers, spec.num_experts, spec.top_k, numbers)
+    where = collect(model, corpus, {"labels": sums}, Options(special_tokens, max_tokens, batch_tokens))
+    where["label"] = label if isinstance(label, str) else getattr(label, "__name__", "function")
     return sums.result(names, provenance=where, resamples=resamples, seed=seed)

@@ -303,7 +303,7 @@ def perplexity_ratios(
 
     Args:
         samples: perplexities by domain, as `read_perplexity` gives them.
-        resamples: of samples, for the paired percentile intervals.
+        resamples: of samples, for the paired intervals.
         seed: of the resampling.
 
     Returns:

@@ -213,7 +213,7 @@ def routing(
 
     Returns:
         Dims domain, layer (the model's own indices), expert, bound (low, high). ``*_interval`` are 95 %
-        percentile intervals over documents; ``*_debiased`` stand beside plug-in estimates that need it;
+        studentised intervals over documents; ``*_debiased`` stand beside plug-in estimates that need it;
         ``*_p``, ``*_null``, ``*_uniform``, ``*_baseline`` are controls. NaN: it takes a second domain, or a
         second document in each.
 

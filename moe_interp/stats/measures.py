@@ -1,6 +1,7 @@
 """Measures of counts: how unequally they are spread over experts, how far two loads are apart, how two choices depend.
 
-Pure functions of arrays whose last axes are experts; NaN where there are no counts.
+Pure functions of arrays whose last axes are experts; NaN where there are no counts. A single load or table gives an
+array without axes (numpy would make a scalar of it, which is no array).
 """
 
 import numpy as np
@@ -30,22 +31,22 @@ def gini(counts: Num[np.ndarray, "*rest E"]) -> Float[np.ndarray, "*rest"]:
     """Gini coefficient of the load: 0 (equal) ... 1 - 1/E (one expert takes all)."""
     experts = counts.shape[-1]
     rank = 2 * np.arange(1, experts + 1) - experts - 1
-    return (np.sort(shares(counts), axis=-1) * rank).sum(axis=-1) / experts
+    return np.asarray((np.sort(shares(counts), axis=-1) * rank).sum(axis=-1) / experts)
 
 
 def load_entropy(counts: Num[np.ndarray, "*rest E"]) -> Float[np.ndarray, "*rest"]:
     """Entropy of the load over ln E: 0 (one expert takes all) ... 1 (equal)."""
-    return _entropy(shares(counts)) / np.log(counts.shape[-1])
+    return np.asarray(_entropy(shares(counts)) / np.log(counts.shape[-1]))
 
 
 def max_vio(counts: Num[np.ndarray, "*rest E"]) -> Float[np.ndarray, "*rest"]:
     """Largest over mean load, minus 1 (arXiv 2408.15664): 0 (equal) ... E - 1."""
-    return shares(counts).max(axis=-1) * counts.shape[-1] - 1
+    return np.asarray(shares(counts).max(axis=-1) * counts.shape[-1] - 1)
 
 
 def cv2(counts: Num[np.ndarray, "*rest E"]) -> Float[np.ndarray, "*rest"]:
     """Squared coefficient of variation of the load: 0 (equal) ... E - 1."""
-    return shares(counts).var(axis=-1) * counts.shape[-1] ** 2
+    return np.asarray(shares(counts).var(axis=-1) * counts.shape[-1] ** 2)
 
 
 def dead_experts(counts: Num[np.ndarray, "*rest E"]) -> Float[np.ndarray, "*rest"]:
@@ -60,7 +61,7 @@ def jensen_shannon(
 ) -> Float[np.ndarray, "*rest"]:
     """Jensen-Shannon divergence of two loads in nats: 0 (equal) ... ln 2 (no expert in common)."""
     p, q = shares(inside), shares(outside)
-    return _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2
+    return np.asarray(_entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2)
 
 
 def divergence_from_rest(totals: Num[np.ndarray, "*rest G E"]) -> Float[np.ndarray, "*rest G"]:
@@ -69,7 +70,7 @@ def divergence_from_rest(totals: Num[np.ndarray, "*rest G E"]) -> Float[np.ndarr
 
 
 def _entropy(p: np.ndarray) -> np.ndarray:
-    return -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
+    return np.asarray(-(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1))
 
 
 def mutual_information(joint: Num[np.ndarray, "*rest E F"]) -> Float[np.ndarray, "*rest"]:

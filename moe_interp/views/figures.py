@@ -14,6 +14,7 @@ from moe_interp.views.tokens import escaped
 
 COLOURS = ("#2f6f9f", "#d1662b", "#3a8f5c", "#a8434f", "#7a5ea8", "#8a6d3b", "#c75a9b", "#5f7d1e", "#1d8f97", "#555e6b")
 CONTROL = "#9aa0a6"
+_MANY = 24  # points of a line
 NAMES = {
     "heaviest": "heaviest expert",
     "lightest": "lightest expert",
@@ -36,13 +37,21 @@ def style(figure: go.Figure, height: int = 420, **layout: Any) -> go.Figure:
 
 
 def line(x: Any, y: Any, name: str, colour: str, interval: Any = None, **line: Any) -> go.Scatter:
-    """A line with markers, and error bars from the ends [2, n] of an interval."""
-    bars = None
+    """A line with markers, and error bars from the ends [2, n] of an interval; thinner where there are many points."""
+    many, bars = len(x) > _MANY, None
     if interval is not None:
         low, high = np.asarray(interval)
-        bars = {"type": "data", "array": high - y, "arrayminus": y - low, "thickness": 1.2, "width": 3}
+        thickness, width = (0.8, 0) if many else (1.2, 3)
+        bars = {"type": "data", "array": high - y, "arrayminus": y - low, "thickness": thickness, "width": width}
+    hidden = many and "dash" in line and line["dash"] is not None  # markers side by side would fill the gaps
     return go.Scatter(
-        x=x, y=y, name=name, mode="lines+markers", error_y=bars, line={"color": colour, **line}, marker={"size": 6}
+        x=x,
+        y=y,
+        name=name,
+        mode="lines" if hidden else "lines+markers",
+        error_y=bars,
+        line={"color": colour, **({"width": 1.2} if many and not hidden else {}), **line},
+        marker={"size": 4 if many else 6},
     )
 
 
@@ -83,26 +92,31 @@ def layer_scale(layers: Any) -> go.Scatter:
 
 
 def specialization(routing: xr.Dataset) -> go.Figure:
-    """Domain x expert, one layer at a time: specialization in per cent, white at the baseline of a uniform router."""
+    """Domain x expert, one layer at a time: specialization by doublings of a uniform router's share, which is white."""
     baseline = 100 * float(routing["specialization_baseline"])
-    largest = 100 * float(routing["specialization"].max())
-    scale = [[0.0, "#2166ac"], [min(baseline / largest, 0.99), "#ffffff"], [1.0, "#b2182b"]]
+    times = np.log2(np.maximum(routing["specialization"].values, 1e-9) / (baseline / 100))
+    limit = max(3.0, np.ceil(np.nanmax(times)))
+    marks = {tick: baseline * 2.0**tick for tick in np.arange(-limit, limit + 1) if baseline * 2.0**tick <= 100}
     figure = go.Figure()
     for index, layer in enumerate(routing["layer"].values):
         at = routing.sel(layer=layer)
-        low, high = 100 * at["specialization_interval"].values
+        share, (low, high) = 100 * at["specialization"].values, 100 * at["specialization_interval"].values
         figure.add_heatmap(
-            z=100 * at["specialization"].values,
+            z=times[:, index].clip(-limit, limit).astype(np.float32),
             x=routing["expert"].values,
             y=[escaped(name, 40) for name in routing["domain"].values],
-            customdata=np.stack([low, high, at["specialization_p"].values], axis=-1),
-            hovertemplate="%{y}, expert %{x}: %{z:.1f} %<br>interval %{customdata[0]:.1f} – %{customdata[1]:.1f} %"
-            "<br>p = %{customdata[2]:.3f}<extra></extra>",
-            colorscale=scale,
-            zmin=0,
-            zmax=largest,
+            customdata=np.stack([share, low, high, at["specialization_p"].values], axis=-1).astype(np.float32),
+            hovertemplate="%{y}, expert %{x}: %{customdata[0]:.1f} %"
+            "<br>interval %{customdata[1]:.1f} – %{customdata[2]:.1f} %<br>p = %{customdata[3]:.3f}<extra></extra>",
+            colorscale="RdBu_r",
+            zmin=-limit,
+            zmax=limit,
             visible=index == 0,
-            colorbar={"title": "% of tokens"},
+            colorbar={
+                "title": "% of tokens",
+                "tickvals": list(marks),
+                "ticktext": [f"{mark:.0f}" if mark >= 10 else f"{mark:.2g}" for mark in marks.values()],
+            },
         )
     steps = [
         {

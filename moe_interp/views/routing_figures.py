@@ -33,8 +33,9 @@ def specialization_bars(routing: xr.Dataset) -> go.Figure:
             bars = _bars(routing.sel(layer=layer, domain=domain), COLOURS[number % len(COLOURS)])
             bars.visible = place == 0
             figure.add_trace(bars, row=1 + number // 3, col=1 + number % 3)
-    figure.add_hline(y=baseline, line={"color": CONTROL, "dash": "dash"})
-    figure.update_xaxes(type="category", tickangle=-90, tickfont={"size": 9})
+    # The template draws shapes without a line and faintly: both have to be asked for.
+    figure.add_hline(y=baseline, line={"color": CONTROL, "dash": "dash", "width": 2}, opacity=1)
+    figure.update_xaxes(type="category", tickangle=-90, tickfont={"size": 8}, dtick=1)
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title="% of tokens", col=1)
     return style(figure, 130 + 190 * rows, sliders=[_slider(layers, len(domains))], showlegend=False, bargap=0.25)
@@ -82,8 +83,9 @@ def coactivation(result: xr.Dataset) -> go.Figure:
         order = clustered(np.nan_to_num(at["npmi"].values, nan=-1.0))
         excess = (at["lift"] / at["lift_load"]).values[np.ix_(order, order)]
         figure.add_trace(_pairs(excess, order, order, "expert %{y} with %{x}", place == 0))
-    figure.update_yaxes(autorange="reversed", scaleanchor="x")
-    return style(figure, 720, sliders=[_slider(layers)], xaxis_title="expert", yaxis_title="expert")
+    figure.update_xaxes(constrain="domain", title="expert")
+    figure.update_yaxes(autorange="reversed", scaleanchor="x", constrain="domain", title="expert")
+    return style(figure, 720, sliders=[_slider(layers)])
 
 
 def flow(result: xr.Dataset) -> go.Figure:
@@ -96,8 +98,7 @@ def flow(result: xr.Dataset) -> go.Figure:
         lift = at["lift"].values[np.ix_(rows, columns)]
         figure.add_trace(_pairs(lift, rows, columns, "expert %{y} to %{x}", place == 0))
     figure.update_yaxes(autorange="reversed", title="expert of the layer")
-    text = "from the MoE layer after which flow is shown: "
-    return style(figure, 720, sliders=[_slider(layers, text=text)], xaxis_title="expert of the next MoE layer")
+    return style(figure, 720, sliders=[_slider(layers, text="from layer ")], xaxis_title="expert of the next MoE layer")
 
 
 def _some(layers: Int[np.ndarray, " L"], experts: int) -> Int[np.ndarray, " l"]:
@@ -147,10 +148,18 @@ def clustered(likeness: Float[np.ndarray, "E E"]) -> Int[np.ndarray, " E"]:
 
 
 def _crossing(lift: Float[np.ndarray, "A B"]) -> tuple[Int[np.ndarray, " A"], Int[np.ndarray, " B"]]:
-    """Rows by the first singular direction of the centred table, columns too: strong flow lies near the diagonal."""
+    """Rows by the clustering of what they flow to, columns by the mean place of the rows that flow to them.
+
+    Strong flow lies near the diagonal. (A singular direction, for rows and columns at once, tells two groups apart, not
+    eight.)
+    """
     logs = np.log2(np.maximum(lift, 1 / 8)).clip(-3, 3)
-    left, _, right = np.linalg.svd(logs - logs.mean(), full_matrices=False)
-    return np.argsort(left[:, 0], kind="stable"), np.argsort(right[0], kind="stable")
+    centred = logs - logs.mean(axis=1, keepdims=True)
+    size = np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+    rows = clustered((centred / size) @ (centred / size).T)
+    strong = np.maximum(logs[rows], 0.0) ** 2
+    place = np.arange(len(rows)) @ strong / np.maximum(strong.sum(axis=0), 1e-12)
+    return rows, np.argsort(np.where(strong.any(axis=0), place, len(rows)), kind="stable")
 
 
 def information(result: xr.Dataset) -> go.Figure:
@@ -196,9 +205,11 @@ def saturation(result: xr.Dataset) -> go.Figure:
     baseline = np.full(len(steps), float(result["saturation_baseline"]))
     figure.add_trace(line(steps, baseline, "uniform router", CONTROL, dash="dot"))
     figure.update_xaxes(type="category", title="training step")
-    if len(layers) > 12:
+    below = {}
+    if len(layers) > 12:  # the scale of layers stands where the legend would
         figure.add_trace(layer_scale(layers))
-    return style(figure, 420, yaxis_title="router saturation", yaxis_range=[0, 1.02])
+        below = {"legend": {"orientation": "h", "y": -0.2, "yanchor": "top"}}
+    return style(figure, 420, yaxis_title="router saturation", yaxis_range=[0, 1.02], **below)
 
 
 def norm_and_weight(result: xr.Dataset) -> go.Figure:
@@ -230,4 +241,4 @@ def norm_and_weight(result: xr.Dataset) -> go.Figure:
     figure.update_xaxes(type="log", title="mean norm of the output", row=1, col=1)
     figure.update_yaxes(title="mean weight", row=1, col=1)
     figure.update_xaxes(title="layer", row=1, col=2)
-    return style(figure, 440, legend={"x": 0.57, "y": 1, "xanchor": "left", "yanchor": "top"})
+    return style(figure, 460, legend={"orientation": "h", "x": 0.55, "y": -0.17, "xanchor": "left", "yanchor": "top"})

@@ -5,9 +5,6 @@ A *choice* is what one token did at one layer: a dict of document, layer, ids, w
 
 import math
 from itertools import combinations
-from statistics import NormalDist
-
-from scipy.stats import t
 
 
 def count(choices, document, layer, expert):
@@ -187,31 +184,31 @@ def jackknife(statistic, rows, groups, num_groups):
     return corrected
 
 
-def quantile(values, level):
-    """Linear interpolation between order statistics."""
-    ordered = sorted(values)
-    place = level * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+def bootstrap_interval(top, bottom, draws, level=0.95, strata=None):
+    """Studentised interval of sum/sum over resamples, each given by how often it draws each document."""
+    strata = [0] * len(top) if strata is None else list(strata)
 
+    def estimate(documents):
+        """The ratio, and its standard error from what documents are above and below it."""
+        found = sum(top[d] for d in documents) / sum(bottom[d] for d in documents)
+        squares = 0.0
+        for stratum in set(strata):
+            own = [top[d] - found * bottom[d] for d in documents if strata[d] == stratum]
+            mean = sum(own) / len(own)
+            squares += len(own) / (len(own) - 1) * sum((value - mean) ** 2 for value in own)
+        return found, math.sqrt(squares) / sum(bottom[d] for d in documents)
 
-def tails(documents, strata=1, level=0.95):
-    """Normal tail of Student's t over the factor by which the bootstrap's spread is too small."""
-    free = documents - strata
-    narrow = math.sqrt(free / documents)
-    low = NormalDist().cdf(float(t.ppf((1 - level) / 2, free)) / narrow)
-    return low, 1 - low
-
-
-def bootstrap_interval(top, bottom, draws, level, strata=1):
-    """Quantiles of sum/sum over resamples, each given by how often it draws each document."""
-    ratios = []
+    whole, error = estimate(range(len(top)))
+    distances = []
     for drawn in draws:
-        documents = [document for document, times in enumerate(drawn) for _ in range(round(times))]
-        ratios.append(sum(top[d] for d in documents) / sum(bottom[d] for d in documents))
-    low, high = tails(len(draws[0]), strata, level)
-    return quantile(ratios, low), quantile(ratios, high)
+        found, spread = estimate([d for d, times in enumerate(drawn) for _ in range(round(times))])
+        away = found - whole
+        distances.append(away / spread if spread > 1e-12 else math.copysign(math.inf, away) if away else 0.0)
+    distances.sort()
+    rank = max(1, math.floor((len(distances) + 1) * (1 - level) / 2 + 1e-9))
+    own = [a / b for a, b in zip(top, bottom, strict=True) if b]
+    ends = (whole - distances[-rank] * error, whole - distances[rank - 1] * error)
+    return tuple(min(max(end, min(own)), max(own)) for end in ends)
 
 
 def max_statistic_p(rows):
