@@ -71,14 +71,15 @@ class Restart:
     """
 
     def __init__(self, model: MoEModel, inputs: Inputs, *, edit: Edits = (), read: Reads = ()):
-        self.model, self.edits = model, [edit] if isinstance(edit, Intervention) else list(edit)
+        own = [edit] if isinstance(edit, Intervention) else list(edit)
+        self.model, self.edits = model, [*model._standing, *own]
         self.inputs = model.encode(inputs)
         if model.spec.kind == "other":
             raise BadInput("a restart needs tokens", expected="a model of tokens", got=model.spec.model_type)
         self.layers = [layer.index for layer in model.spec.main_layers]
         wanted = [one for one in read if (one if isinstance(one, str) else one.point) != "resid_pre"]
         with self._forms() as self._returned:
-            self.base = model.run(self.inputs, read=[Read("resid_pre", tuple(self.layers)), *wanted], edit=self.edits)
+            self.base = model.run(self.inputs, read=[Read("resid_pre", tuple(self.layers)), *wanted], edit=own)
         self.separable = self._reproduces([self.layers[0]])
         self.exact = self.separable and model.spec.kind == "causal" and self._reproduces(self._starts())
 
