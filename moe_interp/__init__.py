@@ -63,6 +63,10 @@ _HOMES = {
     "analyses.attribution": ("logit_attribution",),
     "analyses.similarity": ("ensemble_similarity",),
     "analyses.perplexity": ("perplexity",),
+    "analyses.patching": ("activation_patching",),
+    "analyses.path_patching": ("path_patching",),
+    "analyses.tracing": ("causal_trace",),
+    "analyses.coalitions": ("coalitions",),
     "views.report": ("report",),
     "errors": ("MoEError",),
 }
@@ -72,11 +76,14 @@ if TYPE_CHECKING:
     from moe_interp.adapters import Family, register_adapter
     from moe_interp.analyses.attribution import logit_attribution
     from moe_interp.analyses.coactivation import coactivation
+    from moe_interp.analyses.coalitions import coalitions
     from moe_interp.analyses.collect import collect
     from moe_interp.analyses.labels import routing_by_label, spans
     from moe_interp.analyses.lens import expert_lens
     from moe_interp.analyses.neurons import neuron_lens
     from moe_interp.analyses.norms import norm_and_weight
+    from moe_interp.analyses.patching import activation_patching
+    from moe_interp.analyses.path_patching import path_patching
     from moe_interp.analyses.perplexity import perplexity
     from moe_interp.analyses.profiles import expert_profiles
     from moe_interp.analyses.recorded import routing_from_counts
@@ -88,6 +95,7 @@ if TYPE_CHECKING:
     from moe_interp.analyses.similarity import ensemble_similarity
     from moe_interp.analyses.super_experts import super_experts
     from moe_interp.analyses.token_identity import token_identity
+    from moe_interp.analyses.tracing import causal_trace
     from moe_interp.analyses.training import RoutingCallback, RoutingWatch, routing_health, to_tensorboard
     from moe_interp.analyses.transitions import transitions
     from moe_interp.analyses.vocabulary import vocabulary_specialization
@@ -131,11 +139,13 @@ __all__ = [
     "RoutingCallback",
     "RoutingWatch",
     "Run",
-    "__version__",
     "ablate",
+    "activation_patching",
     "apply",
     "bias",
+    "causal_trace",
     "coactivation",
+    "coalitions",
     "collect",
     "ensemble_similarity",
     "expert_lens",
@@ -151,6 +161,7 @@ __all__ = [
     "norm_and_weight",
     "patch",
     "patch_route",
+    "path_patching",
     "perplexity",
     "profile",
     "profile_page",
