@@ -190,29 +190,32 @@ def paired(model: MoEModel, clean: Inputs, corrupted: Inputs, metric: Any, direc
     inputs, others = (corrupted, clean) if direction == "restore" else (clean, corrupted)
     other = model.run(others, read=read)
     restart = Restart(model, inputs, read=read)
-    _check_match(restart.tokens, other.tokens)
-    bound = bindable.bind(other if direction == "restore" else restart.base)
+    runs = (other, restart.base) if direction == "restore" else (restart.base, other)
+    _check_match(*(run.tokens for run in runs))
+    bound = bindable.bind(runs[0])
     return Pair(restart, other, bound, bindable, direction, bound.of(restart.base), bound.of(other))
 
 
-def _check_match(first: Tokens, second: Tokens) -> None:
-    lengths, others = (tokens.mask.sum(dim=1).tolist() for tokens in (first, second))
+def _check_match(clean: Tokens, corrupted: Tokens) -> None:
+    lengths, others = (tokens.mask.sum(dim=1).tolist() for tokens in (clean, corrupted))
     if len(lengths) != len(others):
         raise BadInput(
             "clean and corrupted texts do not pair up",
             expected="as many of one as of the other",
-            got=f"{len(others)} and {len(lengths)}",
+            got=f"{len(lengths)} clean and {len(others)} corrupted",
         )
-    for number, pair in enumerate(zip(lengths, others, strict=True)):
-        if len({*pair}) > 1:
+    for number, (length, of_other) in enumerate(zip(lengths, others, strict=True)):
+        if length != of_other:
             raise BadInput(
                 f"clean and corrupted text {number} are not of one length",
                 expected="as many tokens in both, so that they match one by one",
-                got=f"{max(pair)} and {min(pair)}",
+                got=f"{length} clean and {of_other} corrupted",
                 do="Change words into others of as many tokens.",
             )
-    if first.mask.shape != second.mask.shape or not torch.equal(first.mask, second.mask):
-        raise BadInput("clean and corrupted texts are padded differently", expected="the same attention mask")
+    if clean.mask.shape != corrupted.mask.shape or not torch.equal(clean.mask, corrupted.mask):
+        raise BadInput(
+            "clean and corrupted texts are padded differently", expected="the same attention mask", got="two"
+        )
 
 
 # ---- results -----------------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ def activation_patching(
 ) -> xr.Dataset:
     """Put single values of one run into another of a matching prompt, and measure what that does.
 
-    A value that is the same in both runs is not patched, its effect is 0 exactly: experts that neither run uses, tokens
-    before the first one that differs.
+    A value that is the same in both runs, to the last bit, is not patched and its effect is 0 exactly: of experts that
+    neither run uses, and of what comes before the first token that differs, as far as it does not differ by rounding.
 
     Args:
         model: a causal language model.

@@ -108,7 +108,7 @@ def causal_trace(
     text = trace.clean.token_ids[trace.clean.mask].tolist()  # type: ignore[index]
     marked = trace.clean.tokens.at(where)[trace.clean.mask].int().cpu().numpy().astype("int8")
     variables = {
-        "clean": Variable((), float(trace.clean_value), "1", "probability of the answer in the clean run"),
+        "clean": Variable((), trace.clean_value.numpy(), "1", "probability of the answer in the clean run"),
         "corrupted": Variable(("sample",), trace.corrupted.numpy(), "1", "probability of the answer with the noise"),
         **_over_samples("total", (), total, "clean less corrupted: all that there is to restore"),
         **restored(_experts, most, "expert", "effect"),
