@@ -224,16 +224,17 @@ class Restart:
         return starts[1::2] + starts[-1:]
 
     def _reproduces(self, starts: Sequence[int]) -> bool:
-        """Whether restarts without edits, of one text alone, give the base run's logits."""
+        """Whether restarts without edits, of one text in other company (alone, or beside itself), give its logits."""
         tensors = any(isinstance(item, Tensor) for form in self._returned.values() for item in form or ())
         if tensors and any(first > self.layers[0] for first in starts):
             return False
-        text = torch.zeros(1, dtype=torch.long, device=self.tokens.mask.device)
+        count = 1 if len(self.tokens.mask) > 1 else 2
+        text = torch.zeros(count, dtype=torch.long, device=self.tokens.mask.device)
         at = self.tokens.mask[text]
         expected = self.base.output[text][at]
         bound = 1e3 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
         for first in starts:
-            got, _ = self._logits(text, [Block(self.edits, slice(0, 1), text)], first, at)
+            got, _ = self._logits(text, [Block(self.edits, slice(0, count), text)], first, at)
             if not float((got - expected).abs().max()) <= bound:
                 return False
         return True
