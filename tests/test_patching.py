@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import moe_interp as moe
-from moe_interp.analyses.effects import contributions
+from moe_interp.analyses.effects import contributions, differs
 from moe_interp.analyses.metrics import KL, LogitDifference, LogProbability, Probability
 from moe_interp.errors import BadInput, UnknownName, UnsupportedModel
+from moe_interp.run import Tokens
 from moe_interp.stats import bootstrap_mean, bootstrap_ratio
 from tests.reference import patching as slow
 from tests.reference.patching import forward
@@ -291,3 +292,11 @@ def test_other_refusals():
             moe.activation_patching(model, CLEAN, CORRUPTED, METRIC, over="positions", point="mlp")
     with moe.wrap(build_type("switch_transformers")) as model, pytest.raises(UnsupportedModel, match="no next token"):
         moe.activation_patching(model, CLEAN, CORRUPTED, METRIC)
+
+
+def test_a_token_differs_where_any_entry_does():
+    first = torch.zeros(1, 3, 2)
+    second = first.clone()
+    second[0, 0, 1] = second[0, 2, 0] = 1.0
+    tokens = Tokens.from_mask(torch.tensor([[1, 1, 0]]), 3)
+    assert differs(first, second, tokens).tolist() == [[True, False, False]]
