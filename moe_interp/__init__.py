@@ -29,7 +29,6 @@ _HOMES = {
         "force",
         "from_json",
         "mask",
-        "mean_contributions",
         "noise",
         "patch",
         "patch_route",
@@ -69,6 +68,10 @@ _HOMES = {
     "views.report": ("report",),
     "analyses.tuned_lens": ("TunedLens", "tuned_lens", "tuned_lens_quality"),
     "analyses.tuned_training": ("train_tuned_lens",),
+    "analyses.patching": ("activation_patching",),
+    "analyses.path_patching": ("path_patching",),
+    "analyses.tracing": ("causal_trace",),
+    "analyses.coalitions": ("coalitions",),
     "errors": ("MoEError",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -77,12 +80,15 @@ if TYPE_CHECKING:
     from moe_interp.adapters import Family, register_adapter
     from moe_interp.analyses.attribution import logit_attribution
     from moe_interp.analyses.coactivation import coactivation
+    from moe_interp.analyses.coalitions import coalitions
     from moe_interp.analyses.collect import collect
     from moe_interp.analyses.labels import routing_by_label, spans
     from moe_interp.analyses.lens import expert_lens
     from moe_interp.analyses.means import mean_contributions
     from moe_interp.analyses.neurons import neuron_lens
     from moe_interp.analyses.norms import norm_and_weight
+    from moe_interp.analyses.patching import activation_patching
+    from moe_interp.analyses.path_patching import path_patching
     from moe_interp.analyses.perplexity import perplexity
     from moe_interp.analyses.profiles import expert_profiles
     from moe_interp.analyses.recorded import routing_from_counts
@@ -94,6 +100,7 @@ if TYPE_CHECKING:
     from moe_interp.analyses.similarity import ensemble_similarity
     from moe_interp.analyses.super_experts import super_experts
     from moe_interp.analyses.token_identity import token_identity
+    from moe_interp.analyses.tracing import causal_trace
     from moe_interp.analyses.training import RoutingCallback, RoutingWatch, routing_health, to_tensorboard
     from moe_interp.analyses.transitions import transitions
     from moe_interp.analyses.tuned_lens import TunedLens, tuned_lens, tuned_lens_quality
@@ -142,11 +149,13 @@ __all__ = [
     "RoutingWatch",
     "Run",
     "TunedLens",
-    "__version__",
     "ablate",
+    "activation_patching",
     "apply",
     "bias",
+    "causal_trace",
     "coactivation",
+    "coalitions",
     "collect",
     "ensemble_similarity",
     "expert_lens",
@@ -163,6 +172,7 @@ __all__ = [
     "norm_and_weight",
     "patch",
     "patch_route",
+    "path_patching",
     "perplexity",
     "profile",
     "profile_page",

@@ -71,14 +71,15 @@ class Restart:
     """
 
     def __init__(self, model: MoEModel, inputs: Inputs, *, edit: Edits = (), read: Reads = ()):
-        self.model, self.edits = model, [edit] if isinstance(edit, Intervention) else list(edit)
+        own = [edit] if isinstance(edit, Intervention) else list(edit)
+        self.model, self.edits = model, [*model._standing, *own]
         self.inputs = model.encode(inputs)
         if model.spec.kind == "other":
             raise BadInput("a restart needs tokens", expected="a model of tokens", got=model.spec.model_type)
         self.layers = [layer.index for layer in model.spec.main_layers]
         wanted = [one for one in read if (one if isinstance(one, str) else one.point) != "resid_pre"]
         with self._forms() as self._returned:
-            self.base = model.run(self.inputs, read=[Read("resid_pre", tuple(self.layers)), *wanted], edit=self.edits)
+            self.base = model.run(self.inputs, read=[Read("resid_pre", tuple(self.layers)), *wanted], edit=own)
         self.separable = self._reproduces([self.layers[0]])
         self.exact = self.separable and model.spec.kind == "causal" and self._reproduces(self._starts())
 
@@ -223,16 +224,17 @@ class Restart:
         return starts[1::2] + starts[-1:]
 
     def _reproduces(self, starts: Sequence[int]) -> bool:
-        """Whether restarts without edits, of one text alone, give the base run's logits."""
+        """Whether restarts without edits, of one text in other company (alone, or beside itself), give its logits."""
         tensors = any(isinstance(item, Tensor) for form in self._returned.values() for item in form or ())
         if tensors and any(first > self.layers[0] for first in starts):
             return False
-        text = torch.zeros(1, dtype=torch.long, device=self.tokens.mask.device)
+        count = 1 if len(self.tokens.mask) > 1 else 2
+        text = torch.zeros(count, dtype=torch.long, device=self.tokens.mask.device)
         at = self.tokens.mask[text]
         expected = self.base.output[text][at]
         bound = 1e3 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
         for first in starts:
-            got, _ = self._logits(text, [Block(self.edits, slice(0, 1), text)], first, at)
+            got, _ = self._logits(text, [Block(self.edits, slice(0, count), text)], first, at)
             if not float((got - expected).abs().max()) <= bound:
                 return False
         return True

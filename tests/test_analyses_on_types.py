@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import moe_interp as moe
+from moe_interp.analyses.metrics import LogProbability
 from moe_interp.data import Corpus
 from moe_interp.errors import UnsupportedModel
 from tests.stub_tokenizer import StubTokenizer
@@ -43,6 +44,18 @@ CORPUS = Corpus.from_texts(
     {"a": ["ab cd ef gh" * 2, "hello there all" * 2], "b": ["one two three" * 2, "xyz uvw rst" * 2]}
 )
 IDS = torch.arange(3, 11)[None]
+CORRUPTED = torch.tensor([[3, 4, 40, 6, 7, 8, 9, 10]])
+METRIC = LogProbability((7,))
+
+
+def sender(model: moe.MoEModel) -> tuple[int, int]:
+    """An expert of the first mixture that the token uses which differs, where the model writes text."""
+    layer = model.layers[0]
+    if model.spec.kind != "causal":
+        return layer, 0
+    return layer, int(model.run(CORRUPTED).routing[layer].ids[0, 2, 0])
+
+
 ANALYSES: dict[str, Callable[[moe.MoEModel], Any]] = {
     "lens": lambda model: moe.expert_lens(model, IDS),
     "neurons": lambda model: moe.neuron_lens(model, model.layers[0], 0, null_directions=20),
@@ -58,6 +71,15 @@ ANALYSES: dict[str, Callable[[moe.MoEModel], Any]] = {
     "weights": lambda model: moe.expert_similarity(model, CORPUS),
     "shared": lambda model: moe.shared_experts(model, CORPUS, resamples=5),
     "super": lambda model: moe.super_experts(model, CORPUS, resamples=5),
+    "experts": lambda model: moe.activation_patching(model, IDS, CORRUPTED, METRIC, layers=model.layers[0]),
+    "ranks": lambda model: moe.activation_patching(model, IDS, CORRUPTED, METRIC, over="ranks"),
+    "routes": lambda model: moe.activation_patching(model, IDS, CORRUPTED, METRIC, over="routes"),
+    "positions": lambda model: moe.activation_patching(model, IDS, CORRUPTED, METRIC, over="positions"),
+    "paths to experts": lambda model: moe.path_patching(model, IDS, CORRUPTED, sender(model), "experts", METRIC),
+    "paths to routers": lambda model: moe.path_patching(model, IDS, CORRUPTED, sender(model), "routers", METRIC),
+    "paths to logits": lambda model: moe.path_patching(model, IDS, CORRUPTED, sender(model), "logits", METRIC),
+    "trace": lambda model: moe.causal_trace(model, IDS, (1, 2), 7, samples=2, layers=model.layers[0]),
+    "coalitions": lambda model: moe.coalitions(model, IDS, [(model.layers[0], 0), (model.layers[-1], 1)], METRIC),
 }
 
 
@@ -93,6 +115,30 @@ def test_parts_are_added_up_only_where_they_are_plainly_added(model_type):
         assert found["ensemble"] != "ok"
     else:
         assert found["ensemble"] == ("ok" if plain else "UnsupportedModel")
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_causes_are_sought_where_the_next_token_is_predicted(model_type):
+    found, writes = outcome(model_type), model_type not in NO_NEXT_TOKEN
+    for name in ("experts", "ranks", "routes", "positions", "trace", "coalitions"):
+        assert found[name] == ("ok" if writes else "UnsupportedModel"), name
+    for name in ("paths to experts", "paths to routers", "paths to logits"):
+        assert found[name] == ("ok" if writes and model_type in PLAIN else "UnsupportedModel"), name
+
+
+@pytest.mark.parametrize(
+    "model_type", [case for case, name in zip(EACH_TYPE, TYPES, strict=True) if name not in NO_NEXT_TOKEN]
+)
+def test_a_patch_is_that_of_a_whole_run(model_type):
+    with moe.wrap(build(model_type)) as model:
+        layer = model.layers[0]
+        result = moe.activation_patching(model, IDS, CORRUPTED, METRIC, layers=layer)
+        clean = model.run(IDS, read=moe.select("expert_out", layers=layer))
+        strongest = int(np.nanargmax(np.abs(result.effect[0, 0])))
+        whole = model.run(CORRUPTED, edit=moe.patch(clean, layer=layer, expert=strongest)).logits
+        expected = float(whole.log_softmax(-1)[0, -1, 7]) - float(result.corrupted[0])
+    assert abs(expected) > 1e-3
+    assert float(result.effect[0, 0, strongest]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_the_refusal_says_what_stands_between():

@@ -62,7 +62,7 @@ def logit_attribution(
     """
     check_writes_text(model)
     check_plain_model(model)
-    ids = _token_ids(model, tokens)
+    ids = token_ids(model, tokens)
     points = ["embed", "attn_out", "mlp_out", "expert_out", "shared_out", "resid_post"]
     run, at = run_text(model, text, [point for point in points if point in model.points], None, (position,))
     parts = _residual_parts(model, run, at)
@@ -170,7 +170,12 @@ def _gained(gain: Tensor, centred: bool) -> Decode:
     return lambda rows: gain * (rows - rows.mean(-1, keepdim=True) if centred else rows)
 
 
-def _token_ids(model: MoEModel, tokens: int | str | Sequence[int | str]) -> Int[Tensor, " N"]:
+def token_ids(model: MoEModel, tokens: int | str | Sequence[int | str]) -> Int[Tensor, " N"]:
+    """Ids of tokens given by their ids or texts.
+
+    Raises:
+        BadInput: none, an id out of the vocabulary, or a text that is not exactly one token.
+    """
     listed = [tokens] if isinstance(tokens, int | str) else list(tokens)
     ids = [_token_id(model, token) if isinstance(token, str) else int(token) for token in listed]
     if not ids or min(ids) < 0 or max(ids) >= model.spec.vocab_size:

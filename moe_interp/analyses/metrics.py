@@ -6,7 +6,7 @@ several, a text's number is the mean over them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -52,6 +52,7 @@ class Bound:
         return torch.tensor([found[text] for text in range(len(self.at))], dtype=torch.float64)
 
 
+@runtime_checkable
 class Metric(Protocol):
     """What can be bound to a run."""
 
@@ -157,6 +158,25 @@ class LogProbability:
             return logits.float().log_softmax(dim=-1).gather(1, ids[texts, None])[:, 0]
 
         return Bound(base.tokens.at((self.position,)), values)
+
+
+@dataclass(frozen=True)
+class Probability:
+    """Probability of an answer at one token: as `LogitDifference`."""
+
+    answers: tuple[int, ...]
+    position: int = -1
+    name: str = "probability"
+    units: str = "1"
+
+    def bind(self, base: Run) -> Bound:
+        """The probability for the batch's texts.
+
+        Raises:
+            BadInput: another number of answers, or ids out of the vocabulary.
+        """
+        log = LogProbability(self.answers, self.position).bind(base)
+        return Bound(log.at, lambda logits, texts, columns: log.values(logits, texts, columns).exp())
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,7 @@ class Placed(Intervention, abstract=True):
             if not any(bool(tokens.at((position,)).any()) for tokens in texts)
         ]
         got = f"positions {missed}" if missed else None
-        if self.tokens is not None and not any(
-            tokens.mask.shape[0] in (1, len(self.tokens.lengths)) or len(self.tokens.lengths) == 1 for tokens in texts
-        ):
+        if self.tokens is not None and not any(self.tokens.covers(tokens) for tokens in texts):
             got = f"marks for {len(self.tokens.lengths)} texts"
         elif self.tokens is not None and not missed:
             marked = self.tokens.values.tensor.any(0).nonzero().flatten()

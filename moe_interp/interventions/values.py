@@ -131,11 +131,18 @@ class ByToken:
         columns = columns.view(*columns.shape, *[1] * len(tail)).expand(*columns.shape, *tail)
         return values.gather(1, columns), there
 
+    def covers(self, tokens: Tokens) -> bool:
+        """Whether there are values for these texts: one for all, or as many as the whole batch has."""
+        count = len(self.lengths)
+        return count == 1 or (
+            int(tokens.texts.max()) < count and (tokens.numbers is not None or len(tokens.texts) == count)
+        )
+
     def _texts(self, tokens: Tokens) -> Tensor:
         count = len(self.lengths)
         if count == 1:
             return tokens.texts * 0
-        if int(tokens.texts.max()) >= count or (tokens.numbers is None and len(tokens.texts) != count):
+        if not self.covers(tokens):
             raise BadInput(
                 "values of other texts",
                 expected=f"a run of {count} texts, or values of one",
