@@ -61,6 +61,7 @@ _HOMES = {
     "views.profile": ("profile", "profile_page"),
     "analyses.lens": ("expert_lens",),
     "analyses.attribution": ("logit_attribution",),
+    "analyses.effects": ("expert_effects",),
     "analyses.similarity": ("ensemble_similarity",),
     "analyses.perplexity": ("perplexity",),
     "views.report": ("report",),
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from moe_interp.analyses.attribution import logit_attribution
     from moe_interp.analyses.coactivation import coactivation
     from moe_interp.analyses.collect import collect
+    from moe_interp.analyses.effects import expert_effects
     from moe_interp.analyses.labels import routing_by_label, spans
     from moe_interp.analyses.lens import expert_lens
     from moe_interp.analyses.neurons import neuron_lens
@@ -138,6 +140,7 @@ __all__ = [
     "coactivation",
     "collect",
     "ensemble_similarity",
+    "expert_effects",
     "expert_lens",
     "expert_profiles",
     "expert_similarity",
