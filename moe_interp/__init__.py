@@ -61,6 +61,7 @@ _HOMES = {
     "views.profile": ("profile", "profile_page"),
     "analyses.lens": ("expert_lens",),
     "analyses.attribution": ("logit_attribution",),
+    "analyses.attribution_patching": ("attribution_patching",),
     "analyses.effects": ("expert_effects",),
     "analyses.similarity": ("ensemble_similarity",),
     "analyses.perplexity": ("perplexity",),
@@ -72,6 +73,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from moe_interp.adapters import Family, register_adapter
     from moe_interp.analyses.attribution import logit_attribution
+    from moe_interp.analyses.attribution_patching import attribution_patching
     from moe_interp.analyses.coactivation import coactivation
     from moe_interp.analyses.collect import collect
     from moe_interp.analyses.effects import expert_effects
@@ -136,6 +138,7 @@ __all__ = [
     "__version__",
     "ablate",
     "apply",
+    "attribution_patching",
     "bias",
     "coactivation",
     "collect",

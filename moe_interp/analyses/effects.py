@@ -26,7 +26,7 @@ from moe_interp.analyses.metrics import AnyMetric, as_metric
 from moe_interp.analyses.plain import is_plain
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput
-from moe_interp.interventions import Intervention, ablate, apply
+from moe_interp.interventions import Intervention, ablate, apply, patch
 from moe_interp.model import MoEModel
 from moe_interp.restart import Outcome, Restart, Variant
 from moe_interp.results import Description, described, labelled
@@ -181,6 +181,20 @@ def _removal(sweep: "Sweep", run: Run, layer: int, expert: int, how: str, mean: 
     return Change(layer, expert, used, edit, delta if sweep.adds_up(run, layer) else None)
 
 
+def patches(
+    sweep: "Sweep", layers: Sequence[int], other: Inputs, only: Mapping[int, Sequence[int]] | None = None
+) -> Iterator[Change]:
+    """Every expert that some token used, here or in other texts of the same lengths, given its contribution there."""
+    pairs = zip(sweep.with_outputs(layers), sweep.with_outputs(layers, other), strict=True)
+    for (layer, run), (_, there) in pairs:
+        experts = torch.cat([used_experts(run, layer), used_experts(there, layer)]).unique().tolist()
+        for expert in experts if only is None else sorted({*experts} & {*only.get(layer, ())}):
+            used = [(one.routing[layer].ids == expert).any(dim=-1) & one.routing[layer].mask for one in (run, there)]
+            edit = partial(patch, there, layer=layer, expert=expert)
+            delta = partial(_patched, run, there, layer, expert) if sweep.adds_up(run, layer) else None
+            yield Change(layer, expert, used[0] | used[1], edit, delta)
+
+
 def contribution(run: Run, layer: int, expert: int) -> Float[Tensor, "B S D"]:
     """What an expert added to ``routed_out``; 0 at tokens that did not use it."""
     outputs, weights, _ = run.contribution(layer, expert)
@@ -192,6 +206,11 @@ def _replaced(run: Run, layer: int, expert: int, by: Tensor | None, texts: Tenso
     outputs, weights, used = (value[texts] for value in run.contribution(layer, expert))
     removed = outputs * weights.to(outputs)[..., None]
     return -removed if by is None else torch.where(used[..., None], by.to(removed) - removed, 0.0)
+
+
+def _patched(run: Run, other: Run, layer: int, expert: int, texts: Tensor) -> Float[Tensor, "n S D"]:
+    """Another run's contribution less this one's."""
+    return contribution(other, layer, expert)[texts] - contribution(run, layer, expert)[texts]
 
 
 # ---- what that does ----------------------------------------------------------------------------------------
@@ -270,14 +289,15 @@ class Sweep:
             run["resid_post", layer], self.restart.base["resid_pre", layer + 1]
         )
 
-    def with_outputs(self, layers: Sequence[int]) -> Iterator[tuple[int, Run]]:
+    def with_outputs(self, layers: Sequence[int], inputs: Inputs | None = None) -> Iterator[tuple[int, Run]]:
         """Each layer with a run that read ``expert_out`` there, and ``resid_post``; a few layers a pass."""
+        given = self.restart.inputs if inputs is None else inputs
         spec = self.model.spec
         size = self.restart.tokens.mask.numel() * spec.top_k * spec.d_model * self.model.dtype.itemsize
         together = max(1, _HELD // size)
         for first in range(0, len(layers), together):
             part = tuple(layers[first : first + together])
-            run = self.model.run(self.restart.inputs, read=[Read("expert_out", part), Read("resid_post", part)])
+            run = self.model.run(given, read=[Read("expert_out", part), Read("resid_post", part)])
             yield from ((layer, run) for layer in part)
 
 
