@@ -62,6 +62,7 @@ _HOMES = {
     "analyses.lens": ("expert_lens",),
     "analyses.attribution": ("logit_attribution",),
     "analyses.attribution_patching": ("attribution_patching",),
+    "analyses.score_audit": ("score_audit",),
     "analyses.effects": ("expert_effects",),
     "analyses.similarity": ("ensemble_similarity",),
     "analyses.perplexity": ("perplexity",),
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
     from moe_interp.analyses.routing import routing
     from moe_interp.analyses.routing_map import routing_map
     from moe_interp.analyses.saturation import reference_saturation, router_saturation
+    from moe_interp.analyses.score_audit import score_audit
     from moe_interp.analyses.shared_experts import shared_experts
     from moe_interp.analyses.similarity import ensemble_similarity
     from moe_interp.analyses.super_experts import super_experts
@@ -174,6 +176,7 @@ __all__ = [
     "routing_map",
     "sample",
     "scale",
+    "score_audit",
     "select",
     "share",
     "shared_experts",

@@ -242,18 +242,18 @@ class Sweep:
     ) -> dict[tuple[int, int], Float[Tensor, " B"]]:
         """The effect of each of ``total`` changes on each text, by layer and expert, in the metric's units."""
         found: dict[tuple[int, int], Tensor] = {}
-        with tqdm(total=total, desc="effects of experts", unit="expert") as progress:
+        with tqdm(total=total, desc="effects of experts", unit="expert", leave=False) as progress:
             for _, layer in groupby(changes, attrgetter("layer")):
                 some = list(layer)
                 found |= {(one.layer, one.expert): torch.zeros_like(self.base) for one in some}
                 variants = [self._variant(change) for change in some]
                 for outcome in self.restart.run(variants, self.bound.at, batch_tokens=batch_tokens):
                     change = some[outcome.number]
-                    found[change.layer, change.expert] += self._difference(outcome)
+                    found[change.layer, change.expert] += self.difference(outcome)
                     progress.update()
         return found
 
-    def _difference(self, outcome: Outcome) -> Float[Tensor, " B"]:
+    def difference(self, outcome: Outcome) -> Float[Tensor, " B"]:
         """The metric of every text in a variant less that of the run; tokens that are not there did not change."""
         texts, columns = outcome.texts, outcome.columns
         if not len(texts):
