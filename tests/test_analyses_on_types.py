@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import moe_interp as moe
 from moe_interp.data import Corpus
@@ -38,6 +39,7 @@ NO_NEXT_TOKEN = NO_HEAD | CROSSED | {"openai_privacy_filter"}
 CORPUS = Corpus.from_texts(
     {"a": ["ab cd ef gh" * 2, "hello there all" * 2], "b": ["one two three" * 2, "xyz uvw rst" * 2]}
 )
+SHORT = Corpus.from_texts({"a": ["ab cd"], "b": ["one two"]})
 IDS = torch.arange(3, 11)[None]
 ANALYSES: dict[str, Callable[[moe.MoEModel], Any]] = {
     "lens": lambda model: moe.expert_lens(model, IDS),
@@ -53,6 +55,9 @@ ANALYSES: dict[str, Callable[[moe.MoEModel], Any]] = {
     "weights": lambda model: moe.expert_similarity(model, CORPUS),
     "shared": lambda model: moe.shared_experts(model, CORPUS, resamples=5),
     "super": lambda model: moe.super_experts(model, CORPUS, resamples=5),
+    "effects": lambda model: moe.expert_effects(model, IDS),
+    "patching": lambda model: moe.attribution_patching(model, IDS, IDS.flip(1), neurons=True, sample=4),
+    "audit": lambda model: moe.score_audit(model, SHORT, resamples=5, random_routers=1),
 }
 
 
@@ -75,7 +80,8 @@ def test_analyses_give_a_result_or_an_error_of_ours(model_type):
     found = outcome(model_type)
     for name in ("routing", "map", "coactivation", "transitions", "norms"):
         assert (found[name] == "ok") == (model_type not in CROSSED), (name, found)
-    assert found["perplexity"] == ("UnsupportedModel" if model_type in NO_NEXT_TOKEN else "ok")
+    for name in ("perplexity", "effects", "audit"):
+        assert found[name] == ("UnsupportedModel" if model_type in NO_NEXT_TOKEN else "ok"), name
 
 
 @pytest.mark.parametrize("model_type", EACH_TYPE)
@@ -87,6 +93,31 @@ def test_parts_are_added_up_only_where_they_are_plainly_added(model_type):
         assert found["ensemble"] != "ok"
     else:
         assert found["ensemble"] == ("ok" if plain else "UnsupportedModel")
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_effects_and_estimates_are_those_of_whole_passes_and_gradients(model_type):
+    if model_type in NO_NEXT_TOKEN:
+        pytest.skip("no next token: the test above holds that it is refused")
+    hf = build(model_type)
+    with moe.wrap(hf, StubTokenizer()) as model:
+        effects = moe.expert_effects(model, IDS)
+        estimates = moe.attribution_patching(model, IDS, sample=1).attribution
+        layer = model.layers[-1]
+        used = np.flatnonzero(effects.tokens.sel(layer=layer))[:2].tolist()
+        run = model.run(IDS, read=["expert_out", "routed_out"], grad=True)
+        loss = cross_entropy(run.logits[0, :-1].float(), IDS[0, 1:])
+        (slope,) = torch.autograd.grad(loss, run["routed_out", layer])
+        for expert in used:
+            edited = model.run(IDS, edit=moe.ablate(layer=layer, expert=expert))
+            expected = float(cross_entropy(edited.logits[0, :-1].float(), IDS[0, 1:]) - loss)
+            at = {"layer": layer, "expert": expert}
+            scale = max(1.0, abs(float(loss)))
+            assert abs(float(effects.effect_mean.sel(**at)) - expected) < 1e-5 * scale
+            outputs, weights, _ = run.contribution(layer, expert)
+            expected = -float((outputs * weights[..., None] * slope).sum())
+            assert abs(float(estimates.sel(**at)[0]) - expected) < 1e-4 * scale
+    assert used
 
 
 def test_the_refusal_says_what_stands_between():

@@ -91,12 +91,13 @@ def test_opening_a_model_loads_no_other_host_and_no_plotting():
 
 
 PUBLIC = """
-    POINTS Corpus Family Intervention MoEError MoEModel Routing RoutingCallback RoutingWatch Run ablate apply
-    coactivation collect ensemble_similarity expert_lens expert_profiles expert_similarity from_json load
-    logit_attribution neuron_lens norm_and_weight perplexity profile profile_page read_corpus register_adapter
-    reference_saturation report router_saturation routing routing_by_label routing_from_counts routing_health
-    routing_map sample scale select shared_experts spans super_experts to_json to_tensorboard token_identity
-    top_k transitions vocabulary_specialization wrap
+    POINTS Corpus Family Intervention MoEError MoEModel Routing RoutingCallback RoutingWatch Run __version__ ablate
+    apply attribution_patching bias coactivation collect ensemble_similarity expert_effects expert_lens
+    expert_profiles expert_similarity force from_json load logit_attribution mask neuron_lens noise norm_and_weight
+    patch patch_route perplexity profile profile_page randomize read_corpus reference_saturation register_adapter
+    replace report router_saturation routing routing_by_label routing_from_counts routing_health routing_map sample
+    scale score_audit select share shared_experts spans steer super_experts swap to_json to_tensorboard
+    token_identity top_k transitions vocabulary_specialization wrap
 """
 
 

@@ -45,6 +45,7 @@ SCORES = {
     "saliency_sum": "sum of weight times norm",
     "specialization": "largest share of a domain's tokens over that of a uniform router",
     "attribution": "attribution patching: minus contribution times gradient",
+    "attribution_path": "the same, with the mean of two gradients along the path",
     "random": "control: a random order",
 }
 _SPLITS = 20
@@ -128,6 +129,7 @@ class _Measured(NamedTuple):
 
     effect: Float[np.ndarray, "N L E"]
     estimate: Float[np.ndarray, "N L E"]
+    path: Float[np.ndarray, "N L E"]
     router: Float[np.ndarray, "N R L"]
     nll: Float[np.ndarray, " N"]
     tokens: Int[np.ndarray, " N"]
@@ -135,9 +137,9 @@ class _Measured(NamedTuple):
     @classmethod
     def empty(cls, documents: int, layers: int, experts: int, draws: int) -> "_Measured":
         """Nothing measured yet."""
-        effect, estimate = np.zeros((2, documents, layers, experts))
+        effect, estimate, path = np.zeros((3, documents, layers, experts))
         router = np.zeros((documents, draws, layers))
-        return cls(effect, estimate, router, np.zeros(documents), np.zeros(documents, np.int64))
+        return cls(effect, estimate, path, router, np.zeros(documents), np.zeros(documents, np.int64))
 
 
 def _measure(model: MoEModel, batch: Batch, into: _Measured, seed: int, batch_tokens: int) -> None:
@@ -149,8 +151,9 @@ def _measure(model: MoEModel, batch: Batch, into: _Measured, seed: int, batch_to
     found = sweep.effects(removals(sweep, layers, "zero"), len(layers) * model.spec.num_experts, batch_tokens)
     for (layer, expert), effect in found.items():
         into.effect[rows, layers.index(layer), expert] = effect.cpu().numpy() * tokens
-    estimate = estimates(model, batch.inputs, None, "nll", layers).experts.nan_to_num().numpy()
-    into.estimate[rows] = estimate.transpose(2, 0, 1) * tokens[:, None, None]
+    for steps, sums in ((1, into.estimate), (2, into.path)):
+        estimate = estimates(model, batch.inputs, None, "nll", layers, steps).experts.nan_to_num().numpy()
+        sums[rows] = estimate.transpose(2, 0, 1) * tokens[:, None, None]
     draws = [(draw, layer) for layer in layers for draw in range(into.router.shape[1])]
     # A token's draw depends on the number of its text in the batch: another seed for every batch
     of_batch: Any = np.random.default_rng([seed, int(rows.min())]).integers(2**31, size=into.router.shape[1])
@@ -181,7 +184,7 @@ def _effects(measured: _Measured, corpus: Corpus, resamples: int, seed: int) -> 
 
 # ---- scores and their correlation --------------------------------------------------------------------------
 
-_PLANES = ("tokens", "effect", "estimate", "counts", "weights", "norms", "contributions")
+_PLANES = ("tokens", "effect", "estimate", "path", "counts", "weights", "norms", "contributions")
 _EFFECT = _PLANES.index("effect")
 
 
@@ -191,6 +194,7 @@ def _table(measured: _Measured, sums: OutputSums, corpus: Corpus) -> Float[np.nd
         np.broadcast_to(measured.tokens[:, None, None], measured.effect.shape),
         measured.effect,
         measured.estimate,
+        measured.path,
         sums.counts,
         *(part / UNIT for part in (sums.weights, sums.norms, sums.contributions)),
     ]
@@ -200,7 +204,7 @@ def _table(measured: _Measured, sums: OutputSums, corpus: Corpus) -> Float[np.nd
 
 def scores(total: Float[np.ndarray, "P L E"], order: Float[np.ndarray, "L E"]) -> Float[np.ndarray, "C L E"]:
     """Every score of `SCORES`, from sums over documents; 0 for an expert that no token chose."""
-    tokens, _, estimate, counts, weights, norms, contributions = total[: len(_PLANES)]
+    tokens, _, estimate, path, counts, weights, norms, contributions = total[: len(_PLANES)]
     of_domain = total[len(_PLANES) :]
     chosen = np.maximum(counts, 1)
     shares = np.nan_to_num(stats.shares(of_domain)) * of_domain.shape[-1]
@@ -212,6 +216,7 @@ def scores(total: Float[np.ndarray, "P L E"], order: Float[np.ndarray, "L E"]) -
         "saliency_sum": contributions / tokens,
         "specialization": shares.max(axis=0),
         "attribution": estimate / tokens,
+        "attribution_path": path / tokens,
         "random": order,
     }
     return np.stack([found[name] for name in SCORES])
