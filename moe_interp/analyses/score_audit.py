@@ -7,7 +7,8 @@
    sum, the specialization for its most preferred domain; and attribution patching, which takes a gradient.
 3. Spearman's rank correlation of each score and the effect, within a layer and over all layers.
 4. Scores and effects of the same documents share what is peculiar to these. So scores of one half of the documents are
-   also held to the effect in the other half, beside the effect of the first half itself, the best that there is.
+   also held to the effect in the other half. Beside them stands the effect in the first half: measured exactly, but a
+   difference of few documents' losses, which may say less of other documents than a steady score does.
 5. Controls: a random order of experts (0); and all routing of a layer put at random (Poetzscher's control), beside
    which the effect of one expert is to be seen.
 

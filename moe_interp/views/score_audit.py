@@ -102,7 +102,7 @@ def scatter(result: xr.Dataset, shown: tuple[str, ...] = ("frequency", "saliency
             figure.add_trace(points, row=1, col=column)
     figure.add_trace(layer_scale(layers), row=1, col=1)
     figure.update_yaxes(title="exact effect, nats/token", row=1, col=1)
-    return style(figure, 400)
+    return style(figure, 420).update_layout(margin_t=70)
 
 
 def effects(result: xr.Dataset) -> go.Figure:
