@@ -126,6 +126,24 @@ def test_halves_of_the_same_documents_agree_wholly():
     assert np.allclose(ends, result.rank_correlation_overall, atol=0.02)  # nothing differs between documents
 
 
+def test_held_out_scores_meet_effects_of_the_other_half():
+    texts = {"a": ["ab cd ef gh", "hello there all"]}
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        both = moe.score_audit(model, Corpus.from_texts(texts), resamples=5, blocks=2, seed=3)
+        # alone twice, for an audit takes two documents
+        one, other = (
+            moe.score_audit(model, Corpus.from_texts({"a": [text] * 2}), resamples=5, blocks=2) for text in texts["a"]
+        )
+    rng = np.random.default_rng(3)
+    orders = [(one, other) if rng.permutation(2)[0] == 0 else (other, one) for _ in range(20)]
+    for name in ("frequency", "saliency", "attribution_path"):
+        pairs = [(known.value.sel(score=name).values.ravel(), held.effect.values.ravel()) for known, held in orders]
+        expected = np.mean([spearmanr(*pair).statistic for pair in pairs])
+        assert float(both.held_out_overall.sel(score=name)) == pytest.approx(expected, abs=0.02), name
+    expected = spearmanr(one.effect.values.ravel(), other.effect.values.ravel()).statistic
+    assert float(both.reliability_overall) == pytest.approx(expected, abs=0.02)
+
+
 def test_random_routers_are_whole_passes_of_random_routing():
     one = Corpus.from_texts({"a": ["ab cd ef gh", "other words here"]})
     with moe.wrap(build("mixtral"), StubTokenizer()) as model:

@@ -86,8 +86,8 @@ def attribution_patching(
         BadInput: inputs that cannot be right, texts of other lengths, ``steps`` or ``sample`` below 1, or a metric
             without a gradient.
         UnknownName: a layer that is no MoE layer, or a model without ``routed_out`` where that is needed.
-        UnsupportedModel: a metric that the model has no logits for; or neurons of experts whose outputs do not follow
-            from them by a matrix, where more than one gradient at the run itself is asked for.
+        UnsupportedModel: a metric that the model has no logits for, or neurons of experts whose outputs do not follow
+            from them by a matrix alone.
     """
     if steps < 1 or (sample is not None and sample < 1):
         raise BadInput("too few", expected="steps and sample of 1 or more", got=f"{steps} and {sample}")
@@ -110,7 +110,12 @@ def attribution_patching(
     }
     values |= {} if found.neurons is None else {"neuron_attribution": found.neurons.numpy()}
     values |= {} if found.router is None else {"router_attribution": found.router.numpy()}
-    coords: dict[str, Any] = {"layer": np.array(chosen), "bound": ["low", "high"]}
+    coords: dict[str, Any] = {
+        "layer": np.array(chosen),
+        "expert": np.arange(mean.shape[1]),
+        "text": np.arange(len(sweep.base)),
+        "bound": ["low", "high"],
+    }
     about = {
         **sweep.restart.base.provenance,
         "metric": sweep.metric.name,
