@@ -112,6 +112,16 @@ def test_standing_edits_stand_in_the_sweep():
             assert np.abs(found.effect.sel(layer=layer, expert=4) - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_standing_edit_may_carry_effects_to_earlier_tokens_and_to_other_texts(dim):
+    standing = moe.apply("resid_post", lambda value: value + value.flip(dim), layers=2)
+    with moe.wrap(build("mixtral")) as model, model.edit(standing):
+        found = moe.expert_effects(model, IDS, layers=1)
+        for expert in range(8):
+            expected = whole_passes(model, IDS, moe_nll(), 1, expert)
+            assert np.abs(found.effect.sel(layer=1, expert=expert) - expected).max() < 1e-5
+
+
 @pytest.mark.parametrize(
     "model_type", ["zaya", "switch_transformers", "granitemoe", "llama4_text", "gemma4", "dots3_note"]
 )

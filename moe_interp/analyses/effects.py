@@ -274,7 +274,8 @@ class Sweep:
         whole = torch.ones_like(self.bound.at)
         if not self.restart.separable:
             return whole
-        if not (self.restart.exact and self.bound.by_token):
+        # An edit that stands may carry a change to earlier tokens.
+        if not (self.restart.exact and self.bound.by_token) or self.restart.edits:
             return whole & change.used.any(dim=1, keepdim=True)
         if change.layer == self.restart.layers[-1]:
             return change.used
