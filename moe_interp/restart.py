@@ -238,16 +238,17 @@ class Restart:
         return [layer for layer in self.layers[1:] if spec.layers[layer].part == 0 and layer not in edited]
 
     def _reproduces(self, starts: Sequence[int]) -> bool:
-        """Whether restarts without edits, of one text alone, give the base run's logits."""
+        """Whether restarts without edits, of one text alone (two copies of an only one), give the same logits."""
         tensors = any(isinstance(item, Tensor) for form in self._returned.values() for item in form or ())
         if tensors and any(first > self.layers[0] for first in starts):
             return False
-        text = torch.zeros(1, dtype=torch.long, device=self.tokens.mask.device)
+        alone = len(self.tokens.mask) == 1
+        text = torch.zeros(2 if alone else 1, dtype=torch.long, device=self.tokens.mask.device)
         at = self.tokens.mask[text]
         expected = self.base.output[text][at]
         bound = 1e3 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
         for first in starts:
-            got, _ = self._logits(text, [Block(self.edits, slice(0, 1), text)], first, at)
+            got, _ = self._logits(text, [Block(self.edits, slice(0, len(text)), text)], first, at)
             if not float((got - expected).abs().max()) <= bound:
                 return False
         return True

@@ -7,6 +7,7 @@ import moe_interp as moe
 from moe_interp.errors import BadInput
 from moe_interp.restart import Restart, Variant
 from tests.tiny import build
+from tests.tiny_types import build as build_type
 
 IDS = torch.randint(3, 90, (3, 7), generator=torch.Generator().manual_seed(6))
 EDIT = moe.ablate(layer=2, expert=3)
@@ -49,3 +50,16 @@ def test_a_variant_says_where_its_logits_are_wanted():
     assert some.texts.tolist() == [2] and some.columns.tolist() == [6]
     assert torch.allclose(some.logits, whole[2, 6][None], atol=1e-5)
     assert len(rest.logits) == 19 and torch.allclose(rest.logits, whole[~at], atol=1e-5)
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_a_model_that_mixes_the_rows_of_a_batch_is_found_out(texts):
+    ids = IDS[:texts]
+    with moe.wrap(build_type("doge")) as model:
+        restart = Restart(model, ids)
+        edits = [moe.ablate(layer=0, expert=expert) for expert in model.run(ids).routing[0].ids[0, 0].tolist()]
+        outcomes = list(restart.run([Variant([edit]) for edit in edits]))
+        for one in outcomes:
+            expected = model.run(ids, edit=edits[one.number]).logits[one.texts, one.columns]
+            assert (one.logits - expected).abs().max() < 1e-5
+    assert not restart.separable
