@@ -299,10 +299,8 @@ def _neurons(model: MoEModel, run: Run, slopes: Slopes, layer: int) -> Float[Ten
         slots = (routing.ids == expert) & routing.mask[..., None]
         texts, columns, _ = slots.nonzero().T
         raised = slopes["routed_out", layer][texts, columns].float() @ model.weights(layer, expert).down.float()
-        shares = acts[slots].float() * raised
-        sums[expert] = (shares * routing.weights[slots].float()[:, None] if routing.weighs_output else shares).sum(
-            dim=0
-        )
+        weights = routing.weights[slots].float() if routing.weighs_output else raised.new_ones(len(raised))
+        sums[expert] = (weights[:, None] * acts[slots].float() * raised).sum(dim=0)
     return sums / len(run.mask)
 
 

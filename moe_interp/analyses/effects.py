@@ -277,8 +277,8 @@ class Sweep:
         # An edit that stands may carry a change to earlier tokens.
         if not (self.restart.exact and self.bound.by_token) or self.restart.edits:
             return whole & change.used.any(dim=1, keepdim=True)
-        if change.layer == self.restart.layers[-1]:
-            return change.used
+        if change.layer == self.restart.layers[-1] and is_plain(self.model, change.layer):
+            return change.used  # nothing mixes positions any more
         return change.used.cumsum(dim=1) > 0  # a causal model: tokens before the first are as they were
 
     def adds_up(self, run: Run, layer: int) -> bool:
