@@ -105,12 +105,12 @@ def test_effects_and_estimates_are_those_of_whole_passes_and_gradients(model_typ
         estimates = moe.attribution_patching(model, IDS, sample=1).attribution
         run = model.run(IDS, read=["expert_out", "routed_out"], grad=True)
         loss = cross_entropy(run.logits[0, :-1].float(), IDS[0, 1:])
-        scale = max(1.0, abs(float(loss)))
+        scale = max(1.0, abs(float(loss.detach())))
         for layer in {model.layers[0], model.layers[-1]}:
             (slope,) = torch.autograd.grad(loss, run["routed_out", layer], retain_graph=True)
             for expert in np.flatnonzero(effects.tokens.sel(layer=layer))[:2].tolist():
                 edited = model.run(IDS, edit=moe.ablate(layer=layer, expert=expert))
-                expected = float(cross_entropy(edited.logits[0, :-1].float(), IDS[0, 1:]) - loss)
+                expected = float(cross_entropy(edited.logits[0, :-1].float(), IDS[0, 1:]) - loss.detach())
                 at = {"layer": layer, "expert": expert}
                 assert abs(float(effects.effect_mean.sel(**at)) - expected) < 1e-5 * scale
                 outputs, weights, _ = run.contribution(layer, expert)
