@@ -72,6 +72,9 @@ _HOMES = {
     "analyses.path_patching": ("path_patching",),
     "analyses.tracing": ("causal_trace",),
     "analyses.coalitions": ("coalitions",),
+    "analyses.attribution_patching": ("attribution_patching",),
+    "analyses.score_audit": ("score_audit",),
+    "analyses.effects": ("expert_effects",),
     "errors": ("MoEError",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -79,9 +82,11 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 if TYPE_CHECKING:
     from moe_interp.adapters import Family, register_adapter
     from moe_interp.analyses.attribution import logit_attribution
+    from moe_interp.analyses.attribution_patching import attribution_patching
     from moe_interp.analyses.coactivation import coactivation
     from moe_interp.analyses.coalitions import coalitions
     from moe_interp.analyses.collect import collect
+    from moe_interp.analyses.effects import expert_effects
     from moe_interp.analyses.labels import routing_by_label, spans
     from moe_interp.analyses.lens import expert_lens
     from moe_interp.analyses.means import mean_contributions
@@ -96,6 +101,7 @@ if TYPE_CHECKING:
     from moe_interp.analyses.routing import routing
     from moe_interp.analyses.routing_map import routing_map
     from moe_interp.analyses.saturation import reference_saturation, router_saturation
+    from moe_interp.analyses.score_audit import score_audit
     from moe_interp.analyses.shared_experts import shared_experts
     from moe_interp.analyses.similarity import ensemble_similarity
     from moe_interp.analyses.super_experts import super_experts
@@ -152,12 +158,14 @@ __all__ = [
     "ablate",
     "activation_patching",
     "apply",
+    "attribution_patching",
     "bias",
     "causal_trace",
     "coactivation",
     "coalitions",
     "collect",
     "ensemble_similarity",
+    "expert_effects",
     "expert_lens",
     "expert_profiles",
     "expert_similarity",
@@ -190,6 +198,7 @@ __all__ = [
     "routing_map",
     "sample",
     "scale",
+    "score_audit",
     "select",
     "share",
     "shared_experts",

@@ -10,6 +10,7 @@ a restart without edits, and then every variant is a whole pass.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +32,12 @@ class Variant(NamedTuple):
     Attributes:
         edits: carried out in order, after those of the base run.
         texts: [n], which texts of the batch; None: all.
+        at: [B, S], where its logits are wanted; None: where those of all variants are.
     """
 
     edits: Sequence[Intervention]
     texts: Int[Tensor, " n"] | None = None
+    at: Bool[Tensor, "B S"] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Restart:
         separable: whether a text alone gives the same; else each variant is a pass of its own over all texts.
 
     Raises:
-        BadInput: the model takes no tokens.
+        BadInput: the model takes no tokens, or edits of the base run (or standing ones) change modules.
     """
 
     def __init__(self, model: MoEModel, inputs: Inputs, *, edit: Edits = (), read: Reads = ()):
@@ -81,7 +84,9 @@ class Restart:
         with self._forms() as self._returned:
             self.base = model.run(self.inputs, read=[Read("resid_pre", tuple(self.layers)), *wanted], edit=own)
         self.separable = self._reproduces([self.layers[0]])
-        self.exact = self.separable and model.spec.kind == "causal" and self._reproduces(self._starts())
+        self.exact = (
+            self.separable and model.spec.kind == "causal" and self._reproduces(self._starts[1::2] + self._starts[-1:])
+        )
 
     @property
     def tokens(self) -> Tokens:
@@ -97,7 +102,7 @@ class Restart:
         Args:
             variants: each with edits of points and routes; those that change modules (``top_k`` above the model's own
                 K, two layers that swap experts) are refused.
-            at: [B, S], where logits are wanted; None: at all real tokens.
+            at: [B, S], where logits of variants that do not say are wanted; None: at all real tokens.
             batch_tokens: the most tokens in one pass, padding included (one variant's at least).
 
         Raises:
@@ -132,27 +137,35 @@ class Restart:
             yield chunk
 
     def _start(self, first: int) -> int:
-        """The layer to start at: the first part of the module that holds this one; 0 for a whole pass."""
-        return first - self.model.spec.layers[first].part if self.exact else self.layers[0]
+        """The layer to start at so that this one runs: the first of all for a whole pass."""
+        starts = [start for start in self._starts if start <= first and self.exact]
+        return max(starts, default=self.layers[0])
 
     def _pass(self, chunk: Sequence[tuple[int, Variant]], first: int, wanted: Bool[Tensor, "B S"]) -> Iterator[Outcome]:
         texts = [self._texts(variant) for _, variant in chunk]
         rows = torch.cat(texts)
-        at = wanted[rows]
+        at = torch.cat(
+            [
+                (wanted if variant.at is None else variant.at)[some]
+                for (_, variant), some in zip(chunk, texts, strict=True)
+            ]
+        )
         blocks, begin = [], 0
         for (_, variant), some in zip(chunk, texts, strict=True):
             blocks.append(Block([*self.edits, *variant.edits], slice(begin, begin + len(some)), some))
             begin += len(some)
         logits, touched = self._logits(rows, blocks, first, at)
         found, columns = at.nonzero().T
+        ends = torch.searchsorted(found, torch.tensor([block.rows.stop for block in blocks]).to(found)).tolist()
         done = 0
-        for (number, variant), block in zip(chunk, blocks, strict=True):
-            mine = (found >= block.rows.start) & (found < block.rows.stop)
-            if variant.texts is not None:
-                mine &= torch.isin(rows[found], variant.texts.to(rows))
+        for (number, variant), block, first_one, end in zip(chunk, blocks, [0, *ends], ends, strict=False):
+            texts_of, columns_of, its = rows[found[first_one:end]], columns[first_one:end], logits[first_one:end]
             own = touched[done + len(self.edits) : done + len(block.edits)]
             done += len(block.edits)
-            yield Outcome(number, rows[found[mine]], columns[mine], logits[mine], tuple(own))
+            if variant.texts is not None and not self.separable:
+                asked = torch.isin(texts_of, variant.texts.to(rows))
+                texts_of, columns_of, its = texts_of[asked], columns_of[asked], its[asked]
+            yield Outcome(number, texts_of, columns_of, its, tuple(own))
 
     def _logits(
         self, rows: Int[Tensor, " R"], blocks: Sequence[Block], first: int, at: Bool[Tensor, "R S"]
@@ -217,11 +230,12 @@ class Restart:
                 stack.callback(self.model.hf.get_submodule(path).register_forward_hook(hook(path)).remove)
             yield forms
 
+    @cached_property
     def _starts(self) -> list[int]:
-        """Layers at which a restart is tried: every other one, and the last."""
+        """Layers that a restart can begin at: the first parts of modules whose cached residual is not edited again."""
         spec = self.model.spec
-        starts = [layer for layer in self.layers if spec.layers[layer].part == 0 and layer > self.layers[0]]
-        return starts[1::2] + starts[-1:]
+        edited = {edit.layer for one in self.edits for edit in one.edits(spec) if edit.point == "resid_pre"}
+        return [layer for layer in self.layers[1:] if spec.layers[layer].part == 0 and layer not in edited]
 
     def _reproduces(self, starts: Sequence[int]) -> bool:
         """Whether restarts without edits, of one text in other company (alone, or beside itself), give its logits."""

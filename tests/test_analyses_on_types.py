@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 import moe_interp as moe
 from moe_interp.analyses.metrics import LogProbability
@@ -43,6 +44,7 @@ NOT_FROM_ONE_STREAM = {
 CORPUS = Corpus.from_texts(
     {"a": ["ab cd ef gh" * 2, "hello there all" * 2], "b": ["one two three" * 2, "xyz uvw rst" * 2]}
 )
+SHORT = Corpus.from_texts({"a": ["ab cd"], "b": ["one two"]})
 IDS = torch.arange(3, 11)[None]
 CORRUPTED = torch.tensor([[3, 4, 40, 6, 7, 8, 9, 10]])
 METRIC = LogProbability((7,))
@@ -80,6 +82,9 @@ ANALYSES: dict[str, Callable[[moe.MoEModel], Any]] = {
     "paths to logits": lambda model: moe.path_patching(model, IDS, CORRUPTED, sender(model), "logits", METRIC),
     "trace": lambda model: moe.causal_trace(model, IDS, (1, 2), 7, samples=2, layers=model.layers[0]),
     "coalitions": lambda model: moe.coalitions(model, IDS, [(model.layers[0], 0), (model.layers[-1], 1)], METRIC),
+    "effects": lambda model: moe.expert_effects(model, IDS),
+    "attribution patching": lambda model: moe.attribution_patching(model, IDS, IDS.flip(1), neurons=True, sample=4),
+    "audit": lambda model: moe.score_audit(model, SHORT, resamples=5, random_routers=1),
 }
 
 
@@ -102,7 +107,8 @@ def test_analyses_give_a_result_or_an_error_of_ours(model_type):
     found = outcome(model_type)
     for name in ("routing", "map", "coactivation", "transitions", "norms"):
         assert (found[name] == "ok") == (model_type not in CROSSED), (name, found)
-    assert found["perplexity"] == ("UnsupportedModel" if model_type in NO_NEXT_TOKEN else "ok")
+    for name in ("perplexity", "effects", "audit"):
+        assert found[name] == ("UnsupportedModel" if model_type in NO_NEXT_TOKEN else "ok"), name
     assert found["tuned"] == ("UnsupportedModel" if model_type in NO_NEXT_TOKEN | NOT_FROM_ONE_STREAM else "ok")
 
 
@@ -139,6 +145,29 @@ def test_a_patch_is_that_of_a_whole_run(model_type):
         expected = float(whole.log_softmax(-1)[0, -1, 7]) - float(result.corrupted[0])
     assert abs(expected) > 1e-3
     assert float(result.effect[0, 0, strongest]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("model_type", EACH_TYPE)
+def test_effects_and_estimates_are_those_of_whole_passes_and_gradients(model_type):
+    if model_type in NO_NEXT_TOKEN:
+        pytest.skip("no next token: the test above holds that it is refused")
+    hf = build(model_type)
+    with moe.wrap(hf, StubTokenizer()) as model:
+        effects = moe.expert_effects(model, IDS)
+        estimates = moe.attribution_patching(model, IDS, sample=1).attribution
+        run = model.run(IDS, read=["expert_out", "routed_out"], grad=True)
+        loss = cross_entropy(run.logits[0, :-1].float(), IDS[0, 1:])
+        scale = max(1.0, abs(float(loss.detach())))
+        for layer in {model.layers[0], model.layers[-1]}:
+            (slope,) = torch.autograd.grad(loss, run["routed_out", layer], retain_graph=True)
+            for expert in np.flatnonzero(effects.tokens.sel(layer=layer))[:2].tolist():
+                edited = model.run(IDS, edit=moe.ablate(layer=layer, expert=expert))
+                expected = float(cross_entropy(edited.logits[0, :-1].float(), IDS[0, 1:]) - loss.detach())
+                at = {"layer": layer, "expert": expert}
+                assert abs(float(effects.effect_mean.sel(**at)) - expected) < 1e-5 * scale
+                outputs, weights, _ = run.contribution(layer, expert)
+                expected = -float((outputs * weights[..., None] * slope).sum())
+                assert abs(float(estimates.sel(**at)[0]) - expected) < 1e-4 * scale
 
 
 def test_the_refusal_says_what_stands_between():

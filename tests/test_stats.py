@@ -363,3 +363,15 @@ def test_a_planted_specialist_is_found_and_its_neighbours_are_not():
     others = np.delete(p[1, 1], 5)
     assert (others > 0.05).all()
     assert (p[:, [0, 2]] > 0.01).all()
+
+
+def test_intervals_of_spearman_hold_the_truth_and_know_when_they_cannot():
+    rng, rho, hits = np.random.default_rng(5), 0.7, 0
+    truth = 6 / np.pi * np.arcsin(rho / 2)  # of bivariate normal pairs (Pearson 1907)
+    for _ in range(400):
+        pairs = rng.multivariate_normal([0, 0], [[1, rho], [rho, 1]], size=40).T
+        low, high = stats.spearman_interval(float(stats.spearman(*pairs)), 40)
+        hits += low <= truth <= high
+    assert 0.92 <= hits / 400 <= 0.98
+    assert np.isnan(stats.spearman_interval(0.5, 3)).all() and np.isnan(stats.spearman_interval(np.nan, 9)).all()
+    assert stats.spearman_interval(1.0, 9).tolist() == [1, 1]

@@ -13,7 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from moe_interp.analyses.plain import check_writes_text
 from moe_interp.errors import BadInput
+from moe_interp.model import MoEModel
 from moe_interp.run import Run
 
 Values = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -27,10 +29,12 @@ class Bound:
     Attributes:
         at: [B, S], the tokens whose logits it looks at.
         values: a number for each of them.
+        by_token: whether a token's number follows from its own logits alone.
     """
 
     at: Bool[Tensor, "B S"]
     values: Values
+    by_token: bool = True
 
     def per_text(
         self, logits: Float[Tensor, "n V"], texts: Int[Tensor, " n"], columns: Int[Tensor, " n"]
@@ -219,20 +223,27 @@ class OfLogits:
                 found = torch.where(texts == text, torch.as_tensor(self.fn(logits[texts == text])).double(), found)
             return found
 
-        return Bound(base.mask, values)
+        return Bound(base.mask, values, by_token=False)
 
 
-def as_metric(given: "Metric | str | Callable[[Tensor], Tensor | float]") -> Metric:
+AnyMetric = Metric | str | Callable[[Tensor], Tensor | float]
+"""A metric, its name, or a function from the logits [s, V] of a text's real tokens to a number."""
+
+
+def as_metric(given: AnyMetric, model: MoEModel | None = None) -> Metric:
     """A metric by name ("nll", "kl"), as it is, or of a function of a text's logits.
 
     Raises:
         BadInput: neither.
+        UnsupportedModel: the NLL of tokens that ``model`` does not predict.
     """
     named: dict[str, Metric] = {"nll": NLL(), "kl": KL()}
     if isinstance(given, str):
         if given not in named:
             raise BadInput("unknown metric", expected=f"one of {', '.join(named)}, a metric, or a function", got=given)
-        return named[given]
+        given = named[given]
+    if isinstance(given, NLL) and model is not None:
+        check_writes_text(model)
     if hasattr(given, "bind"):
         return given  # type: ignore[return-value]
     if callable(given):

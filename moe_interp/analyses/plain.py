@@ -18,11 +18,16 @@ def check_plain(model: MoEModel, layers: Sequence[int]) -> None:
         UnsupportedModel: naming the first such layer.
     """
     for layer in layers:
-        spec = model.spec.layer(layer)
-        parts = {"moe_out", "shared_out"}
-        from_parts = spec.post is not None and spec.post.base == "resid_mid" and set(spec.post.branches) <= parts
-        if not (spec.plain and from_parts and model.spec.streams == 1):
+        if not is_plain(model, layer):
             raise _refusal(model, f"layer {layer}", "resid_mid + the sum of weight times output + shared experts")
+
+
+def is_plain(model: MoEModel, layer: int) -> bool:
+    """Whether ``resid_post`` is ``resid_mid`` plus the weighted outputs of experts and shared experts."""
+    spec = model.spec.layer(layer)
+    parts = {"moe_out", "shared_out"}
+    from_parts = spec.post is not None and spec.post.base == "resid_mid" and set(spec.post.branches) <= parts
+    return spec.plain and from_parts and model.spec.streams == 1
 
 
 def check_plain_block(model: MoEModel, layers: Sequence[int]) -> None:

@@ -23,6 +23,7 @@ from moe_interp.stats.measures import (
     ratio,
     shares,
     spearman,
+    spearman_interval,
 )
 from moe_interp.stats.permutation import max_statistic_p, permutation_max, share_difference, sign_flip_max
 from moe_interp.stats.resampling import (
@@ -66,5 +67,6 @@ __all__ = [
     "shares",
     "sign_flip_max",
     "spearman",
+    "spearman_interval",
     "student_interval",
 ]

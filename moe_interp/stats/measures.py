@@ -115,3 +115,20 @@ def spearman(left: Float[np.ndarray, "*rest E"], right: Float[np.ndarray, "*rest
     """Rank correlation along the last axis, -1 ... 1; NaN where one side does not vary."""
     one, other = (values - values.mean(axis=-1, keepdims=True) for values in (ranks(left), ranks(right)))
     return ratio((one * other).sum(axis=-1), np.sqrt((one**2).sum(axis=-1) * (other**2).sum(axis=-1)))
+
+
+def spearman_interval(rho: float, count: int, level: float = 0.95) -> Float[np.ndarray, "2"]:
+    """Interval of Spearman's rank correlation of ``count`` independent pairs.
+
+    Fisher's z with the standard error sqrt((1 + rho^2 / 2) / (n - 3)) (Bonett & Wright 2000, Psychometrika 65, 23).
+
+    Returns:
+        Lower and upper end, -1 ... 1; NaN for fewer than four pairs.
+    """
+    from scipy.stats import norm
+
+    if count < 4 or np.isnan(rho):
+        return np.full(2, np.nan)
+    half = norm.ppf((1 + level) / 2) * np.sqrt((1 + rho**2 / 2) / (count - 3))
+    with np.errstate(divide="ignore"):  # of -1 or 1, which is its own interval
+        return np.tanh(np.arctanh(np.clip(rho, -1, 1)) + np.array([-half, half]))
