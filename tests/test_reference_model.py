@@ -35,6 +35,19 @@ def test_it_has_the_promised_shape(model):
     assert model.dtype is torch.float32
 
 
+def test_what_was_added_to_the_residual_sums_to_the_logit(model):
+    """Direct logit attribution of 32 prompts, to the token that the model gives most."""
+    texts = [document.text for document in moe.sample().documents[::7]][:32]
+    for text in texts:
+        ids = model.tokenizer(text)["input_ids"][:24]
+        logits = model.run(ids).logits[0, -1]
+        best = int(logits.argmax())
+        result = moe.logit_attribution(model, ids, best)
+        total = float(result["attribution"].sum("part")[0])
+        assert abs(total - float(logits[best])) < 1e-4 * float(logits.abs().max())
+        assert len(result["part"]) == 1 + 8 + 1 + 7 * 7 + 1  # embedding, attention, dense MLP, experts and shared, bias
+
+
 def test_it_loads_with_no_network(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the network was asked for")

@@ -17,13 +17,13 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_interp.analyses.effects import contribution
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.trials import (
     BOUNDS,
     Direction,
     Pair,
     Trial,
-    contribution,
     contributions,
     differs,
     effects,

@@ -23,6 +23,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moe_interp.analyses.effects import contribution
 from moe_interp.analyses.patching import experts_that_run
 from moe_interp.analyses.plain import check_plain, check_plain_model, check_writes_text
 from moe_interp.analyses.trials import (
@@ -30,7 +31,6 @@ from moe_interp.analyses.trials import (
     Direction,
     Pair,
     Trial,
-    contribution,
     effects,
     one_of,
     paired,

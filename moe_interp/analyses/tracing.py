@@ -22,11 +22,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moe_interp.analyses.attribution import token_ids
+from moe_interp.analyses.effects import contribution
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.metrics import Bound, Probability
 from moe_interp.analyses.patching import experts_that_run
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.analyses.trials import BOUNDS, Trial, contribution, differs, effects, one_of
+from moe_interp.analyses.trials import BOUNDS, Trial, differs, effects, one_of
 from moe_interp.encode import Inputs, token_text
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.interventions import Intervention, named

@@ -103,12 +103,6 @@ def contributions(run: Run, layer: int) -> Float[Tensor, "B S K *D"]:
     return weighted.masked_fill(~routing.mask[..., None, None], 0.0)
 
 
-def contribution(run: Run, layer: int, expert: int) -> Float[Tensor, "B S D"]:
-    """What one expert added to ``routed_out``, zero where it was not chosen."""
-    outputs, weights, _ = run.contribution(layer, expert)
-    return outputs * weights[..., None].to(outputs.dtype)
-
-
 def differs(first: Tensor, second: Tensor, tokens: Tokens) -> Bool[Tensor, "B S"]:
     """[B, S], the real tokens at which two values [B, S, ...] are not the same."""
     return (first != second).flatten(2).any(dim=-1) & tokens.mask
