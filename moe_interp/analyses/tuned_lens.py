@@ -97,6 +97,11 @@ class TunedLens:
     model_type: str
     provenance: Mapping[str, str | int | float]
 
+    def __repr__(self) -> str:
+        return (
+            f"TunedLens(of {self.model!r}, {self.model_type}, layers {list(self.layers)}, width {self.bias.shape[1]})"
+        )
+
     def __post_init__(self) -> None:
         count, width = self.bias.shape
         if self.weight.shape != (count, width, width) or len(self.layers) != count:
