@@ -50,9 +50,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One condition. Shares are of written tokens, by text; nats are per token, by held-out text."""
+    """One condition. Shares are of written tokens, by text; nats are per token, by held-out text; one text is shown."""
 
     name: str
+    text: str
     share: np.ndarray
     own: np.ndarray
     others: np.ndarray
@@ -141,7 +142,9 @@ class Study:
         share = np.array([self.classifier.share(one) for one in written])
         nats = [self.nats([ids], edits)[0] for _, ids in self.ids]
         mine = np.array([domain == self.setting.domain for domain, _ in self.ids])
-        return Outcome(name, share, np.array(nats)[mine], np.array(nats)[~mine])
+        return Outcome(
+            name, self.model.tokenizer.decode(written[0]), share, np.array(nats)[mine], np.array(nats)[~mine]
+        )
 
     def nats(self, ids: list[list[int]], edits: list[Intervention]) -> np.ndarray:
         """Nats per token of texts."""
@@ -169,7 +172,7 @@ class Study:
                     some.append(self.measure(name, edits))
                     progress.update()
                 means = (np.mean([getattr(one, part) for one in some], axis=0) for part in ("share", "own", "others"))
-                found.append(Outcome(name, *means))
+                found.append(Outcome(name, some[0].text, *means))
         return found
 
 
@@ -197,10 +200,16 @@ def rows(outcomes: list[Outcome]) -> list[list[str]]:
 COLUMNS = ["condition", "written tokens that are the domain's, %", "perplexity of the domain, x", "of the others, x"]
 
 
+def samples(study: Study, outcomes: list[Outcome]) -> list[str]:
+    """How each condition goes on from the first beginning (random experts: the first draw)."""
+    beginning = study.model.tokenizer.decode(study.beginnings[0])
+    return [f"On {beginning!r}:", *(f"{one.name}: {one.text!r}" for one in outcomes)]
+
+
 def as_markdown(table: list[list[str]], notes: list[str]) -> str:
     """The table and what is said of it."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table), "", *notes])
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in table), "", *(f"- {note}" for note in notes)])
 
 
 def main() -> None:
@@ -226,7 +235,8 @@ def main() -> None:
     )
     study = Study(model, corpus, setting)
     own, others = study.calibration()
-    table = rows(study.outcomes())
+    outcomes = study.outcomes()
+    table = rows(outcomes)
     experts = "; ".join(f"{layer}: {', '.join(map(str, some))}" for layer, some in study.experts.items())
     notes = [
         f"Domain: {setting.domain}. Experts by layer: {experts}.",
@@ -234,6 +244,7 @@ def main() -> None:
         f"{setting.draws} draws of random experts, the mean over them. Intervals: 95 %, over texts.",
         f"The classifier calls {100 * own:.1f} % of the tokens of real texts of the domain the domain's, "
         f"{100 * others:.1f} % of the others'.",
+        *samples(study, outcomes),
     ]
     shown = Table(*COLUMNS, title="Steering by experts")
     for row in table:

@@ -73,3 +73,4 @@ def test_the_page_gets_its_table_and_keeps_its_text(example, tmp_path, monkeypat
     assert "old" not in text
     assert "| preferred pushed by 8 |" in text
     assert text.count("| random") == 2
+    assert text.count("preferred pushed by 8: ") == 1  # what it wrote
