@@ -184,6 +184,7 @@ PAIRS = (
     ("patch", "scale"), ("scale", "patch"), ("mean", "zero"), ("zero", "steer"), ("steer", "zero"), ("forbid", "steer"),
     ("forbid", "top_k"), ("top_k", "scale"), ("swap", "zero"), ("patch of routes", "patch"), ("force", "share"),
     ("force, given weights", "scale"), ("bias of logits", "forbid"), ("replace", "scale"), ("swap", "swap"),
+    ("mask of logits", "zero"), ("bias", "scale"), ("force, kept weights", "steer"), ("force, ids of tokens", "top_k"),
 )  # fmt: skip
 
 
@@ -197,6 +198,35 @@ def test_two_interventions_compose_in_order(family, first, second):
         assert torch.equal(got, moe.wrap(tiny(family)).run(IDS).logits)
         return
     assert agree(family, got, slow.run(tiny(family), IDS, LAYER, [*ops, *more]).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drawn_ones_and_points_compose_with_a_scale(family):
+    hf, (first, _) = tiny(family), pair(family)
+    scale = moe.scale(layer=LAYER, expert=first, by=2.5)
+    ops: list[slow.Op] = [("table", lambda t, at: t.scale(first, 2.5))]
+    resample = moe.ablate(layer=LAYER, expert=first, how="resample", run=other_run(family))
+    with moe.wrap(hf) as model:
+        drawn = model.run(IDS, edit=[moe.randomize(layer=LAYER), scale])
+        noised = model.run(IDS, read="embed", edit=[moe.noise(0.5), scale])
+        alone, doubled = (model.run(IDS, read="expert_out", edit=edit) for edit in (resample, [resample, scale]))
+        both = model.run(IDS, edit=[moe.steer(VECTOR, layer=LAYER, point="resid_mid"), scale])
+    ids = drawn.routing[LAYER].ids
+    expected = slow.run(hf, IDS, LAYER, [("expert_ids", lambda row, at: ids[at]), *ops])
+    assert agree(family, drawn.logits, expected.logits)
+    routed = [run.contribution(LAYER, first)[0] for run in (alone, doubled)]
+    assert (routed[1] - 2.5 * routed[0]).abs().max() < 1e-5 * routed[1].abs().max()
+    assert (doubled.logits - alone.logits).abs().max() > 1e-3
+
+    def scaled(base: Reference) -> Any:
+        return lambda value: torch.where((base.points["expert_ids", LAYER] == first)[..., None], value * 2.5, value)
+
+    for got, edit in (
+        (noised, {("embed", None): lambda value: noised["embed"]}),
+        (both, {("resid_mid", LAYER): lambda value: value + VECTOR}),
+    ):
+        edits = {**edit, ("expert_out", LAYER): scaled(forward(hf, IDS, edits=edit))}
+        assert agree(family, got.logits, forward(hf, IDS, edits=edits).logits)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -259,8 +289,15 @@ def test_layers_that_swap_experts(family):
     hf, crossed = build(family), build(family)
     one, other = (crossed.model.layers[layer].mlp for layer in (first, second))
     one.experts, other.experts = other.experts, one.experts
-    expected = forward(crossed, IDS).logits
+    reference = forward(crossed, IDS)
+    expected, ids = reference.logits, reference.points["expert_ids", second]
+    expert = int(ids[0, 0, 0])
+    edits = {("expert_out", second): lambda value: torch.where((ids == expert)[..., None], value * 3.0, value)}
+    scaled = forward(crossed, IDS, edits=edits).logits
     with moe.wrap(hf) as model:
+        pair_of = [moe.swap(layers=(first, second)), moe.scale(layer=second, expert=expert, by=3.0)]
+        assert (model.run(IDS, edit=pair_of).logits - scaled).abs().max() < TOLERANCE * scaled.abs().max()
+        assert (scaled - expected).abs().max() > 1e-3
         base = model.run(IDS).logits
         assert (expected - base).abs().max() > 1e-3
         got = model.run(IDS, edit=moe.swap(layers=(first, second))).logits

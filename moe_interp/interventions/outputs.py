@@ -7,7 +7,6 @@ weight 0, they add it to ``routed_out`` in its name (`Context.added`), and what 
 that too.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -220,10 +219,3 @@ def rows_of(values: Values | ByToken, context: Context) -> tuple[Tensor, Bool[Te
     if isinstance(values, ByToken):
         return values.at(context.tokens)
     return values.tensor, context.tokens.mask
-
-
-def contributions(
-    outputs: Float[Tensor, "B S D"], weights: Float[Tensor, "B S"], used: Bool[Tensor, "B S"]
-) -> Iterator[Float[Tensor, " D"]]:
-    """The contributions of an expert to the tokens that used it."""
-    yield from (outputs * weights.to(outputs)[..., None])[used]

@@ -1,7 +1,6 @@
 """Tensors as plain data, which interventions hold: compared by value, written to JSON and read back."""
 
 import base64
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -168,8 +167,3 @@ class ByToken:
         if values.tensor.dim() < 2 or len(lengths) != len(values.tensor) or max(lengths) > values.tensor.shape[1]:
             raise BadInput("not stored values of tokens", expected="lengths that fit the values", got=str(lengths))
         return cls(values, lengths)
-
-
-def same(first: Sequence[Any], second: Sequence[Any]) -> bool:
-    """Whether two sequences share an item."""
-    return bool(set(first) & set(second))
