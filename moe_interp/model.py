@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -18,15 +17,12 @@ from moe_interp.adapters.formats import check_weights, rounding_without_gradient
 from moe_interp.adapters.sums import follow
 from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
-from moe_interp.hosts import LocalHost, Session
-from moe_interp.hosts.local import ATTRIBUTE
+from moe_interp.hosts import Session, close_host, open_host
 from moe_interp.interventions import Intervention
 from moe_interp.run import Read, Run, positions_of
 
 if TYPE_CHECKING:
     from moe_interp.audit import Audit
-
-_HOSTS: WeakKeyDictionary[nn.Module, tuple[LocalHost, int]] = WeakKeyDictionary()  # and how many opened them
 
 Reads = Sequence[str | Read]
 Edits = Sequence[Intervention] | Intervention
@@ -57,13 +53,13 @@ class MoEModel:
 
     def _open(self, hf: nn.Module, spec: ModelSpec) -> None:
         self.spec, self._closed = spec, False
-        self._host = _open_host(hf, spec)
+        self._host = open_host(hf, spec)
 
     def close(self) -> None:
         """Leave the transformers model as it was found."""
         if not self._closed:
             self._closed = True
-            _close_host(self.hf)
+            close_host(self.hf)
 
     def __enter__(self) -> "MoEModel":
         return self
@@ -364,28 +360,6 @@ def _listed(given: Any, kinds: Any) -> list[Any]:
                 got=repr(item),
             )
     return items
-
-
-def _open_host(hf: nn.Module, spec: ModelSpec) -> LocalHost:
-    if hf not in _HOSTS and hasattr(hf, ATTRIBUTE):
-        raise UnsupportedModel(
-            "a copy of an opened model cannot be opened",
-            expected="a model that was copied before it was opened, or after it was closed",
-            got="a copy whose hooks still reach the original",
-            do="Close the original, then copy.",
-        )
-    host, users = _HOSTS.get(hf) or (LocalHost(hf, spec), 0)
-    _HOSTS[hf] = (host, users + 1)
-    return host
-
-
-def _close_host(hf: nn.Module) -> None:
-    host, users = _HOSTS[hf]
-    if users > 1:
-        _HOSTS[hf] = (host, users - 1)
-        return
-    del _HOSTS[hf]
-    host.remove()
 
 
 def wrap(hf: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> MoEModel:

@@ -23,6 +23,7 @@ from moe_interp.adapters.spec import (
 )
 from moe_interp.errors import UnsupportedModel
 from moe_interp.hosts.taps import Taps
+from moe_interp.points import SELECTION
 
 
 def attach(hf: nn.Module, taps: Taps, name: str, site: Site) -> list[RemovableHandle]:
@@ -121,7 +122,7 @@ def _attach_gated(module: nn.Module, gate: nn.Module, taps: Taps, name: str) -> 
     held: list[Tensor] = []
 
     def remember(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        held[:] = [output] if taps.live(name) else []
+        held[:] = [output] if taps.awaited(name) else []
 
     def open_gate(module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor | None:
         if not held:
@@ -155,7 +156,7 @@ def _attach_router(router: nn.Module, taps: Taps, columns: int | None) -> list[R
     entered: list[_FirstLinear] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if taps.live("router_logits") or taps.live("router_scores"):
+        if taps.awaited("router_logits") or taps.awaited("router_scores"):
             entered.append(_FirstLinear(lambda logits: taps.routed(logits, columns)))
             entered[-1].__enter__()
 
@@ -200,7 +201,7 @@ def _attach_selection(module: nn.Module, taps: Taps, site: RouterTopK) -> list[R
     entered: list[_TopK] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if taps.selects:
+        if any(map(taps.awaited, SELECTION)):
             entered.append(_TopK(site, taps.chosen))
             entered[-1].__enter__()
 

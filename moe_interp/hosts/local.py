@@ -19,6 +19,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -104,14 +105,28 @@ class LocalHost:
                 self._set(module, "_compiled_call_impl", None)
 
     def _replace_forward(self, module: Any, forward: Callable[..., Any]) -> None:
+        wrapped = vars(module).get("__nnsight__")
+        if wrapped is not None:  # nnsight's own forward stays, and calls what it finds here
+            self._set(wrapped, "body", lambda module, *args, **kwargs: forward(*args, **kwargs))
+            return
         # accelerate wraps an offloaded module's forward and calls the original from there.
         self._set(module, "_old_forward" if "_old_forward" in vars(module) else "forward", forward)
 
-    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+    def _set(self, owner: Any, name: str, value: Any) -> None:
         """An attribute of the instance, for as long as the model is open."""
-        there, before = name in vars(module), vars(module).get(name)
-        setattr(module, name, value)
-        self.undo.append(lambda: setattr(module, name, before) if there else delattr(module, name))
+        own = not isinstance(owner, nn.Module) or name in vars(owner)
+        before = getattr(owner, name) if own else None
+        setattr(owner, name, value)
+
+        def undo() -> None:
+            if getattr(owner, name) is not value:
+                return  # somebody wrapped it since, and calls it; it calls the original in turn
+            if own:
+                setattr(owner, name, before)
+            else:
+                delattr(owner, name)
+
+        self.undo.append(undo)
 
     def remove(self) -> None:
         """Leave the model as it was found."""
@@ -212,6 +227,37 @@ class LocalHost:
         finally:
             for layer, drops in before.items():
                 self.taps[layer].drops = drops
+
+
+_HOSTS: WeakKeyDictionary[nn.Module, tuple[LocalHost, int]] = WeakKeyDictionary()  # and how many opened them
+
+
+def open_host(hf: nn.Module, spec: ModelSpec) -> LocalHost:
+    """The host of a model, opened unless it is; close it as often as it was opened.
+
+    Raises:
+        UnsupportedModel: a copy of an opened model.
+    """
+    if hf not in _HOSTS and hasattr(hf, ATTRIBUTE):
+        raise UnsupportedModel(
+            "a copy of an opened model cannot be opened",
+            expected="a model that was copied before it was opened, or after it was closed",
+            got="a copy whose hooks still reach the original",
+            do="Close the original, then copy.",
+        )
+    host, users = _HOSTS.get(hf) or (LocalHost(hf, spec), 0)
+    _HOSTS[hf] = (host, users + 1)
+    return host
+
+
+def close_host(hf: nn.Module) -> None:
+    """Leave the model as it was found, when everybody who opened it has closed it."""
+    host, users = _HOSTS[hf]
+    if users > 1:
+        _HOSTS[hf] = (host, users - 1)
+        return
+    del _HOSTS[hf]
+    host.remove()
 
 
 def _attribute(layer: LayerSpec) -> str:

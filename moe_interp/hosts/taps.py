@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +26,48 @@ INSIDE = (
 )
 
 
+class Watcher(Protocol):
+    """Somebody who takes values at a hook point by other means than hooks."""
+
+    @property
+    def now(self) -> bool:
+        """Whether the value that comes next is taken."""
+
+    @property
+    def later(self) -> bool:
+        """Whether one may be taken before the forward pass ends."""
+
+
 class HookPoint(nn.Module):
     """Identity. What a forward hook on it returns goes on through the model in place of the value.
 
     Attributes:
-        exposed: values pass through even while nothing is hooked, for libraries that watch modules by other means.
+        watchers: those who take values here without a hook; they may write into the value that they are given.
     """
 
-    exposed = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.watchers: list[Watcher] = []
+
+    @property
+    def hooked(self) -> bool:
+        """Whether anything is hooked here."""
+        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody takes the value that comes next without a hook."""
+        return any(watcher.now for watcher in self.watchers)
 
     @property
     def live(self) -> bool:
         """Whether values must pass through here."""
-        return bool(self.exposed or self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+        return self.hooked or self.watched
+
+    @property
+    def awaited(self) -> bool:
+        """Whether values may have to pass through here before the forward pass ends."""
+        return self.hooked or any(watcher.later for watcher in self.watchers)
 
     def forward(self, value: Tensor) -> Tensor:
         """The value itself."""
@@ -54,6 +83,7 @@ class Taps:
         self.grid = (0, 0)  # B, S of the forward pass under way
         self.rows: Tensor | None = None  # [B, S], True at the tokens that the mixture sees; None: all
         self.logits: Tensor | None = None
+        self.ids: Tensor | None = None  # [B, S, K], the experts that run in the forward pass under way
         self.in_turn = False  # whether outputs are added up as transformers' loop over experts does
         self.chose = False  # whether the router's choice was met in the forward pass under way
         self.stand_in: nn.Module | None = None  # experts that run in place of the layer's own
@@ -73,6 +103,10 @@ class Taps:
         """Whether anything is hooked at the point (False where the layer does not have it)."""
         return name in self.points and self.points[name].live  # type: ignore[return-value]
 
+    def awaited(self, name: str) -> bool:
+        """Whether anything may want the point's value before the forward pass ends."""
+        return name in self.points and self.points[name].awaited  # type: ignore[return-value]
+
     def __call__(self, name: str, value: Tensor, slots: int | None = None) -> Tensor:
         """The value after its hook point: shown as [B, S, (K,) ...], returned in the shape it came in."""
         if name == "router_logits":
@@ -80,7 +114,10 @@ class Taps:
             return value
         if name == "expert_ids":
             self._check_chose()
-        return self._through(name, value, slots)
+        value = self._through(name, value, slots)
+        if name == "expert_ids":
+            self.ids = self._shown(value, (), self.rows)
+        return value
 
     def _through(self, name: str, value: Tensor, slots: int | None) -> Tensor:
         if not self.live(name):
@@ -88,8 +125,11 @@ class Taps:
         middle = (slots,) if slots else (self.streams,) if name in RESIDUAL and self.streams > 1 else ()
         rows = self.rows if name in INSIDE else None
         shown = self._shown(value, middle, rows)
-        changed = self.points[name](shown)
-        if changed is shown:
+        point = self.points[name]
+        # Who watches may write into what is shown, and takes gradients by it: the model goes on with just that.
+        watched = point.watched
+        changed = point(shown)
+        if changed is shown and not watched:
             return value
         back = changed if rows is None else changed[rows]
         if name == "expert_ids" and self.layer.moe:
