@@ -134,15 +134,15 @@ class MoEModel:
             )
         with self._in_place_of_standing(), session():
             output = self.forward(model_inputs)
-        tokens = session.tokens
+        tokens = session.program.tokens
         self._check_finite(output, tokens.mask, bool(interventions))
         ids = "decoder_input_ids" if self.spec.kind == "encoder-decoder" else "input_ids"
         return Run(
             output=output,
             token_ids=model_inputs.get(ids),
             tokens=tokens,
-            routing=session.routing(),
-            values=session.values,
+            routing=session.program.routing(),
+            values=session.program.values,
             touched=tuple(session.touched),
             provenance=self.provenance(),
             has_head=self.spec.unembed is not None,

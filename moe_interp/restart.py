@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput
 from moe_interp.hosts import Session
-from moe_interp.hosts.session import Block
+from moe_interp.hosts.program import Block
 from moe_interp.interventions import Intervention
 from moe_interp.model import Edits, MoEModel, Reads
 from moe_interp.run import Read, Tokens

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from jaxtyping import Bool
 from torch import Tensor
 
-from moe_interp.adapters import ModelSpec
+from moe_interp.adapters.spec import ModelSpec
 from moe_interp.errors import BadInput, UnknownName, UnsupportedModel
 from moe_interp.interventions.values import ByToken, Values
 from moe_interp.points import POINTS, SELECTION

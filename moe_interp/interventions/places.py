@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from moe_interp.adapters import ModelSpec
+from moe_interp.adapters.spec import ModelSpec
 from moe_interp.errors import BadInput
 from moe_interp.interventions.base import Change, Edit, Placed, fit, layers_at
 from moe_interp.interventions.chance import normal

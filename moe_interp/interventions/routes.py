@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_interp.adapters import ModelSpec, MoESpec
+from moe_interp.adapters.spec import ModelSpec, MoESpec
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.interventions.base import Change, Edit, Placed, layers_at, moe_layers_at
 from moe_interp.interventions.chance import uniform

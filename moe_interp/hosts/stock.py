@@ -1,0 +1,411 @@
+"""The points of a model through the modules that transformers gave it, and nothing else: the way in where nothing of
+this package can be installed, as on a remote server.
+
+- What a module is given or returns is the point, or a view of it.
+- Router logits are the result of the first ``linear`` in the router's own code, which nnsight shows by ``.source``.
+- Experts return the weighted sum alone. So they are called again where they return, with every (token, slot) as a token
+  of its own under weight 1: those are the outputs of single slots. Edited, they are weighted and summed in the order and
+  precision of transformers' ``grouped_mm`` and put in the place of what the experts returned. A delta on the block's
+  output would round, and in bfloat16 that flips later choices.
+- Their neurons are what the second product of that call is given, met by a ``TorchFunctionMode``.
+
+Blocks that compute in their own way (`BlockCall`) have no experts to call again and are not reached.
+
+Texts of several invokes run in one batch. nnsight cuts values [B, S, ...] down to the rows of a block by itself; values
+[B * S, ...] it passes on whole, and they are cut here.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from nnsight.intervention.interleaver import Mediator
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from moe_interp.adapters.formulas import router_scores
+from moe_interp.adapters.spec import (
+    ExpertsCall,
+    GatedOutput,
+    Input,
+    ModelSpec,
+    Output,
+    ResidualInput,
+    RouterLinear,
+    RouterOutput,
+)
+from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.hosts.traces import Spot, check_there
+
+REACHED = (Input, ResidualInput, Output, GatedOutput, RouterLinear, RouterOutput, ExpertsCall)
+"""Kinds of sites that this way reaches."""
+
+
+@dataclass
+class Call:
+    """One call of a layer's experts, as far as a block of a trace sees it.
+
+    Attributes:
+        visit: which call of the experts in this run it is.
+        args: what they are called with: hidden states [T, D], ids and weights [T, K].
+        act: neurons [b, S, K, F] that an edit put in place of their own.
+        outputs: what the experts returned, and the outputs of single slots [b, S, K, D] that belong to it.
+        summed: whether their sum was edited, after which single slots no longer say what the block goes on with.
+    """
+
+    visit: int
+    args: tuple[Any, ...]
+    act: Tensor | None = None
+    outputs: tuple[Any, Tensor] | None = None
+    summed: bool = False
+
+
+class StockReach:
+    """Points of a model by nnsight's envoys of its own modules.
+
+    Attributes:
+        lm: the nnsight model.
+        spec: what it computes, without what only this package can run.
+    """
+
+    def __init__(self, lm: Any, spec: ModelSpec):
+        self.lm, self.spec = lm, spec
+        self.calls: WeakKeyDictionary[Any, dict[int, Call]] = WeakKeyDictionary()
+        self.ungated: WeakKeyDictionary[Any, dict[str, tuple[int, Tensor]]] = WeakKeyDictionary()
+
+    def sent(self) -> tuple[Any, ...]:
+        """Not pickled again."""
+        raise TypeError("points that were sent to a server are not sent on")
+
+    def path(self, module: str) -> str:
+        """Where nnsight has a module of the model."""
+        return f"{self.lm.path}.{module}" if module else str(self.lm.path)
+
+    def spot(self, name: str, layer: int | None) -> Spot:
+        """Where a point of a layer passes.
+
+        Raises:
+            UnknownName: the layer has no such point.
+            UnsupportedModel: it has, but no module shows it.
+        """
+        check_there(self.spec, name, layer)
+        if layer is None:
+            return self._output(str(self.spec.embed))
+        match self.spec.layers[layer].sites[name]:
+            case Input(module):
+                return self._input(module, 0)
+            case ResidualInput(module, argument):
+                return self._residual(module, argument)
+            case Output(module):
+                return self._output(module)
+            case GatedOutput(module, gate):
+                return self._gated(module, gate)
+            case RouterLinear(module, columns):
+                return self._logits(name, layer, f"{self.path(module)}.{self._linear(module)}.output", columns)
+            case RouterOutput(module):
+                return self._logits(name, layer, f"{self.path(module)}.output", None)
+            case ExpertsCall():
+                return self._of_experts(name, layer)
+        raise UnsupportedModel(
+            f"{name!r} at layer {layer} cannot be reached by the modules of {self.spec.model_type}",
+            expected="a point between modules, or of experts that are called as one module",
+            got="one inside a block that computes in its own way",
+            do="Use the model in this process, where the block itself is replaced.",
+        )
+
+    # ---- what modules are given and return ------------------------------------------------------------------
+
+    def _input(self, module: str, number: int) -> Spot:
+        def show(raw: Any) -> Tensor:
+            return texts(_argument(raw, number))
+
+        def put(raw: Any, new: Tensor) -> Any:
+            return _with_argument(raw, number, joined(_argument(raw, number), new))
+
+        return Spot(f"{self.path(module)}.input", show, put)
+
+    def _residual(self, module: str, number: int) -> Spot:
+        # The layer keeps the very tensor as its residual: it is written to, not replaced.
+        def put(raw: Any, new: Tensor) -> Any:
+            texts(_argument(raw, number)).copy_(new)
+            return raw
+
+        return Spot(f"{self.path(module)}.input", lambda raw: texts(_argument(raw, number)).clone(), put)
+
+    def _output(self, module: str) -> Spot:
+        def show(raw: Any) -> Tensor:
+            return texts(raw[0] if isinstance(raw, tuple) else raw)
+
+        def put(raw: Any, new: Tensor) -> Any:
+            return (joined(raw[0], new), *raw[1:]) if isinstance(raw, tuple) else joined(raw, new)
+
+        return Spot(f"{self.path(module)}.output", show, put)
+
+    def _gated(self, module: str, gate: str) -> Spot:
+        # The block multiplies by the sigmoid of the gate: the product is formed here, written over the module's output,
+        # and the gate opened (the sigmoid of infinity is exactly 1).
+        ungated = self._ungated(f"{self.path(module)}.output", f"{self.path(gate)}.output")
+
+        def show(raw: Tensor) -> Tensor:
+            return functional.sigmoid(texts(raw)) * texts(ungated)
+
+        def put(raw: Tensor, new: Tensor) -> Tensor:
+            texts(ungated).copy_(new)
+            return joined(raw, torch.full_like(texts(raw), torch.inf))
+
+        return Spot(f"{self.path(gate)}.output", show, put)
+
+    def _ungated(self, output: str, gate: str) -> Tensor:
+        """The output that a gate is about to scale, waited for once a visit."""
+        mediator = Mediator.current(output)
+        known = self.ungated.setdefault(mediator, {})
+        if output not in known or known[output][0] != mediator.wanted(gate):
+            value = Mediator.value(output)
+            known[output] = mediator.occurrence(gate), value
+        return known[output][1]
+
+    # ---- routers --------------------------------------------------------------------------------------------
+
+    def _linear(self, router: str) -> str:
+        """The first linear map in a router's code, as nnsight names what a forward does."""
+        names = self.lm.get(router).source.names
+        found = next((name for name in names if re.search(r"(^|_)linear_\d+$", name)), None)
+        if found is None:
+            raise UnsupportedModel(
+                f"no router logits at {router}",
+                expected="a router that computes them by F.linear",
+                got=f"one that does {', '.join(names)}",
+            )
+        return f"source.{found}"
+
+    def _logits(self, name: str, layer: int, location: str, columns: int | None) -> Spot:
+        def show(raw: Tensor) -> Tensor:
+            logits = texts(raw)[..., :columns]
+            return router_scores(self.spec.moe(layer).scoring, logits) if name == "router_scores" else logits
+
+        def put(raw: Tensor, new: Tensor) -> Tensor:
+            if name == "router_scores":
+                return raw
+            return joined(raw, torch.cat([new, texts(raw)[..., new.shape[-1] :]], dim=-1))
+
+        return Spot(location, show, put)
+
+    # ---- experts --------------------------------------------------------------------------------------------
+
+    def call(self, layer: int) -> Call:
+        """The call of the layer's experts that is under way, waited for if need be."""
+        path = self.path(self.spec.moe(layer).experts)
+        mediator = Mediator.current(path)
+        known = self.calls.setdefault(mediator, {})
+        if layer not in known or known[layer].visit != mediator.wanted(f"{path}.output"):
+            args, _ = Mediator.value(f"{path}.input")
+            known[layer] = Call(mediator.occurrence(f"{path}.output"), args)
+        return known[layer]
+
+    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Expert ids and weights [B, S, K] of the rows of this block."""
+        _, ids, weights = self.call(layer).args
+        return texts(ids), texts(weights)
+
+    def _of_experts(self, name: str, layer: int) -> Spot:
+        path = self.path(self.spec.moe(layer).experts)
+        if name in ("expert_ids", "gate_weights"):
+            number = 1 if name == "expert_ids" else 2
+            return self._argument_of_experts(layer, number, f"{path}.input")
+        self.call(layer)  # before what they return
+        if name == "routed_out":
+            return self._sum(layer)
+        show, put = (
+            (self._neurons, self._put_neurons) if name == "expert_act" else (self._outputs, self._put_outputs)
+        )
+        return Spot(f"{path}.output", lambda raw: show(layer, raw), lambda raw, new: put(layer, raw, new))
+
+    def _argument_of_experts(self, layer: int, number: int, location: str) -> Spot:
+        def show(raw: Any) -> Tensor:
+            mediator = Mediator.current(location)
+            visit = mediator.occurrence(location.removesuffix("input") + "output")
+            self.calls.setdefault(mediator, {})[layer] = Call(visit, raw[0])
+            return texts(raw[0][number])
+
+        def put(raw: Any, new: Tensor) -> Any:
+            changed = _with_argument(raw, number, joined(raw[0][number], new))
+            self.calls[Mediator.current(location)][layer].args = changed[0]
+            return changed
+
+        return Spot(location, show, put)
+
+    def _alone(self, layer: int) -> Callable[[], Tensor]:
+        """The experts on every (token, slot) of this block alone, as a function."""
+        hidden, ids, weights = (texts(one).flatten(0, 1) for one in self.call(layer).args[:3])
+        slots = ids.shape[-1]
+        args = (
+            hidden.repeat_interleave(slots, dim=0),
+            ids.reshape(-1, 1),
+            torch.ones_like(weights).reshape(-1, 1),
+        )
+        return lambda: self.lm.get(self.spec.moe(layer).experts)(*args)
+
+    def _sum(self, layer: int) -> Spot:
+        whole = self._output(self.spec.moe(layer).experts)
+
+        def put(raw: Any, new: Tensor) -> Any:
+            self.call(layer).summed = True
+            return whole.put(raw, new)
+
+        return Spot(whole.location, whole.show, put)
+
+    def _outputs(self, layer: int, raw: Tensor) -> Tensor:
+        call = self.call(layer)
+        if call.summed:
+            raise BadInput(
+                f"the experts of layer {layer} have been summed",
+                expected="reads and edits in the order of the points: expert_act, expert_out, routed_out",
+                got="one of single slots after an edit of routed_out",
+            )
+        if call.outputs is None or call.outputs[0] is not raw:
+            run, ids = self._alone(layer), texts(call.args[1])
+            found = run() if call.act is None else _with_neurons(run, ids.flatten(), call.act.flatten(0, 2))
+            call.outputs = raw, found.view(*ids.shape, -1)
+        return call.outputs[1].clone()
+
+    def _put_outputs(self, layer: int, raw: Tensor, new: Tensor) -> Tensor:
+        call = self.call(layer)
+        changed = joined(raw, weighted_sum(new, texts(call.args[2]), raw.dtype))
+        call.outputs = changed, new
+        return changed
+
+    def _neurons(self, layer: int, raw: Tensor) -> Tensor:
+        call = self.call(layer)
+        if call.act is None:
+            ids = texts(call.args[1])
+            return _neurons_of(self._alone(layer), ids.flatten()).view(*ids.shape, -1)
+        return call.act.clone()
+
+    def _put_neurons(self, layer: int, raw: Tensor, new: Tensor) -> Tensor:
+        call = self.call(layer)
+        call.act, call.outputs = new, None
+        return self._put_outputs(layer, raw, self._outputs(layer, raw))
+
+
+def texts(value: Tensor) -> Tensor:
+    """The rows of the block that asks, as [b, S, ...]: a view of what a module was given or returned."""
+    if value.dim() > 2:
+        return value  # nnsight has cut it already
+    mediator = Mediator.current("the rows of a block")
+    batcher, group = mediator.interleaver.batcher, mediator.batch_group
+    if batcher is None or not batcher.total:
+        raise BadInput("cannot tell the texts of a batch", expected="a trace with inputs", got="one without")
+    if group is None or not batcher.batching:
+        return value.view(batcher.total, -1, value.shape[-1])
+    start, size = group
+    if len(value) == size:  # one position a text: nnsight took it for [B, ...]
+        return value.view(size, 1, value.shape[-1])
+    return value.view(batcher.total, -1, value.shape[-1])[start : start + size]
+
+
+def joined(whole: Tensor, new: Tensor) -> Tensor:
+    """What a module is to be given or to return, with the rows of this block replaced."""
+    changed = whole.clone(memory_format=torch.contiguous_format)
+    texts(changed)[...] = new
+    return changed
+
+
+def weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """[b, S, D], the sum over slots of weight times output, in the order and precision of ``grouped_mm``."""
+    weighted = outputs.flatten(0, 2) * weights.reshape(-1, 1)
+    return weighted.view(-1, weights.shape[-1], outputs.shape[-1]).sum(dim=1).to(dtype).view(*weights.shape[:2], -1)
+
+
+def _argument(raw: Any, number: int) -> Tensor:
+    args, kwargs = raw
+    if len(args) > number:
+        return args[number]
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else [*kwargs.values()][number - len(args)]
+
+
+def _with_argument(raw: Any, number: int, value: Any) -> Any:
+    args, kwargs = raw
+    if len(args) > number:
+        return (*args[:number], value, *args[number + 1 :]), kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else [*kwargs][number - len(args)]
+    return args, {**kwargs, name: value}
+
+
+# ---- neurons -----------------------------------------------------------------------------------------------
+
+
+class _SecondProducts(TorchFunctionMode):
+    """Meets what every second matrix product is given: the neurons of experts, in the order in which they are run.
+
+    transformers runs them sorted by expert in one grouped product, slot by slot in one batched product, or one expert
+    after another.
+    """
+
+    GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+    SINGLE = ("linear", "matmul", "__matmul__")
+
+    def __init__(self, ids: Tensor, new: Tensor | None = None):
+        super().__init__()
+        self.ids, self.new = ids, new
+        self.order: Tensor | None = None
+        self.products = 0
+        self.met: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "sort":
+            result = func(*args, **kwargs)
+            self.order = result[1]
+            return result
+        if name != "bmm" and name not in self.GROUPED + self.SINGLE:
+            return func(*args, **kwargs)
+        self.products += 1
+        return func(*args, **kwargs) if self.products % 2 else func(*self._shown(name, args), **kwargs)
+
+    def _shown(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of a product, with other neurons if there are any."""
+        number = 1 if name == "bmm" and args[1].shape[-1] == 1 else 0
+        act = args[number].flatten(1) if name == "bmm" else args[number]
+        if name in self.SINGLE:
+            self.order = self.ids.argsort(stable=True)
+        start = sum(map(len, self.met))
+        self.met.append(act)
+        if self.new is None:
+            return args
+        new = self.new if self.order is None else self.new[self.order]
+        piece = new[start : start + len(act)].view(args[number].shape)
+        return (*args[:number], piece, *args[number + 1 :])
+
+    def in_slots(self) -> Tensor:
+        """The neurons [T*K, F], slot by slot."""
+        met = torch.cat(self.met) if self.met else self.ids.new_empty(0, 0)
+        if len(met) != len(self.ids):
+            raise UnsupportedModel(
+                "the neurons of experts were not met",
+                expected="experts that run in this process, by two matrix products each",
+                got=f"{len(met)} rows of {len(self.ids)}",
+                do="Read or edit expert_out.",
+            )
+        return met if self.order is None else torch.empty_like(met).index_copy(0, self.order, met)
+
+
+def _neurons_of(run: Callable[[], Tensor], ids: Tensor) -> Tensor:
+    """The neurons [T*K, F] of a call of experts."""
+    mode = _SecondProducts(ids)
+    with mode:
+        run()
+    return mode.in_slots()
+
+
+def _with_neurons(run: Callable[[], Tensor], ids: Tensor, act: Tensor) -> Tensor:
+    """What a call of experts returns under other neurons."""
+    mode = _SecondProducts(ids, act)
+    with mode:
+        out = run()
+    mode.in_slots()
+    return out

@@ -1,0 +1,313 @@
+"""The named points inside an nnsight trace: ``points.layers[5].expert(12).out[:, -1] = 0``.
+
+1. A `Reach` says where in a trace the value of a point passes: at which *location* (nnsight's word for a place that a
+   block of a trace can wait at), how it is shown in the shape that the table of points promises, and how another value
+   is put in its place.
+2. Reading waits at the location. Where what is shown is not the model's own memory, nnsight is asked to write it back
+   when the block moves on (its ``WriteBack``), so that edits in place reach the model from any kind of value.
+3. An expert's part of a point is what its slots hold: gathered when read, put back into those slots when written.
+
+Nothing here knows an architecture, and nothing needs more than torch and nnsight: the code of this module also runs
+where this package is not installed.
+"""
+
+import operator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from nnsight.intervention.eproperty import WriteBack
+from nnsight.intervention.interleaver import Mediator
+from torch import Tensor
+
+from moe_interp.adapters.spec import ModelSpec
+from moe_interp.errors import BadInput, UnknownName
+from moe_interp.points import POINTS, Scope, editable
+
+
+class Spot(NamedTuple):
+    """Where the value of a point passes.
+
+    Attributes:
+        location: what a block waits for.
+        show: the value of the point, from what passes there.
+        put: what is to pass there for a value of the point, from what passes and that value.
+        direct: whether what is shown is what the model goes on with, so that edits in place need no writing back.
+    """
+
+    location: str
+    show: Callable[[Any], Tensor]
+    put: Callable[[Any, Tensor], Any]
+    direct: bool = False
+
+
+class Reach(Protocol):
+    """A way to the points of one model inside a trace."""
+
+    spec: ModelSpec
+
+    def spot(self, name: str, layer: int | None) -> Spot:
+        """Where a point of a layer passes."""
+
+    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Expert ids and weights [B, S, K] of the rows of this block, once the layer's experts are called."""
+
+    def sent(self) -> tuple[Any, ...]:
+        """How the points are pickled: a function and its arguments."""
+
+
+def take(spot: Spot, key: Any) -> Tensor:
+    """Wait for the value of a point; what is done to it in place reaches the model."""
+    if spot.direct:
+        return spot.show(Mediator.value(spot.location))
+    mediator = Mediator.current(spot.location)
+    occurrence = mediator.wanted(spot.location)
+    waiting = mediator.transform
+    if waiting is not None and waiting.key == (key, spot.location, occurrence):
+        return waiting.view
+    raw = Mediator.value(spot.location)
+    shown = spot.show(raw)
+    back = partial(_written, spot, raw, shown, _version(shown))
+    mediator.transform = WriteBack(back, shown, key, spot.location, occurrence)
+    return shown
+
+
+def give(spot: Spot, value: Tensor) -> None:
+    """Put a value in a point's place."""
+    raw = Mediator.value(spot.location)
+    Mediator.swap(spot.location, spot.put(raw, value))
+
+
+def _written(spot: Spot, raw: Any, shown: Tensor, version: int | None) -> Any:
+    # With gradients the model must go on with what was shown, or none would reach it.
+    edited = version is None or shown._version != version or (torch.is_grad_enabled() and shown.requires_grad)
+    return spot.put(raw, shown) if edited else raw
+
+
+def _version(value: Tensor) -> int | None:
+    """Changes with every edit in place; None where torch does not count them."""
+    return None if value.is_inference() else value._version
+
+
+def _point_property(name: str) -> property:
+    """A point as an attribute of a layer."""
+    found = POINTS[name]
+
+    def read(self: "LayerPoints") -> Tensor:
+        return take(self.points.reach.spot(name, self.index), name)
+
+    def write(self: "LayerPoints", value: Tensor) -> None:
+        editable(name)
+        give(self.points.reach.spot(name, self.index), value)
+
+    return property(read, write, doc=f"[{', '.join(found.dims.split())}], {found.meaning}.")
+
+
+class LayerPoints:
+    """The points of one layer inside a trace, as attributes: ``points.layers[5].gate_weights``.
+
+    Values are those of this invoke's texts, [B, S, ...] with whatever padding nnsight gave them. They come in the order
+    of the forward pass; asking for one that has passed is nnsight's ``OutOfOrderError``.
+    """
+
+    def __init__(self, points: "TracePoints", index: int):
+        self.points, self.index = points, index
+
+    def expert(self, expert: int) -> "ExpertPoints":
+        """One expert, wherever a token has a slot that holds it.
+
+        Raises:
+            UnknownName: no such expert.
+        """
+        spec = self.points.reach.spec
+        spec.check_runs(self.index, operator.index(expert))
+        return ExpertPoints(self, "expert", operator.index(expert))
+
+    def heaviest(self, rank: int = 0) -> "ExpertPoints":
+        """The expert with the ``rank``-th largest weight (0: the largest) at each token.
+
+        Raises:
+            BadInput: no such rank.
+        """
+        k = self.points.reach.spec.moe(self.index).top_k
+        if not 0 <= rank < k:
+            raise BadInput("no such rank", expected=f"one from 0 to {k - 1}", got=str(rank))
+        return ExpertPoints(self, "heaviest", rank)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("points", "index") and not hasattr(type(self), name):
+            raise _no_point(name)
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name) if name.startswith("_") else _no_point(name)
+
+    def __repr__(self) -> str:
+        return f"layer {self.index}: {', '.join(self.points.reach.spec.layers[self.index].sites)}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return operator.getitem, (self.points.layers, self.index)
+
+
+def _no_point(name: str) -> UnknownName:
+    names = [name for name, found in POINTS.items() if found.scope is not Scope.MODEL]
+    return UnknownName(f"no point {name!r} of a layer", expected=f"one of {', '.join(names)}", got=repr(name))
+
+
+for _name, _point in POINTS.items():
+    if _point.scope is not Scope.MODEL:
+        setattr(LayerPoints, _name, _point_property(_name))
+
+
+class ExpertPoints:
+    """One expert's part of a layer's points: 0 at tokens that it has no slot at, and edits there do nothing."""
+
+    def __init__(self, layer: LayerPoints, kind: str, which: int):
+        self._layer, self._kind, self._which = layer, kind, which
+
+    @property
+    def out(self) -> Tensor:
+        """[B, S, D], its unweighted output."""
+        return take(self._spot("expert_out"), self._key("expert_out"))
+
+    @out.setter
+    def out(self, value: Tensor) -> None:
+        give(self._spot("expert_out"), value)
+
+    @property
+    def act(self) -> Tensor:
+        """[B, S, F], its neurons."""
+        return take(self._spot("expert_act"), self._key("expert_act"))
+
+    @act.setter
+    def act(self, value: Tensor) -> None:
+        give(self._spot("expert_act"), value)
+
+    @property
+    def weight(self) -> Tensor:
+        """[B, S], its combine weight."""
+        return take(self._spot("gate_weights"), self._key("gate_weights"))
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        give(self._spot("gate_weights"), value)
+
+    @property
+    def used(self) -> Tensor:
+        """[B, S], True at tokens that it has a slot at; known where ``out`` is."""
+        layer = self._layer
+        Mediator.value(layer.points.reach.spot("expert_out", layer.index).location)
+        return self._mask(None).any(dim=-1)
+
+    def _key(self, name: str) -> tuple[str, str, int]:
+        return name, self._kind, self._which
+
+    def _mask(self, weights: Tensor | None) -> Tensor:
+        """[B, S, K], the slots that it has: at most one a token."""
+        ids, own = self._layer.points.reach.slots(self._layer.index)
+        if self._kind == "heaviest":
+            order = (own if weights is None else weights).argsort(dim=-1, descending=True, stable=True)
+            return torch.zeros_like(ids, dtype=torch.bool).scatter(-1, order[..., self._which, None], True)
+        mask = ids == self._which
+        return mask & (mask.cumsum(dim=-1) == 1)  # an edit may have put an expert into several slots of one token
+
+    def _spot(self, name: str) -> Spot:
+        layer = self._layer
+        whole = layer.points.reach.spot(name, layer.index)
+
+        def mask(values: Tensor) -> Tensor:
+            found = self._mask(values if name == "gate_weights" else None)
+            return found.view(*found.shape, *[1] * (values.dim() - 3))
+
+        def show(raw: Any) -> Tensor:
+            values = whole.show(raw)
+            return values.masked_fill(~mask(values), 0).sum(dim=2)
+
+        def put(raw: Any, new: Tensor) -> Any:
+            values = whole.show(raw)
+            spread = torch.as_tensor(new, dtype=values.dtype, device=values.device)
+            target = values[:, :, 0].shape
+            return whole.put(raw, torch.where(mask(values), spread.expand(target).unsqueeze(2), values))
+
+        return Spot(whole.location, show, put)
+
+    def __repr__(self) -> str:
+        return f"{self._kind}({self._which}) of layer {self._layer.index}: out, act, weight, used"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return operator.methodcaller(self._kind, self._which), (self._layer,)
+
+
+class Layers:
+    """All layers, numbered as the checkpoint numbers them."""
+
+    def __init__(self, points: "TracePoints"):
+        self._points = points
+
+    def __getitem__(self, index: int) -> LayerPoints:
+        """The points of one layer.
+
+        Raises:
+            UnknownName: no such layer.
+        """
+        found = operator.index(index)
+        self._points.reach.spec.layer(found)
+        return LayerPoints(self._points, found)
+
+    def __len__(self) -> int:
+        return self._points.reach.spec.num_layers
+
+    def __iter__(self) -> Iterator[LayerPoints]:
+        return (self[index] for index in range(len(self)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._points, "layers")
+
+
+class TracePoints:
+    """The named points of one model, for use inside traces of nnsight.
+
+    Attributes:
+        reach: how they are reached.
+    """
+
+    def __init__(self, reach: Reach):
+        self.reach = reach
+
+    @property
+    def layers(self) -> Layers:
+        """All layers, by index."""
+        return Layers(self)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have experts."""
+        return self.reach.spec.moe_layers
+
+    @property
+    def embed(self) -> Tensor:
+        """[B, S, D], token embedding, as it enters the first layer."""
+        return take(self.reach.spot("embed", None), "embed")
+
+    @embed.setter
+    def embed(self, value: Tensor) -> None:
+        give(self.reach.spot("embed", None), value)
+
+    def __repr__(self) -> str:
+        spec = self.reach.spec
+        return f"points of {spec.model_type}, {spec.num_layers} layers: {', '.join(spec.points)}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.reach.sent()
+
+
+def check_there(spec: ModelSpec, name: str, layer: int | None) -> None:
+    """Refuse a point that a layer does not have.
+
+    Raises:
+        UnknownName: it does not.
+    """
+    there = spec.layers_of(name)
+    if layer not in there:
+        raise UnknownName(f"no point {name!r} at layer {layer}", expected=f"a layer of {list(there)}", got=str(layer))
