@@ -39,7 +39,7 @@ from moe_interp.adapters.spec import (
     RouterOutput,
 )
 from moe_interp.errors import BadInput, UnsupportedModel
-from moe_interp.hosts.traces import Spot, check_there
+from moe_interp.hosts.traces import Spot, TracePoints, check_there
 
 REACHED = (Input, ResidualInput, Output, GatedOutput, RouterLinear, RouterOutput, ExpertsCall)
 """Kinds of sites that this way reaches."""
@@ -297,14 +297,22 @@ def texts(value: Tensor) -> Tensor:
         return value  # nnsight has cut it already
     mediator = Mediator.current("the rows of a block")
     batcher, group = mediator.interleaver.batcher, mediator.batch_group
-    if batcher is None or not batcher.total:
-        raise BadInput("cannot tell the texts of a batch", expected="a trace with inputs", got="one without")
     if group is None or not batcher.batching:
-        return value.view(batcher.total, -1, value.shape[-1])
+        return value.view(_batch(batcher), -1, value.shape[-1])
     start, size = group
     if len(value) == size:  # one position a text: nnsight took it for [B, ...]
         return value.view(size, 1, value.shape[-1])
     return value.view(batcher.total, -1, value.shape[-1])[start : start + size]
+
+
+def _batch(batcher: Any) -> int:
+    """How many texts run: nnsight counts prompts, but takes any tensors for one."""
+    if len(batcher.invokes) == 1:
+        args, kwargs = batcher.invokes[0]
+        given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if name in kwargs), [*args, None][0])
+        if isinstance(given, Tensor):
+            return len(given) if given.dim() > 1 else 1
+    return max(1, batcher.total)
 
 
 def joined(whole: Tensor, new: Tensor) -> Tensor:
@@ -409,3 +417,8 @@ def _with_neurons(run: Callable[[], Tensor], ids: Tensor, act: Tensor) -> Tensor
         out = run()
     mode.in_slots()
     return out
+
+
+def stock_points(lm: Any, spec: ModelSpec) -> TracePoints:
+    """The points of a model by the modules that it has."""
+    return TracePoints(StockReach(lm, spec))

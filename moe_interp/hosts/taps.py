@@ -84,6 +84,7 @@ class Taps:
         self.rows: Tensor | None = None  # [B, S], True at the tokens that the mixture sees; None: all
         self.logits: Tensor | None = None
         self.ids: Tensor | None = None  # [B, S, K], the experts that run in the forward pass under way
+        self.weights: Tensor | None = None  # [B, S, K], and their weights, without gradients
         self.in_turn = False  # whether outputs are added up as transformers' loop over experts does
         self.chose = False  # whether the router's choice was met in the forward pass under way
         self.stand_in: nn.Module | None = None  # experts that run in place of the layer's own
@@ -117,6 +118,8 @@ class Taps:
         value = self._through(name, value, slots)
         if name == "expert_ids":
             self.ids = self._shown(value, (), self.rows)
+        if name == "gate_weights":
+            self.weights = self._shown(value.detach(), (), self.rows)
         return value
 
     def _through(self, name: str, value: Tensor, slots: int | None) -> Tensor:

@@ -1,0 +1,145 @@
+"""The points of an nnsight model whose weights are in this process: by the local host's own hook points.
+
+`trace_points` gives what a user writes in a trace. Sent to a server, it becomes the same names reached by the modules
+that the server's model has (`moe_interp.hosts.stock`).
+"""
+
+from typing import Any
+
+from nnsight.intervention.envoy import Envoy
+from nnsight.intervention.interleaver import Interleaver, Mediator
+from torch import Tensor, nn
+
+from moe_interp.adapters import ModelSpec, describe
+from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.hosts.local import ATTRIBUTE, LocalHost, close_host, open_host
+from moe_interp.hosts.sending import sent_points
+from moe_interp.hosts.traces import Spot, TracePoints, check_there
+
+
+class Parked:
+    """Blocks of traces that wait at one location."""
+
+    def __init__(self, interleaver: Interleaver, location: str):
+        self.interleaver, self.location = interleaver, location
+
+    @property
+    def now(self) -> bool:
+        """Whether one waits there."""
+        return self.later and self.location in self.interleaver.parked
+
+    @property
+    def later(self) -> bool:
+        """Whether one still may."""
+        return bool(self.interleaver.interleaving and self.interleaver.busy)
+
+
+class HookReach:
+    """Points by hook points, which are put on the model when a trace first asks for one.
+
+    Attributes:
+        lm: the nnsight model.
+        spec: what it computes.
+    """
+
+    def __init__(self, lm: Any, spec: ModelSpec):
+        self.lm, self.spec = lm, spec
+        self.host: LocalHost | None = None
+        self.envoys: dict[tuple[str, int | None], Envoy] = {}
+
+    def sent(self) -> tuple[Any, ...]:
+        """What is sent to a server in place of the points."""
+        return sent_points(self.lm, self.spec)
+
+    def spot(self, name: str, layer: int | None) -> Spot:
+        """Where a point of a layer passes.
+
+        Raises:
+            UnknownName: the layer has no such point.
+        """
+        check_there(self.spec, name, layer)
+        location = f"{self._envoy(name, layer).path}.input"
+        return Spot(location, lambda raw: raw[0][0], lambda raw, new: ((new,), {}), direct=True)
+
+    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Expert ids and weights [B, S, K] of the rows of this block, once the layer's experts are called."""
+        taps = self._opened().taps[layer]
+        mediator = Mediator.current("the slots of a layer")
+        batcher = mediator.interleaver.batcher
+        ids, weights = (taps.ids, taps.weights) if batcher is None else (
+            batcher.narrow(one, mediator.batch_group) for one in (taps.ids, taps.weights)
+        )
+        return ids, weights  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Take the hook points away."""
+        if self.host is None:
+            return
+        for (name, layer), envoy in self.envoys.items():
+            point = self.host.point(name, layer)
+            point.watchers = [one for one in point.watchers if one.location != f"{envoy.path}.input"]
+        close_host(self.host.hf)
+        self.host, self.envoys = None, {}
+
+    def _opened(self) -> LocalHost:
+        hf = self.lm._module
+        if self.host is not None and self.host.hf is not hf:
+            self.close()  # the weights have come since
+        if self.host is None:
+            self.host = open_host(hf, self.spec)
+        return self.host
+
+    def _envoy(self, name: str, layer: int | None) -> Envoy:
+        """nnsight's view of a hook point. It is no child of the model's tree, which a server must find as it is."""
+        host = self._opened()
+        if (name, layer) not in self.envoys:
+            owner = "" if layer is None else self.spec.layers[layer].path
+            path = ".".join(part for part in (self.lm.path, owner, ATTRIBUTE, name) if part)
+            if layer is not None and self.spec.layers[layer].part:
+                path += f"_{self.spec.layers[layer].part}"
+            envoy = Envoy(host.point(name, layer), path=path, interleaver=self.lm.interleaver)
+            host.point(name, layer).watchers.append(Parked(self.lm.interleaver, f"{path}.input"))
+            self.envoys[name, layer] = envoy
+        return self.envoys[name, layer]
+
+
+class HookedPoints(TracePoints):
+    """The named points of an nnsight model, until `close` or the end of the ``with`` that they are used in."""
+
+    reach: HookReach
+
+    def close(self) -> None:
+        """Leave the model as it was found."""
+        self.reach.close()
+
+    def __enter__(self) -> "HookedPoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def trace_points(lm: Any) -> HookedPoints:
+    """The named points of an nnsight model, for use inside its traces, here or with ``remote=True``.
+
+    ``points.layers[5].expert(12).out[:, -1] = 0`` and ``points.layers[5].gate_weights.save()`` read and edit as nnsight's
+    own ``.output`` does: in place or by assignment, per invoke, under gradients, at steps of ``tracer.iter``.
+
+    Args:
+        lm: an nnsight model (``TransformersModel``, ``NNsight``) of a mixture-of-experts model of transformers. Without
+            weights it serves remote traces; weights that nnsight loads later are found.
+
+    Raises:
+        BadInput: not an nnsight model.
+        UnsupportedModel: its architecture cannot be opened.
+    """
+    if not isinstance(lm, Envoy) or not isinstance(lm._module, nn.Module):
+        raise BadInput(
+            "not an nnsight model",
+            expected="nnsight.TransformersModel(...) or nnsight.NNsight(model)",
+            got=type(lm).__name__,
+            do="A transformers model goes to moe.wrap.",
+        )
+    if lm.parent is not None:
+        raise UnsupportedModel("points of a part of a model", expected="the whole nnsight model", got=lm.path)
+    return HookedPoints(HookReach(lm, describe(lm._module)))
