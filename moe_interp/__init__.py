@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "model": ("MoEModel", "wrap"),
+    "model": ("MoEModel",),
+    "opening": ("wrap",),
+    "hosts.hooked": ("trace_points",),
     "checkpoint": ("load",),
     "adapters": ("Family", "register_adapter"),
     "run": ("Routing", "Run", "select"),
@@ -115,6 +117,7 @@ if TYPE_CHECKING:
     from moe_interp.checkpoint import load
     from moe_interp.data import Corpus, read_corpus, sample
     from moe_interp.errors import MoEError
+    from moe_interp.hosts.hooked import trace_points
     from moe_interp.interventions import (
         Intervention,
         ablate,
@@ -136,7 +139,8 @@ if TYPE_CHECKING:
         top_k,
     )
     from moe_interp.interventions.values import ByToken
-    from moe_interp.model import MoEModel, wrap
+    from moe_interp.model import MoEModel
+    from moe_interp.opening import wrap
     from moe_interp.points import POINTS
     from moe_interp.run import Routing, Run, select
     from moe_interp.views.profile import profile, profile_page
@@ -210,6 +214,7 @@ __all__ = [
     "to_tensorboard",
     "token_identity",
     "top_k",
+    "trace_points",
     "train_tuned_lens",
     "transitions",
     "tuned_lens",

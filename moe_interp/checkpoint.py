@@ -6,7 +6,8 @@ from typing import Any
 
 from moe_interp.adapters.formats import check_weights
 from moe_interp.errors import BadCheckpoint, MoEError
-from moe_interp.model import MoEModel, wrap
+from moe_interp.model import MoEModel
+from moe_interp.opening import wrap
 
 AUTO_CLASSES = (
     "AutoModelForCausalLM",

@@ -6,7 +6,8 @@ MoEError            what went wrong, what was expected, what was got, what to do
 ├── BadInput          a text, token id, tensor shape or dtype, or option that cannot be right
 ├── BadData           a file or a line of data that cannot be read
 ├── BadCheckpoint     weights that are missing or not finite
-└── BadOutput         a result that cannot be written where it was asked to go
+├── BadOutput         a result that cannot be written where it was asked to go
+└── RemoteFailure     a remote server that could not run what it was sent
 """
 
 
@@ -45,3 +46,7 @@ class BadCheckpoint(MoEError):
 
 class BadOutput(MoEError):
     """A result that cannot be written where it was asked to go."""
+
+
+class RemoteFailure(MoEError):
+    """A remote server that could not run what it was sent."""

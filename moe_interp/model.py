@@ -1,8 +1,9 @@
-"""A mixture-of-experts model whose inside can be read and edited: `MoEModel`, and `wrap` that makes one."""
+"""A mixture-of-experts model whose inside can be read and edited."""
 
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,13 +12,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe_interp import __version__
-from moe_interp.adapters import ModelSpec, describe, is_known
+from moe_interp.adapters import ModelSpec, describe
 from moe_interp.adapters.experts import Experts, ExpertWeights
 from moe_interp.adapters.formats import check_weights, rounding_without_gradient
+from moe_interp.adapters.formulas import logits_of
 from moe_interp.adapters.sums import follow
 from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
 from moe_interp.hosts import Session, close_host, open_host
+from moe_interp.hosts.program import Program
 from moe_interp.interventions import Intervention
 from moe_interp.run import Read, Run, positions_of
 
@@ -42,6 +45,7 @@ class MoEModel:
     """
 
     spec: ModelSpec
+    here = True  # whether the weights are in this process
 
     def __init__(self, hf: nn.Module, tokenizer: Any = None, name: str | None = None, spec: ModelSpec | None = None):
         # torch.compile puts a model into a wrapper, whose hooks the model's own methods would not reach.
@@ -105,7 +109,15 @@ class MoEModel:
     def _first_parameter(self) -> Tensor:
         return next(self._embedding.parameters())
 
-    def run(self, inputs: Inputs, *, read: Reads | str | Read = (), edit: Edits = (), grad: bool = False) -> Run:
+    def run(
+        self,
+        inputs: Inputs,
+        *,
+        read: Reads | str | Read = (),
+        edit: Edits = (),
+        grad: bool = False,
+        output: bool = True,
+    ) -> Run:
         """One forward pass: read points, make edits.
 
         Args:
@@ -113,6 +125,7 @@ class MoEModel:
             read: names of points (at all their layers) or ``moe.select(...)``.
             edit: interventions, carried out in order.
             grad: keep the graph, so that gradients reach what was read.
+            output: keep the logits, which are large.
 
         Raises:
             UnknownName: a point, layer or expert that the model does not have.
@@ -122,8 +135,17 @@ class MoEModel:
         self._check_open()
         if grad:
             self._check_gradients()
-        interventions = [*self._standing, *_listed(edit, Intervention)]
-        session = Session(self._host, interventions, [_as_read(one) for one in _listed(read, (str, Read))], grad)
+        interventions = [*self._standing, *listed(edit, Intervention)]
+        reads = [as_read(one) for one in listed(read, (str, Read))]
+        model_inputs = self._complete(inputs)
+        session = Session(self._host, interventions, reads, grad, self.decode)
+        with self._in_place_of_standing(), session():
+            returned = self.forward(model_inputs)
+        self._check_finite(returned, session.program.tokens.mask, bool(interventions))
+        return self._run_of(session.program, model_inputs, returned if output else None)
+
+    def _complete(self, inputs: Inputs) -> dict[str, Any]:
+        """Model inputs that a forward pass can be made of."""
         model_inputs = self.encode(inputs)
         if self.spec.kind == "encoder-decoder" and not {"decoder_input_ids", "labels"} & model_inputs.keys():
             raise BadInput(
@@ -132,20 +154,21 @@ class MoEModel:
                 got=f"one with {', '.join(model_inputs)}",
                 do="model.generate needs input_ids alone.",
             )
-        with self._in_place_of_standing(), session():
-            output = self.forward(model_inputs)
-        tokens = session.program.tokens
-        self._check_finite(output, tokens.mask, bool(interventions))
+        return model_inputs
+
+    def _run_of(self, program: Program, model_inputs: Mapping[str, Any], kept: Tensor | None) -> Run:
+        """What a program's pass leaves."""
         ids = "decoder_input_ids" if self.spec.kind == "encoder-decoder" else "input_ids"
         return Run(
-            output=output,
+            kept=kept,
             token_ids=model_inputs.get(ids),
-            tokens=tokens,
-            routing=session.program.routing(),
-            values=session.program.values,
-            touched=tuple(session.touched),
+            tokens=program.tokens,
+            routing=program.routing(),
+            values=program.values,
+            touched=tuple(program.touched),
             provenance=self.provenance(),
             has_head=self.spec.unembed is not None,
+            tops=program.tops,
         )
 
     def generate(self, inputs: Inputs, *, edit: Edits = (), **options: Any) -> str | list[str] | Tensor:
@@ -168,10 +191,14 @@ class MoEModel:
                 got="one without",
                 do="Use run.",
             )
-        session = Session(self._host, [*self._standing, *_listed(edit, Intervention)])
+        session = Session(self._host, [*self._standing, *listed(edit, Intervention)])
         model_inputs = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
         with self._in_place_of_standing(), session():
             ids = cast(Any, self.hf.get_submodule(self.spec.entry)).generate(**model_inputs, **options)
+        return self._written(inputs, ids)
+
+    def _written(self, inputs: Inputs, ids: Any) -> str | list[str] | Tensor:
+        """Text if text was given, else ids."""
         if not isinstance(ids, Tensor) or not (isinstance(inputs, str) or _are_texts(inputs)):
             return ids
         texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
@@ -192,7 +219,7 @@ class MoEModel:
             BadInput: edits that contradict each other.
         """
         self._check_open()
-        listed = [one for some in edits for one in _listed(some, Intervention)]
+        listed = [one for some in edits for one in listed(some, Intervention)]
         session = Session(self._host, [*self._standing, *listed], grad=None)
         outer, self._sessions = self._sessions, [*self._sessions, session]
         with ExitStack() as stack:
@@ -234,10 +261,7 @@ class MoEModel:
         normed = follow(self.hf, spec.final, hidden)
         if spec.unembed is None:
             return normed
-        logits = self.hf.get_submodule(spec.unembed)(normed)[..., : spec.logit_columns]
-        logits = logits * spec.logit_scale if spec.logit_scale != 1.0 else logits
-        cap = spec.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits_of(spec, self.hf.get_submodule(spec.unembed)(normed))
 
     def experts(self, layer: int) -> Experts:
         """The experts of a layer as a function of any input and any expert ids.
@@ -317,7 +341,7 @@ class MoEModel:
     def _check_open(self) -> None:
         if self._closed:
             raise BadInput("the model is closed", expected="an open MoEModel", do="Wrap or load it again.")
-        if not self._host.handles:
+        if self.here and not self._host.handles:
             raise BadInput("the model is plain", expected="a call outside `with model.plain()`")
 
     def _check_gradients(self) -> None:
@@ -346,11 +370,21 @@ def _are_texts(inputs: Inputs) -> bool:
     return isinstance(inputs, Sequence) and bool(inputs) and isinstance(inputs[0], str)
 
 
-def _as_read(one: str | Read) -> Read:
-    return Read(one) if isinstance(one, str) else Read(one.point, positions_of(one.layers), positions_of(one.positions))
+def as_read(one: str | Read) -> Read:
+    """What to keep, however it was asked for."""
+    return (
+        Read(one)
+        if isinstance(one, str)
+        else replace(one, layers=positions_of(one.layers), positions=positions_of(one.positions))
+    )
 
 
-def _listed(given: Any, kinds: Any) -> list[Any]:
+def listed(given: Any, kinds: Any) -> list[Any]:
+    """One or several things of some kinds, as a list.
+
+    Raises:
+        BadInput: something else.
+    """
     items = [given] if isinstance(given, kinds) else list(given)
     for item in items:
         if not isinstance(item, kinds):
@@ -360,40 +394,3 @@ def _listed(given: Any, kinds: Any) -> list[Any]:
                 got=repr(item),
             )
     return items
-
-
-def wrap(hf: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> MoEModel:
-    """Open a transformers model that is already in memory; nothing in it is copied or changed for good.
-
-    An architecture that is in no table is opened if its structure is a common one and an audit passes; that runs it a
-    few times.
-
-    Raises:
-        UnsupportedModel: its architecture cannot be opened correctly.
-    """
-    hf = getattr(hf, "_orig_mod", hf)
-    return MoEModel(hf, tokenizer, name) if is_known(hf) or not _has_config(hf) else _wrap_unseen(hf, tokenizer, name)
-
-
-def _has_config(hf: nn.Module) -> bool:
-    return hasattr(hf, "config") and hasattr(hf.config, "get_text_config")
-
-
-def _wrap_unseen(hf: nn.Module, tokenizer: Any, name: str | None) -> MoEModel:
-    """The first proposal that an audit passes."""
-    from moe_interp.adapters.unseen import proposals
-
-    failed: list[str] = []
-    for spec in proposals(hf):
-        model = MoEModel(hf, tokenizer, name, spec)
-        audit = model.audit()
-        if audit.passed:
-            return model
-        model.close()
-        failed.append(", ".join(check.name for check in audit.checks if not check.passed))
-    raise UnsupportedModel(
-        f"cannot open model type {spec.model_type!r}, which is in no table",
-        expected="a structure that adds up",
-        got=f"audits that fail: {min(failed, key=len)}",
-        do="Describe it by moe.register_adapter(model_type, moe.Family(...)); model.audit() says if it is right.",
-    )

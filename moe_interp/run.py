@@ -7,7 +7,7 @@
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -99,16 +99,41 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Read:
-    """Which values of a point to keep: at these layers and positions (None: all)."""
+    """Which values of a point to keep: at these layers and positions (None: all).
+
+    With ``top``, not the values but the tokens that they say are most likely.
+    """
 
     point: str
     layers: tuple[int, ...] | None = None
     positions: tuple[int, ...] | None = None
+    top: int | None = None
 
 
-def select(point: str, *, layers: Indices = None, positions: Indices = None) -> Read:
-    """Keep only part of a point's values: ``read=[moe.select("expert_out", layers=[5], positions=-1)]``."""
-    return Read(point, positions_of(layers), positions_of(positions))
+class TopTokens(NamedTuple):
+    """The most likely tokens of values decoded by the model's own final norm and unembedding, likeliest first.
+
+    Attributes:
+        ids: [..., top].
+        logprobs: [..., top], in nats.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+
+
+def select(point: str, *, layers: Indices = None, positions: Indices = None, top: int | None = None) -> Read:
+    """Keep only part of a point's values: ``read=[moe.select("expert_out", layers=[5], positions=-1)]``.
+
+    With ``top=5`` what is kept are `TopTokens`, the five most likely tokens of the logit lens (nostalgebraist 2020) at
+    each value of a point in the residual stream's space, [..., D]. They take little memory, and little of a network.
+
+    Raises:
+        BadInput: ``top`` below 1.
+    """
+    if top is not None and top < 1:
+        raise BadInput("no tokens to keep", expected="top >= 1", got=str(top))
+    return Read(point, positions_of(layers), positions_of(positions), top)
 
 
 @dataclass
@@ -177,15 +202,16 @@ class Run:
     ``run["expert_out", 5]`` is the value of a point at a layer, ``run["embed"]`` that of a point of the whole model.
 
     Attributes:
-        output: what the model gave: logits [B, S, V]; of a model without a head its last hidden states [B, S, D].
+        kept: what the model gave, if it was to be kept; ``output`` and ``logits`` give it.
         token_ids: [B, S] (None when the model was given embeddings).
         tokens: which positions are real.
         routing: by MoE layer.
         touched: for each intervention, in the order given, how many values (token-slots, tokens) it changed.
         provenance: what was run on what, with which versions.
+        tops: what was read as most likely tokens; ``top_tokens`` gives them.
     """
 
-    output: Float[Tensor, "*rows V"]
+    kept: Float[Tensor, "*rows V"] | None
     token_ids: Int[Tensor, "B S"] | None
     tokens: Tokens
     routing: Mapping[int, Routing]
@@ -193,6 +219,18 @@ class Run:
     touched: tuple[int, ...] = ()
     provenance: Mapping[str, str | int | float] = field(default_factory=dict)
     has_head: bool = True
+    tops: Mapping[tuple[str, int | None], TopTokens] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Float[Tensor, "*rows V"]:
+        """What the model gave: logits [B, S, V]; of a model without a head its last hidden states [B, S, D].
+
+        Raises:
+            BadInput: it was not kept.
+        """
+        if self.kept is None:
+            raise BadInput("no output", expected="one that was kept", got="a run with output=False")
+        return self.kept
 
     @property
     def logits(self) -> Float[Tensor, "*rows V"]:
@@ -214,15 +252,15 @@ class Run:
 
     def __getitem__(self, key: str | tuple[str, int]) -> Tensor:
         point, layer = (key, None) if isinstance(key, str) else key
-        if (point, layer) not in self.values:
-            kept = ", ".join(sorted({name for name, _ in self.values})) or "none"
-            raise UnknownName(
-                f"run holds no {point!r}" + (f" at layer {layer}" if layer is not None else ""),
-                expected=f"a point that was read ({kept}) at one of its layers",
-                got=repr(key),
-                do="Name it in model.run(..., read=[...]) and index with run[point, layer].",
-            )
-        return self.values[point, layer]
+        return _found(self.values, point, layer)
+
+    def top_tokens(self, point: str, layer: int | None = None) -> TopTokens:
+        """The most likely tokens at a point that was read with ``moe.select(..., top=...)``.
+
+        Raises:
+            UnknownName: it was not.
+        """
+        return _found(self.tops, point, layer)
 
     def expert(self, layer: int, expert: int) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"]]:
         """Unweighted output of one expert, zero where it did not run, and the mask of tokens that used it.
@@ -270,3 +308,15 @@ class Run:
         outputs = self["expert_out", layer]
         slot = self.routing[layer].by_rank()[..., rank, None, None]
         return outputs.gather(2, slot.expand(*slot.shape[:3], outputs.shape[-1])).squeeze(2)
+
+
+def _found(kept: Mapping[tuple[str, int | None], Any], point: str, layer: int | None) -> Any:
+    if (point, layer) in kept:
+        return kept[point, layer]
+    names = ", ".join(sorted({name for name, _ in kept})) or "none"
+    raise UnknownName(
+        f"run holds no {point!r}" + (f" at layer {layer}" if layer is not None else ""),
+        expected=f"a point that was read ({names}) at one of its layers",
+        got=repr(point if layer is None else (point, layer)),
+        do="Name it in model.run(..., read=[...]) and index with run[point, layer].",
+    )

@@ -144,7 +144,11 @@ class Handler(BaseHTTPRequestHandler):
         """One message."""
         size = len(content)
         length = (
-            bytes([size]) if size < 126 else b"\x7e" + struct.pack(">H", size) if size < 2**16 else b"\x7f" + struct.pack(">Q", size)
+            bytes([size])
+            if size < 126
+            else b"\x7e" + struct.pack(">H", size)
+            if size < 2**16
+            else b"\x7f" + struct.pack(">Q", size)
         )
         self.wfile.write(bytes([0x81 if text else 0x82]) + length + content)
         self.wfile.flush()

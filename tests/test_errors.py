@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeFo
 
 import moe_interp as moe
 from moe_interp import errors
-from moe_interp.model import _listed
+from moe_interp.model import listed
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
 from tests.tiny_types import build as build_type
@@ -132,7 +132,7 @@ def test_empty_texts():
 
 def test_what_is_neither_a_read_nor_an_edit():
     with pytest.raises(errors.BadInput, match="interventions such as moe.ablate"):
-        _listed(["ablate"], moe.Intervention)
+        listed(["ablate"], moe.Intervention)
 
 
 def test_a_run_says_what_it_holds(model):

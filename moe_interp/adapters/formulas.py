@@ -5,10 +5,11 @@ Formulas of the data in `moe_interp.adapters.spec`, on the modules of a model an
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_interp.adapters.spec import MoESpec, Scores, Scoring
+from moe_interp.adapters.spec import ModelSpec, MoESpec, Scores, Scoring
 from moe_interp.adapters.sums import Join, follow
 
 _FUNCTIONS: dict[Scores, Callable[[Tensor], Tensor]] = {
@@ -41,3 +42,11 @@ def joined(hf: nn.Module, join: Join, values: Callable[[str], Tensor]) -> Tensor
     for point in join.branches[1:]:
         branch = branch + values(point)
     return join.how(hf, values(join.base), branch)
+
+
+def logits_of(spec: ModelSpec, unembedded: Tensor) -> Tensor:
+    """Logits [..., V] from what the unembedding returns: the model's columns, scale and soft-cap."""
+    logits = unembedded[..., : spec.logit_columns]
+    logits = logits * spec.logit_scale if spec.logit_scale != 1.0 else logits
+    cap = spec.logit_softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -26,7 +26,8 @@ from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.routing_values import LOAD, PER_TOKEN, from_counts, switch_loss
 from moe_interp.errors import BadInput
 from moe_interp.hosts.local import ATTRIBUTE
-from moe_interp.model import MoEModel, wrap
+from moe_interp.model import MoEModel
+from moe_interp.opening import wrap
 from moe_interp.results import Description, described, labelled
 from moe_interp.run import Routing, Run, Tokens
 

@@ -46,6 +46,7 @@ class HookReach:
         self.lm, self.spec = lm, spec
         self.host: LocalHost | None = None
         self.envoys: dict[tuple[str, int | None], Envoy] = {}
+        self.parked: dict[tuple[str, int | None], Parked] = {}
 
     def sent(self) -> tuple[Any, ...]:
         """What is sent to a server in place of the points."""
@@ -66,8 +67,10 @@ class HookReach:
         taps = self._opened().taps[layer]
         mediator = Mediator.current("the slots of a layer")
         batcher = mediator.interleaver.batcher
-        ids, weights = (taps.ids, taps.weights) if batcher is None else (
-            batcher.narrow(one, mediator.batch_group) for one in (taps.ids, taps.weights)
+        ids, weights = (
+            (taps.ids, taps.weights)
+            if batcher is None
+            else (batcher.narrow(one, mediator.batch_group) for one in (taps.ids, taps.weights))
         )
         return ids, weights  # type: ignore[return-value]
 
@@ -75,11 +78,10 @@ class HookReach:
         """Take the hook points away."""
         if self.host is None:
             return
-        for (name, layer), envoy in self.envoys.items():
-            point = self.host.point(name, layer)
-            point.watchers = [one for one in point.watchers if one.location != f"{envoy.path}.input"]
+        for (name, layer), parked in self.parked.items():
+            self.host.point(name, layer).watchers.remove(parked)
         close_host(self.host.hf)
-        self.host, self.envoys = None, {}
+        self.host, self.envoys, self.parked = None, {}, {}
 
     def _opened(self) -> LocalHost:
         hf = self.lm._module
@@ -98,7 +100,8 @@ class HookReach:
             if layer is not None and self.spec.layers[layer].part:
                 path += f"_{self.spec.layers[layer].part}"
             envoy = Envoy(host.point(name, layer), path=path, interleaver=self.lm.interleaver)
-            host.point(name, layer).watchers.append(Parked(self.lm.interleaver, f"{path}.input"))
+            self.parked[name, layer] = Parked(self.lm.interleaver, f"{path}.input")
+            host.point(name, layer).watchers.append(self.parked[name, layer])
             self.envoys[name, layer] = envoy
         return self.envoys[name, layer]
 
@@ -122,8 +125,8 @@ class HookedPoints(TracePoints):
 def trace_points(lm: Any) -> HookedPoints:
     """The named points of an nnsight model, for use inside its traces, here or with ``remote=True``.
 
-    ``points.layers[5].expert(12).out[:, -1] = 0`` and ``points.layers[5].gate_weights.save()`` read and edit as nnsight's
-    own ``.output`` does: in place or by assignment, per invoke, under gradients, at steps of ``tracer.iter``.
+    ``points.layers[5].expert(12).out[:, -1] = 0`` and ``points.layers[5].gate_weights.save()`` read and edit as
+    nnsight's own ``.output`` does: in place or by assignment, per invoke, under gradients, at steps of ``tracer.iter``.
 
     Args:
         lm: an nnsight model (``TransformersModel``, ``NNsight``) of a mixture-of-experts model of transformers. Without

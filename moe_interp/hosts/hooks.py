@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from moe_interp.adapters.spec import (
@@ -22,6 +21,7 @@ from moe_interp.adapters.spec import (
     Site,
 )
 from moe_interp.errors import UnsupportedModel
+from moe_interp.hosts.modes import FirstLinear, TopK
 from moe_interp.hosts.taps import Taps
 from moe_interp.points import SELECTION
 
@@ -134,30 +134,13 @@ def _attach_gated(module: nn.Module, gate: nn.Module, taps: Taps, name: str) -> 
     return [module.register_forward_hook(remember), gate.register_forward_hook(open_gate)]
 
 
-class _FirstLinear(TorchFunctionMode):
-    """Passes the result of the first ``F.linear`` under it through a function."""
-
-    def __init__(self, through: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.through, self.met = through, False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is not functional.linear or self.met:
-            return result
-        self.met = True
-        return self.through(result)
-
-
 def _attach_router(router: nn.Module, taps: Taps, columns: int | None) -> list[RemovableHandle]:
     """Take the router's logits through their hook point before it selects."""
-    entered: list[_FirstLinear] = []
+    entered: list[FirstLinear] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         if taps.awaited("router_logits") or taps.awaited("router_scores"):
-            entered.append(_FirstLinear(lambda logits: taps.routed(logits, columns)))
+            entered.append(FirstLinear(lambda logits: taps.routed(logits, columns)))
             entered[-1].__enter__()
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -176,33 +159,13 @@ def _attach_router(router: nn.Module, taps: Taps, columns: int | None) -> list[R
     return [router.register_forward_pre_hook(enter), router.register_forward_hook(leave, always_call=True)]
 
 
-class _TopK(TorchFunctionMode):
-    """Passes every top-k over rows of so many columns through a function of its input and of itself."""
-
-    def __init__(self, site: RouterTopK, through: Callable[[Tensor, Callable[[Tensor], Any]], Any]):
-        super().__init__()
-        self.site, self.through = site, through
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in (torch.topk, Tensor.topk) or not self._of_all(args[0]):
-            return func(*args, **kwargs)
-        return self.through(args[0], lambda scores: func(scores, *args[1:], **kwargs))
-
-    def _of_all(self, scores: Tensor) -> bool:
-        # Routers with groups of experts take a top-k of each group, too: [B * S, groups, columns of a group].
-        return scores.dim() == (3 if self.site.batched else 2) and scores.shape[-1] == self.site.columns
-
-
 def _attach_selection(module: nn.Module, taps: Taps, site: RouterTopK) -> list[RemovableHandle]:
     """Take a router's choice through its hook points."""
-    entered: list[_TopK] = []
+    entered: list[TopK] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         if any(map(taps.awaited, SELECTION)):
-            entered.append(_TopK(site, taps.chosen))
+            entered.append(TopK(site, taps.chosen))
             entered[-1].__enter__()
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -16,8 +16,9 @@ from moe_interp.adapters.spec import ModelSpec
 from moe_interp.errors import BadInput
 from moe_interp.interventions.base import Edit, Intervention, check_together, layers_at
 from moe_interp.points import POINTS
-from moe_interp.run import Context, Read, Routing, Tokens
+from moe_interp.run import Context, Read, Routing, Tokens, TopTokens
 
+_DECODED = 128  # values whose logits are held at a time
 _CONTEXT = {"expert_ids": "ids", "gate_weights": "weights"}
 
 
@@ -36,6 +37,10 @@ class Block:
     texts: Tensor
 
 
+Edited = Sequence[Intervention] | Sequence[Block]
+"""Edits for all rows of a batch, or for blocks of rows."""
+
+
 class Program:
     """Edits and reads of one or more forward passes.
 
@@ -45,6 +50,7 @@ class Program:
         reads: what to keep.
         on_path: whether what is read must lie on the way to the output, so that gradients reach it.
         rows: the tokens that a layer's mixture sees, [B, S] (None: all), by layer.
+        decode: logits of a residual stream, for reads of most likely tokens.
 
     Raises:
         UnknownName: an intervention or a read names something that the model does not have.
@@ -54,12 +60,13 @@ class Program:
     def __init__(
         self,
         spec: ModelSpec,
-        edits: Sequence[Intervention] | Sequence[Block],
+        edits: Edited,
         reads: Sequence[Read] = (),
         on_path: bool = False,
         rows: Callable[[int], Tensor | None] = lambda layer: None,
+        decode: Callable[[Tensor], Tensor] | None = None,
     ):
-        self.spec, self.on_path, self.rows = spec, on_path, rows
+        self.spec, self.on_path, self.rows, self.decode = spec, on_path, rows, decode
         blocks = [one for one in edits if isinstance(one, Block)]
         self.blocks: list[Block | None] = list(blocks) if blocks else [None]
         lists: list[Sequence[Any]] = [block.edits for block in blocks] if blocks else [edits]
@@ -82,6 +89,7 @@ class Program:
         self.reads = resolve_reads(spec, reads)
         self.touched = [0] * len(self.interventions)
         self.values: dict[tuple[str, int | None], Tensor] = {}
+        self.tops: dict[tuple[str, int | None], TopTokens] = {}
         self.contexts: dict[int | None, Context] = {}
         self.parts: dict[tuple[int | None, int], Context] = {}  # of a block at a layer
         self.known: Mapping[str, Tokens] = {}  # by stack, as far as the inputs of the model say
@@ -126,7 +134,7 @@ class Program:
             value = self._added(layer, value)  # type: ignore[arg-type]
         value = self._edited(layer, value, self.edits.get((point, layer), ()))
         if layer is not None and point in _CONTEXT:
-            setattr(self._context(layer, value), _CONTEXT[point], value)
+            setattr(self.context(layer, value), _CONTEXT[point], value)
         read = self.reads.get((point, layer))
         return value if read is None else self._keep(read, layer, value)
 
@@ -156,6 +164,9 @@ class Program:
     def _keep(self, read: Read, layer: int | None, value: Tensor) -> Tensor:
         index = self._index(read, layer, value)
         kept = value.clone() if index is None else value.gather(1, index)
+        if read.top is not None:
+            self.tops[read.point, layer] = self._top_tokens(kept, read.top)
+            return value
         self.values[read.point, layer] = kept
         if not self.on_path or not POINTS[read.point].differentiable:
             return value
@@ -165,14 +176,22 @@ class Program:
         # with a copy, so that nothing it does in place can change what was read.
         return kept.clone() if index is None else value.scatter(1, index, kept)
 
+    def _top_tokens(self, kept: Tensor, top: int) -> TopTokens:
+        """Of a few values at a time, for their logits are large."""
+        flat = kept.detach().flatten(0, -1 - (2 if self.spec.streams > 1 else 1))
+        logprobs = [self.decode(some).float().log_softmax(dim=-1).topk(top) for some in flat.split(_DECODED)]  # type: ignore[misc]
+        shape = (*kept.shape[: kept.dim() - flat.dim() + 1], top)
+        ids, values = (torch.cat([one[number] for one in logprobs]).view(shape) for number in (1, 0))
+        return TopTokens(ids, values)
+
     def _index(self, read: Read, layer: int | None, value: Tensor) -> Tensor | None:
         if read.positions is None:
             return None
-        columns = self._context(layer, value).tokens.columns(read.positions)
+        columns = self.context(layer, value).tokens.columns(read.positions)
         tail = value.shape[2:]
         return columns.view(*columns.shape, *[1] * len(tail)).expand(*columns.shape, *tail)
 
-    def _context(self, layer: int | None, value: Tensor) -> Context:
+    def context(self, layer: int | None, value: Tensor) -> Context:
         """What edits at a layer may look at; made when the layer is first met in a forward pass."""
         if layer not in self.contexts:
             stack = self.spec.main_stack if layer is None else self.spec.layers[layer].stack
@@ -188,7 +207,7 @@ class Program:
 
     def _part(self, layer: int | None, value: Tensor, block: Block | None) -> Context:
         """The context of a block of rows."""
-        whole = self._context(layer, value)
+        whole = self.context(layer, value)
         if block is None:
             return whole
         key = layer, block.rows.start
@@ -259,9 +278,53 @@ def resolve_reads(spec: ModelSpec, reads: Sequence[Read]) -> dict[tuple[str, int
     wanted: dict[tuple[str, int | None], Read] = {}
     for read in reads:
         for layer in layers_at(spec, read.point, read.layers):
+            if read.top is not None:
+                _check_decodes(spec, read.point, layer)
             if (read.point, layer) in wanted:
                 raise BadInput(
                     f"{read.point!r} is read twice at layer {layer}", expected="one read of a point at a layer"
                 )
             wanted[read.point, layer] = read
     return wanted
+
+
+def _check_decodes(spec: ModelSpec, point: str, layer: int | None) -> None:
+    narrow = layer is not None and (moe := spec.layers[layer].moe) and moe.routed_steps and point.startswith("expert")
+    if not POINTS[point].dims.endswith("D") or narrow or spec.final is None or spec.unembed is None:
+        raise BadInput(
+            f"{point!r} cannot be read as tokens",
+            expected="values of the residual stream's space, of a model with an unembedding",
+            got=f"{POINTS[point].dims} of {spec.model_type}",
+        )
+
+
+def tokens_of(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tokens]:
+    """The tokens of each stack, as far as the model's inputs say."""
+    if spec.kind == "other":
+        return {}
+    found: dict[str, Tokens] = {}
+    given = args[0] if args else kwargs.get("input_ids")
+    given = kwargs.get("inputs_embeds") if given is None else given
+    crossed = spec.kind == "encoder-decoder"
+    if given is not None:
+        stack = "encoder" if crossed else spec.main_stack
+        found[stack] = _masked(given, kwargs.get("attention_mask"), {} if crossed else kwargs)
+    target = kwargs.get("decoder_input_ids")
+    if target is not None:
+        found["decoder"] = _masked(target, None, kwargs)
+    return found
+
+
+def _masked(given: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tokens:
+    batch, length = given.shape[:2]
+    if mask is None:
+        cache = kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        mask = torch.ones(batch, past + length, dtype=torch.bool, device=given.device)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise BadInput(
+            "cannot tell real tokens from padding",
+            expected="an attention mask of shape [batch, pos]",
+            got=f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__,
+        )
+    return Tokens.from_mask(mask, length)

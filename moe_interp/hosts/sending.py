@@ -1,8 +1,8 @@
 """What a trace on a remote server needs of this package, sent along with it.
 
 nnsight sends functions as source. Dataclasses do not survive that (what their decorator writes has no source, and
-bytecode needs the same Python on both sides), and annotations would ask for packages that a server need not have. So the
-modules that run inside a trace are sent as source themselves, and the data as a pickle that refers to them:
+bytecode needs the same Python on both sides), and annotations would ask for packages that a server need not have. So
+the modules that run inside a trace are sent as source themselves, and the data as a pickle that refers to them:
 
 1. The modules of `SENT`, without docstrings, are given the name of a package that says which version it is. Imports of
    what is not sent are left out; they serve annotations alone.
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import nnsight
@@ -42,8 +43,10 @@ SENT = (
     "interventions.places",
     "interventions.routes",
     "hosts.program",
+    "hosts.modes",
     "hosts.traces",
     "hosts.stock",
+    "hosts.passes",
 )
 
 
@@ -93,9 +96,9 @@ def sent(function: Callable[..., Any], *args: Any, apart: list[Any] | None = Non
     Args:
         function: of a module of `SENT`.
         args: its arguments; their classes are of such modules, too.
-        apart: objects among them that nnsight must pickle (its own, and functions of the user).
+        apart: objects among them that nnsight must pickle, its own. Functions of the user join them.
     """
-    apart = apart or []
+    apart = list(apart or [])
     data = io.BytesIO()
     _Writer(data, apart).dump((function, args))
     return unpack, (_name(), _sources(), data.getvalue(), apart)
@@ -107,6 +110,8 @@ class _Writer(pickle.Pickler):
         self.apart = apart
 
     def persistent_id(self, value: Any) -> int | None:
+        if isinstance(value, FunctionType) and value.__module__.split(".")[0] != PACKAGE:
+            self.apart.append(value)  # the user's, which nnsight sends by its source
         return next((number for number, one in enumerate(self.apart) if one is value), None)
 
 
@@ -144,10 +149,14 @@ class _Sent(ast.NodeTransformer):
         inside = module.removeprefix(f"{PACKAGE}.")
         if module == "jaxtyping" or (inside != module and inside not in SENT):
             names = [alias.asname or alias.name for alias in node.names]
-            return ast.parse(f"{' = '.join(names)} = __import__('typing').Any").body if module != "jaxtyping" else [
-                *ast.parse("class _Shaped:\n    def __class_getitem__(cls, item):\n        return cls").body,
-                *ast.parse(f"{' = '.join(names)} = _Shaped").body,
-            ]
+            return (
+                ast.parse(f"{' = '.join(names)} = __import__('typing').Any").body
+                if module != "jaxtyping"
+                else [
+                    *ast.parse("class _Shaped:\n    def __class_getitem__(cls, item):\n        return cls").body,
+                    *ast.parse(f"{' = '.join(names)} = _Shaped").body,
+                ]
+            )
         if inside != module:
             node.module = f"{self.root}.{inside}"
         return node
@@ -177,8 +186,12 @@ def reached(spec: ModelSpec) -> ModelSpec:
 
 
 def _reached(layer: LayerSpec) -> LayerSpec:
-    unreached = (BlockCall, RouterTopK)
-    sites = {name: site for name, site in layer.sites.items() if not isinstance(site, unreached)}
+    router = "" if layer.moe is None else layer.moe.router
+    sites = {
+        name: site
+        for name, site in layer.sites.items()
+        if not isinstance(site, BlockCall) and not (isinstance(site, RouterTopK) and site.module != router)
+    }
     moe = None if layer.moe is None else replace(layer.moe, kernel=None)  # type: ignore[arg-type]
     return replace(layer, sites=sites, moe=moe)
 

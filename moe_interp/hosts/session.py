@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_interp.adapters.spec import ModelSpec
-from moe_interp.errors import BadInput
 from moe_interp.hosts.local import LocalHost
-from moe_interp.hosts.program import Block, Program
+from moe_interp.hosts.program import Block, Program, tokens_of
 from moe_interp.interventions import Intervention
-from moe_interp.run import Read, Tokens
+from moe_interp.run import Read
 
 
 class Session:
@@ -23,6 +21,7 @@ class Session:
         edits: for all rows; or blocks, each with its own.
         reads: what to keep.
         grad: whether to keep the graph; None: as it is outside.
+        decode: logits of a residual stream, for reads of most likely tokens.
 
     Raises:
         UnknownName: an intervention or a read names something that the model does not have.
@@ -35,9 +34,10 @@ class Session:
         edits: Sequence[Intervention] | Sequence[Block],
         reads: Sequence[Read] = (),
         grad: bool | None = False,
+        decode: Callable[[Tensor], Tensor] | None = None,
     ):
         self.host, self.grad, self.paused = host, grad, False
-        self.program = Program(host.spec, edits, reads, bool(grad), rows=lambda layer: host.taps[layer].rows)
+        self.program = Program(host.spec, edits, reads, bool(grad), lambda layer: host.taps[layer].rows, decode)
 
     @property
     def interventions(self) -> list[Intervention]:
@@ -77,42 +77,10 @@ class Session:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.paused:
-            self.program.begin(_tokens(self.host.spec, args, kwargs), kwargs.get("past_key_values") is not None)
+            self.program.begin(tokens_of(self.host.spec, args, kwargs), kwargs.get("past_key_values") is not None)
 
     def _hook(self, point: str, layer: int | None) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:
             return None if self.paused else self.program(point, layer, value)
 
         return hook
-
-
-def _tokens(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tokens]:
-    """The tokens of each stack, as far as the model's inputs say."""
-    if spec.kind == "other":
-        return {}
-    found: dict[str, Tokens] = {}
-    given = args[0] if args else kwargs.get("input_ids")
-    given = kwargs.get("inputs_embeds") if given is None else given
-    crossed = spec.kind == "encoder-decoder"
-    if given is not None:
-        stack = "encoder" if crossed else spec.main_stack
-        found[stack] = _masked(given, kwargs.get("attention_mask"), {} if crossed else kwargs)
-    target = kwargs.get("decoder_input_ids")
-    if target is not None:
-        found["decoder"] = _masked(target, None, kwargs)
-    return found
-
-
-def _masked(given: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tokens:
-    batch, length = given.shape[:2]
-    if mask is None:
-        cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
-        mask = torch.ones(batch, past + length, dtype=torch.bool, device=given.device)
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise BadInput(
-            "cannot tell real tokens from padding",
-            expected="an attention mask of shape [batch, pos]",
-            got=f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__,
-        )
-    return Tokens.from_mask(mask, length)

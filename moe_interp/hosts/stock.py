@@ -3,10 +3,12 @@ this package can be installed, as on a remote server.
 
 - What a module is given or returns is the point, or a view of it.
 - Router logits are the result of the first ``linear`` in the router's own code, which nnsight shows by ``.source``.
-- Experts return the weighted sum alone. So they are called again where they return, with every (token, slot) as a token
-  of its own under weight 1: those are the outputs of single slots. Edited, they are weighted and summed in the order and
-  precision of transformers' ``grouped_mm`` and put in the place of what the experts returned. A delta on the block's
-  output would round, and in bfloat16 that flips later choices.
+- Experts return the weighted sum alone. So they are called again where they return, with every (token, slot) as a
+  token of its own under weight 1: those are the outputs of single slots. Edited, they are weighted and summed in the
+  order and precision of transformers' ``grouped_mm`` and put in the place of what the experts returned. A delta on the
+  block's output would round, and in bfloat16 that flips later choices.
+- A router's choice is edited by calling the router again, its top-k met by such a mode, and putting what it returns in
+  the place of what it returned.
 - Their neurons are what the second product of that call is given, met by a ``TorchFunctionMode``.
 
 Blocks that compute in their own way (`BlockCall`) have no experts to call again and are not reached.
@@ -25,7 +27,6 @@ import torch
 from nnsight.intervention.interleaver import Mediator
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from moe_interp.adapters.formulas import router_scores
 from moe_interp.adapters.spec import (
@@ -37,12 +38,12 @@ from moe_interp.adapters.spec import (
     ResidualInput,
     RouterLinear,
     RouterOutput,
+    RouterTopK,
 )
 from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.hosts.modes import FirstLinear, SecondProducts, TopK
 from moe_interp.hosts.traces import Spot, TracePoints, check_there
-
-REACHED = (Input, ResidualInput, Output, GatedOutput, RouterLinear, RouterOutput, ExpertsCall)
-"""Kinds of sites that this way reaches."""
+from moe_interp.points import SELECTION
 
 
 @dataclass
@@ -194,6 +195,50 @@ class StockReach:
 
         return Spot(location, show, put)
 
+    def choice(self, layer: int) -> tuple[str, str]:
+        """Where a router is called and where it returns, to be edited by `rechosen`.
+
+        Raises:
+            UnsupportedModel: its choice is not made inside it.
+        """
+        site = self.spec.layers[layer].sites.get(SELECTION[0])
+        if not isinstance(site, RouterTopK):
+            raise UnsupportedModel(
+                f"the choice of the router at layer {layer} of {self.spec.model_type} cannot be edited by its modules",
+                expected="a router that takes the k largest of the scores of all experts",
+                got="one that chooses elsewhere, or in another way",
+                do="Edit router_logits, expert_ids or gate_weights.",
+            )
+        return f"{self.path(site.module)}.input", f"{self.path(site.module)}.output"
+
+    def rechosen(self, layer: int, raw: Any, logits: Tensor, through: Callable[[str, Tensor], Tensor]) -> Any:
+        """What a router returns when it is called again with the logits that it had, its choice passed through edits.
+
+        Args:
+            raw: what it was called with.
+            logits: [T, E], the result of its linear map.
+            through: from the name of a place inside its choice and the value there, [b, S, ...], to the new value.
+        """
+        site: Any = self.spec.layers[layer].sites[SELECTION[0]]
+        met: list[Tensor] = []
+
+        def chosen(scores: Tensor, top: Callable[[Tensor], Any]) -> Any:
+            met.append(scores)
+            own = top(through(SELECTION[0], texts(scores)).view_as(scores))
+            ids = through(SELECTION[1], texts(own[1])).reshape(own[1].shape)
+            return torch.return_types.topk((scores.gather(-1, ids), ids))
+
+        with TopK(site, chosen), FirstLinear(lambda own: logits):
+            returned = self.lm.get(site.module)(*raw[0], **raw[1])
+        if not met:
+            raise UnsupportedModel(
+                f"the choice of the router at layer {layer} was not met",
+                expected="a router that runs in the process of the trace",
+                got="another",
+                do="Edit router_logits, expert_ids or gate_weights.",
+            )
+        return returned
+
     # ---- experts --------------------------------------------------------------------------------------------
 
     def call(self, layer: int) -> Call:
@@ -219,9 +264,7 @@ class StockReach:
         self.call(layer)  # before what they return
         if name == "routed_out":
             return self._sum(layer)
-        show, put = (
-            (self._neurons, self._put_neurons) if name == "expert_act" else (self._outputs, self._put_outputs)
-        )
+        show, put = (self._neurons, self._put_neurons) if name == "expert_act" else (self._outputs, self._put_outputs)
         return Spot(f"{path}.output", lambda raw: show(layer, raw), lambda raw, new: put(layer, raw, new))
 
     def _argument_of_experts(self, layer: int, number: int, location: str) -> Spot:
@@ -343,68 +386,9 @@ def _with_argument(raw: Any, number: int, value: Any) -> Any:
     return args, {**kwargs, name: value}
 
 
-# ---- neurons -----------------------------------------------------------------------------------------------
-
-
-class _SecondProducts(TorchFunctionMode):
-    """Meets what every second matrix product is given: the neurons of experts, in the order in which they are run.
-
-    transformers runs them sorted by expert in one grouped product, slot by slot in one batched product, or one expert
-    after another.
-    """
-
-    GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
-    SINGLE = ("linear", "matmul", "__matmul__")
-
-    def __init__(self, ids: Tensor, new: Tensor | None = None):
-        super().__init__()
-        self.ids, self.new = ids, new
-        self.order: Tensor | None = None
-        self.products = 0
-        self.met: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "sort":
-            result = func(*args, **kwargs)
-            self.order = result[1]
-            return result
-        if name != "bmm" and name not in self.GROUPED + self.SINGLE:
-            return func(*args, **kwargs)
-        self.products += 1
-        return func(*args, **kwargs) if self.products % 2 else func(*self._shown(name, args), **kwargs)
-
-    def _shown(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments of a product, with other neurons if there are any."""
-        number = 1 if name == "bmm" and args[1].shape[-1] == 1 else 0
-        act = args[number].flatten(1) if name == "bmm" else args[number]
-        if name in self.SINGLE:
-            self.order = self.ids.argsort(stable=True)
-        start = sum(map(len, self.met))
-        self.met.append(act)
-        if self.new is None:
-            return args
-        new = self.new if self.order is None else self.new[self.order]
-        piece = new[start : start + len(act)].view(args[number].shape)
-        return (*args[:number], piece, *args[number + 1 :])
-
-    def in_slots(self) -> Tensor:
-        """The neurons [T*K, F], slot by slot."""
-        met = torch.cat(self.met) if self.met else self.ids.new_empty(0, 0)
-        if len(met) != len(self.ids):
-            raise UnsupportedModel(
-                "the neurons of experts were not met",
-                expected="experts that run in this process, by two matrix products each",
-                got=f"{len(met)} rows of {len(self.ids)}",
-                do="Read or edit expert_out.",
-            )
-        return met if self.order is None else torch.empty_like(met).index_copy(0, self.order, met)
-
-
 def _neurons_of(run: Callable[[], Tensor], ids: Tensor) -> Tensor:
     """The neurons [T*K, F] of a call of experts."""
-    mode = _SecondProducts(ids)
+    mode = SecondProducts(ids)
     with mode:
         run()
     return mode.in_slots()
@@ -412,7 +396,7 @@ def _neurons_of(run: Callable[[], Tensor], ids: Tensor) -> Tensor:
 
 def _with_neurons(run: Callable[[], Tensor], ids: Tensor, act: Tensor) -> Tensor:
     """What a call of experts returns under other neurons."""
-    mode = _SecondProducts(ids, act)
+    mode = SecondProducts(ids, act)
     with mode:
         out = run()
     mode.in_slots()

@@ -16,7 +16,7 @@ from safetensors.torch import load_model, save_file
 from torch import Tensor
 from transformers import DeepseekV2ForCausalLM
 
-from moe_interp.model import wrap
+from moe_interp.opening import wrap
 
 DOCUMENTS = 4
 POSITIONS = 24

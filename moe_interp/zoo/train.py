@@ -36,7 +36,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-from moe_interp.model import MoEModel, wrap
+from moe_interp.model import MoEModel
+from moe_interp.opening import wrap
 from moe_interp.zoo.corpus_tokens import (
     VOCAB_SIZE,
     batches,

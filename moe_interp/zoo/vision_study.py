@@ -35,7 +35,8 @@ from tqdm import tqdm
 from moe_interp.analyses.class_routing import class_routing, matched_trials
 from moe_interp.analyses.specialists import accuracies, depth, probed
 from moe_interp.errors import BadData
-from moe_interp.model import MoEModel, wrap
+from moe_interp.model import MoEModel
+from moe_interp.opening import wrap
 from moe_interp.results import Variable, labelled, load, provenance_of, save
 from moe_interp.views.specialists import Findings
 from moe_interp.zoo.vision import Experts, Mixture, Plan, VisionMoE, steps_per_epoch, train

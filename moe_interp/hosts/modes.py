@@ -1,0 +1,105 @@
+"""What happens inside a call, met by torch's function modes: the first linear map, a top-k, the second products."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from moe_interp.adapters.spec import RouterTopK
+from moe_interp.errors import UnsupportedModel
+
+
+class FirstLinear(TorchFunctionMode):
+    """Passes the result of the first ``F.linear`` under it through a function."""
+
+    def __init__(self, through: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.through, self.met = through, False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not functional.linear or self.met:
+            return result
+        self.met = True
+        return self.through(result)
+
+
+class TopK(TorchFunctionMode):
+    """Passes every top-k over rows of so many columns through a function of its input and of itself."""
+
+    def __init__(self, site: RouterTopK, through: Callable[[Tensor, Callable[[Tensor], Any]], Any]):
+        super().__init__()
+        self.site, self.through = site, through
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in (torch.topk, Tensor.topk) or not self._of_all(args[0]):
+            return func(*args, **kwargs)
+        return self.through(args[0], lambda scores: func(scores, *args[1:], **kwargs))
+
+    def _of_all(self, scores: Tensor) -> bool:
+        # Routers with groups of experts take a top-k of each group, too: [B * S, groups, columns of a group].
+        return scores.dim() == (3 if self.site.batched else 2) and scores.shape[-1] == self.site.columns
+
+
+class SecondProducts(TorchFunctionMode):
+    """Meets what every second matrix product is given: the neurons of experts, in the order in which they are run.
+
+    transformers runs them sorted by expert in one grouped product, slot by slot in one batched product, or one expert
+    after another.
+    """
+
+    GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+    SINGLE = ("linear", "matmul", "__matmul__")
+
+    def __init__(self, ids: Tensor, new: Tensor | None = None):
+        super().__init__()
+        self.ids, self.new = ids, new
+        self.order: Tensor | None = None
+        self.products = 0
+        self.met: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "sort":
+            result = func(*args, **kwargs)
+            self.order = result[1]
+            return result
+        if name != "bmm" and name not in self.GROUPED + self.SINGLE:
+            return func(*args, **kwargs)
+        self.products += 1
+        return func(*args, **kwargs) if self.products % 2 else func(*self._shown(name, args), **kwargs)
+
+    def _shown(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments of a product, with other neurons if there are any."""
+        number = 1 if name == "bmm" and args[1].shape[-1] == 1 else 0
+        act = args[number].flatten(1) if name == "bmm" else args[number]
+        if name in self.SINGLE:
+            self.order = self.ids.argsort(stable=True)
+        start = sum(map(len, self.met))
+        self.met.append(act)
+        if self.new is None:
+            return args
+        new = self.new if self.order is None else self.new[self.order]
+        piece = new[start : start + len(act)].view(args[number].shape)
+        return (*args[:number], piece, *args[number + 1 :])
+
+    def in_slots(self) -> Tensor:
+        """The neurons [T*K, F], slot by slot."""
+        met = torch.cat(self.met) if self.met else self.ids.new_empty(0, 0)
+        if len(met) != len(self.ids):
+            raise UnsupportedModel(
+                "the neurons of experts were not met",
+                expected="experts that run in this process, by two matrix products each",
+                got=f"{len(met)} rows of {len(self.ids)}",
+                do="Read or edit expert_out.",
+            )
+        return met if self.order is None else torch.empty_like(met).index_copy(0, self.order, met)

@@ -1,0 +1,83 @@
+"""Open a model that somebody has in hand: a transformers model, an nnsight model, a TransformerBridge."""
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from moe_interp.adapters import is_known
+from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.model import MoEModel
+
+
+def wrap(model: Any, tokenizer: Any = None, *, name: str | None = None, remote: bool | str = False) -> MoEModel:
+    """Open a model that is already in memory; nothing in it is copied or changed for good.
+
+    An architecture that is in no table is opened if its structure is a common one and an audit passes; that runs it a
+    few times.
+
+    Args:
+        model: a transformers model; or an nnsight model, of which the transformers model inside is opened.
+        tokenizer: may be None; then only token ids are taken. An nnsight model brings its own.
+        name: for provenance and titles.
+        remote: True, or the address of a server: run an nnsight model there, as nnsight's ``remote=`` does. It needs
+            no weights here.
+
+    Raises:
+        UnsupportedModel: its architecture cannot be opened correctly.
+        BadInput: no such model, or one without weights that is to run here.
+    """
+    if _is_nnsight(model):
+        return _wrap_traced(model, tokenizer, name, remote)
+    if remote:
+        raise BadInput(
+            "only nnsight models run on a server",
+            expected="nnsight.TransformersModel(repo_id, task='text-generation', ...)",
+            got=type(model).__name__,
+        )
+    hf = getattr(model, "_orig_mod", model)
+    return MoEModel(hf, tokenizer, name) if is_known(hf) or not _has_config(hf) else _wrap_unseen(hf, tokenizer, name)
+
+
+def _is_nnsight(model: Any) -> bool:
+    envoy = sys.modules.get("nnsight.intervention.envoy")  # whoever has such a model has imported it
+    return envoy is not None and isinstance(model, envoy.Envoy)
+
+
+def _wrap_traced(lm: Any, tokenizer: Any, name: str | None, remote: bool | str) -> MoEModel:
+    if remote:
+        from moe_interp.remote import RemoteMoEModel
+
+        return RemoteMoEModel(lm, remote, name)
+    if any(parameter.is_meta for parameter in lm._module.parameters()):
+        raise BadInput(
+            "an nnsight model without weights",
+            expected="one that is dispatched, or remote=True",
+            got="parameters on the meta device",
+            do="Load it with dispatch=True, or moe.wrap(lm, remote=True).",
+        )
+    return wrap(lm._module, tokenizer or getattr(lm, "tokenizer", None), name=name)
+
+
+def _has_config(hf: nn.Module) -> bool:
+    return hasattr(hf, "config") and hasattr(hf.config, "get_text_config")
+
+
+def _wrap_unseen(hf: nn.Module, tokenizer: Any, name: str | None) -> MoEModel:
+    """The first proposal that an audit passes."""
+    from moe_interp.adapters.unseen import proposals
+
+    failed: list[str] = []
+    for spec in proposals(hf):
+        model = MoEModel(hf, tokenizer, name, spec)
+        audit = model.audit()
+        if audit.passed:
+            return model
+        model.close()
+        failed.append(", ".join(check.name for check in audit.checks if not check.passed))
+    raise UnsupportedModel(
+        f"cannot open model type {spec.model_type!r}, which is in no table",
+        expected="a structure that adds up",
+        got=f"audits that fail: {min(failed, key=len)}",
+        do="Describe it by moe.register_adapter(model_type, moe.Family(...)); model.audit() says if it is right.",
+    )
