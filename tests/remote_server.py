@@ -1,8 +1,8 @@
 """A small server of nnsight's remote protocol, in a process of its own where moe_interp cannot be imported.
 
 ``python tests/remote_server.py`` prints its address and serves until it is killed. It loads whatever local folder a
-model key names, runs requests one after the other on nnsight's own request and response models, and tells how many bytes
-went over the wire (``GET /bytes``, since the last time it was asked).
+model key names, runs requests one after the other on nnsight's own request and response models, and tells how many
+bytes went over the wire (``GET /bytes``, since the last time it was asked).
 
 Blocking requests: a websocket ``/subscribe`` gives a session id, ``POST /request`` takes the trace, statuses and the
 result come back on the websocket. Others: ``GET /response/<id>``.
@@ -12,10 +12,13 @@ import base64
 import hashlib
 import io
 import json
+import linecache
 import struct
 import sys
 import traceback
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Lock
@@ -24,12 +27,13 @@ ABSENT = ("moe_interp", "jaxtyping", "beartype", "xarray")
 for _name in ABSENT:
     sys.modules[_name] = None  # type: ignore[assignment]
 
-import torch
-import zstandard
-from nnsight import TransformersModel
-from nnsight.schema.request import RequestModel
-from nnsight.schema.response import ResponseModel, Status
-from nnsight.tracing.tracer import dec, inc
+import torch  # noqa: E402
+import zstandard  # noqa: E402
+from nnsight import TransformersModel  # noqa: E402
+from nnsight.schema.request import RequestModel  # noqa: E402
+from nnsight.schema.response import ResponseModel, Status  # noqa: E402
+from nnsight.tracing.globals import BLOCKS, SOURCES  # noqa: E402
+from nnsight.tracing.tracer import _saves, dec, inc  # noqa: E402
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 MODELS: dict[str, TransformersModel] = {}
@@ -49,16 +53,33 @@ def model(key: str) -> TransformersModel:
 def run(request: RequestModel, blob: bytes) -> bytes:
     """What a trace saved, as nnsight's client reads it."""
     here = model(request.model_key)
+    with as_before():
+        return traced(here, request, blob)
+
+
+@contextmanager
+def as_before() -> Iterator[None]:
+    """Forget the sources that a request brought: another may have other code under the same file name."""
+    kept = [(held, dict(held)) for held in (linecache.cache, SOURCES, BLOCKS)]
+    try:
+        yield
+    finally:
+        for held, before in kept:
+            held.clear()
+            held.update(before)
+
+
+def traced(here: TransformersModel, request: RequestModel, blob: bytes) -> bytes:
+    """Run a trace on a model."""
     tracer = RequestModel.deserialize(blob, here._remoteable_persistent_objects(), request.compress)
-    frame = tracer.info.frame
-    given = {name: id(value) for name, value in frame.f_locals.items()}
     inc()
     try:
         with torch.no_grad():
             tracer.execute(tracer.info.code)
+        saves = _saves()
+        saved = {name: value for name, value in tracer.info.frame.f_locals.items() if id(value) in saves}
     finally:
         dec()
-    saved = {name: value for name, value in frame.f_locals.items() if given.get(name) != id(value)}
     file = io.BytesIO()
     torch.save(saved, file)
     content = file.getvalue()
