@@ -19,8 +19,9 @@ from moe_interp.adapters import ModelSpec, describe
 from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadCheckpoint, RemoteFailure, UnsupportedModel
 from moe_interp.hosts.passes import Pass, stock_pass
-from moe_interp.hosts.program import Edited, Program, tokens_of
-from moe_interp.hosts.sending import reached, sent
+from moe_interp.hosts.program import Block, Edited, Program, tokens_of
+from moe_interp.hosts.sending import sent
+from moe_interp.hosts.stock import reached
 from moe_interp.interventions import Intervention
 from moe_interp.model import Edits, MoEModel, Reads, as_read, listed
 from moe_interp.run import Read, Run, TopTokens
@@ -102,6 +103,21 @@ class RemoteMoEModel(MoEModel):
         self._told = {"dtype": told["dtype"], "device": told["device"]}
         return self._run_of(program, given, told["output"])
 
+    def run_blocks(self, given: Mapping[str, Any], blocks: Sequence[Block], at: Tensor) -> tuple[Tensor, list[int]]:
+        """One pass in which each block of rows has edits of its own: logits [n, V] at the marked tokens [B, S].
+
+        Returns:
+            The logits, and how many values each edit changed.
+
+        Raises:
+            UnsupportedModel: an edit that cannot be made with the server's modules alone.
+            RemoteFailure: the server could not run it.
+        """
+        self._check_open()
+        self._program(given, blocks, ())
+        told = self._send(SentPass(self.lm, self.spec, blocks, ()), given, at)
+        return told["output"], told["touched"]
+
     def _program(self, given: Mapping[str, Any], edits: Any, reads: Sequence[Read]) -> Program:
         """The same program here: it refuses what cannot be right before anything is sent."""
         program = Program(self.spec, edits, reads, decode=lambda hidden: hidden)
@@ -110,7 +126,7 @@ class RemoteMoEModel(MoEModel):
         program.begin(tokens_of(self.spec, (), dict(given)))
         return program
 
-    def _send(self, job: SentPass, given: Mapping[str, Any], output: bool) -> dict[str, Any]:
+    def _send(self, job: SentPass, given: Mapping[str, Any], output: bool | Tensor) -> dict[str, Any]:
         lm, options, blocks = self.lm, dict(self.spec.options), job.blocks
         given, remote, told = dict(given), self.remote, None
         with self._failing(), lm.trace(remote=remote, **options) as tracer:

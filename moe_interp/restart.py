@@ -4,7 +4,7 @@ A sweep that changes one expert at a time runs the model once for each. What com
 same every time, and so are texts that a change does not touch: both are left out here, and several variants go through
 the model side by side, each under its own edits. What a restart gives is what a whole run under the same edits gives,
 up to rounding; an architecture where it is not (layers that hand more than the residual to later ones) is found out by
-a restart without edits, and then every variant is a whole pass.
+a restart without edits, and then every variant is a whole pass. So it is on a server, where no layer is left out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,6 +23,7 @@ from moe_interp.hosts import Session
 from moe_interp.hosts.program import Block
 from moe_interp.interventions import Intervention
 from moe_interp.model import Edits, MoEModel, Reads
+from moe_interp.remote import RemoteMoEModel
 from moe_interp.run import Read, Tokens
 
 
@@ -85,7 +86,10 @@ class Restart:
             self.base = model.run(self.inputs, read=[Read("resid_pre", tuple(self.layers)), *wanted], edit=own)
         self.separable = self._reproduces([self.layers[0]])
         self.exact = (
-            self.separable and model.spec.kind == "causal" and self._reproduces(self._starts[1::2] + self._starts[-1:])
+            model.here
+            and self.separable
+            and model.spec.kind == "causal"
+            and self._reproduces(self._starts[1::2] + self._starts[-1:])
         )
 
     @property
@@ -171,6 +175,8 @@ class Restart:
         self, rows: Int[Tensor, " R"], blocks: Sequence[Block], first: int, at: Bool[Tensor, "R S"]
     ) -> tuple[Float[Tensor, "n V"], list[int]]:
         inputs = {key: _of_rows(value, rows, len(self.tokens.mask)) for key, value in self.inputs.items()}
+        if isinstance(self.model, RemoteMoEModel):
+            return self.model.run_blocks(inputs, blocks, at)
         session = Session(self.model._host, blocks)
         with ExitStack() as stack:
             stack.enter_context(self.model._in_place_of_standing())
@@ -217,6 +223,9 @@ class Restart:
     def _forms(self) -> Iterator[dict[str, Any]]:
         """What each layer returns besides the residual: None for a tensor alone."""
         forms: dict[str, Any] = {}
+        if not self.model.here:
+            yield forms
+            return
         spec = self.model.spec
 
         def hook(path: str) -> Any:

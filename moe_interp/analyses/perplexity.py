@@ -28,6 +28,7 @@ from moe_interp.analyses.plain import check_writes_text
 from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, apply, top_k
+from moe_interp.interventions.routes import keep_slots
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
 from moe_interp.stats import bootstrap_ratio, group_totals, ratio
@@ -139,21 +140,10 @@ def _edits(model: MoEModel, arm: Arm, order: Int[Tensor, "L B S K"]) -> list[Int
         return []
     if arm.kept == "heaviest":
         return [top_k(arm.k, renormalise=arm.renormalise, layers=layers)]
-    drop = partial(_keep, k=arm.k, renormalise=arm.renormalise)
+    drop = partial(keep_slots, k=arm.k, renormalise=arm.renormalise)
     return [
         apply("gate_weights", partial(drop, order=order[model.layers.index(layer)]), layers=layer) for layer in layers
     ]
-
-
-def _keep(
-    weights: Float[Tensor, "B S K"], k: int, renormalise: bool, order: Int[Tensor, "B S K"]
-) -> Float[Tensor, "B S K"]:
-    """Weights of the first k slots in the given order, the others zero."""
-    kept = weights.masked_fill(order.to(weights.device) >= k, 0.0)
-    if not renormalise:
-        return kept
-    total = kept.sum(dim=-1, keepdim=True)
-    return torch.where(total > 0, kept * (weights.sum(dim=-1, keepdim=True) / total), kept)
 
 
 def _random_order(model: MoEModel, batch: Batch, seed: int) -> Int[Tensor, "L B S K"]:

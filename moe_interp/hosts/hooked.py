@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from moe_interp.adapters import ModelSpec, describe
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.hosts.local import ATTRIBUTE, LocalHost, close_host, open_host
-from moe_interp.hosts.sending import sent_points
+from moe_interp.hosts.sending import sent
+from moe_interp.hosts.stock import reached, stock_points
 from moe_interp.hosts.traces import Spot, TracePoints, check_there
 
 
@@ -50,7 +51,7 @@ class HookReach:
 
     def sent(self) -> tuple[Any, ...]:
         """What is sent to a server in place of the points."""
-        return sent_points(self.lm, self.spec)
+        return sent(stock_points, self.lm, reached(self.spec), apart=[self.lm])
 
     def spot(self, name: str, layer: int | None) -> Spot:
         """Where a point of a layer passes.
@@ -62,17 +63,16 @@ class HookReach:
         location = f"{self._envoy(name, layer).path}.input"
         return Spot(location, lambda raw: raw[0][0], lambda raw, new: ((new,), {}), direct=True)
 
-    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Expert ids and weights [B, S, K] of the rows of this block, once the layer's experts are called."""
+    def slots(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Expert ids and, once they are known, weights [B, S, K] of the rows of this block."""
         taps = self._opened().taps[layer]
+        return self._cut(taps.ids), None if taps.weights is None else self._cut(taps.weights)
+
+    def _cut(self, value: Any) -> Tensor:
+        """The rows of the block that asks."""
         mediator = Mediator.current("the slots of a layer")
         batcher = mediator.interleaver.batcher
-        ids, weights = (
-            (taps.ids, taps.weights)
-            if batcher is None
-            else (batcher.narrow(one, mediator.batch_group) for one in (taps.ids, taps.weights))
-        )
-        return ids, weights  # type: ignore[return-value]
+        return value if batcher is None else batcher.narrow(value, mediator.batch_group)
 
     def close(self) -> None:
         """Take the hook points away."""

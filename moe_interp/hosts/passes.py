@@ -77,8 +77,11 @@ class Pass:
         normed = follow(modules, self.spec.final, hidden)  # type: ignore[arg-type]
         return logits_of(self.spec, modules.get_submodule(str(self.spec.unembed))(normed))
 
-    def result(self, output: Any, keep_output: bool) -> dict[str, Any]:
-        """What goes back: tensors and built-in types alone, ids as small integers."""
+    def result(self, output: Any, keep: bool | Tensor) -> dict[str, Any]:
+        """What goes back: tensors and built-in types alone, ids as small integers.
+
+        ``keep`` is whether the output goes, too, or at which tokens [B, S].
+        """
         contexts = {layer: self.program.contexts[layer] for layer in self.spec.moe_layers}
         values = {key: _small(value) for key, value in self.program.values.items()}
         tops = {key: tuple(map(_small, value)) for key, value in self.program.tops.items()}
@@ -89,7 +92,7 @@ class Pass:
             "ids": {layer: _small(context.ids) for layer, context in contexts.items()},  # type: ignore[arg-type]
             "weights": {layer: context.weights for layer, context in contexts.items()},
             "touched": list(self.program.touched),
-            "output": _logits(self.spec, output) if keep_output else None,
+            "output": _kept(_logits(self.spec, output), keep),
             "finite": not bool(first.isnan().any()),
             "dtype": str(first.dtype),
             "device": first.device.type,
@@ -111,6 +114,12 @@ def _logits(spec: ModelSpec, output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     return output.last_hidden_state if spec.unembed is None else output.logits
+
+
+def _kept(output: Tensor, keep: bool | Tensor) -> Tensor | None:
+    if isinstance(keep, Tensor):
+        return output[keep.to(output.device)]
+    return output if keep else None
 
 
 def _small(value: Tensor) -> Tensor:

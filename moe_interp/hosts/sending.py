@@ -17,15 +17,12 @@ import importlib.util
 import io
 import pickle
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import nnsight
-
-from moe_interp.adapters.spec import BlockCall, LayerSpec, ModelSpec, RouterTopK
 
 PACKAGE = "moe_interp"
 # In an order in which each finds those before it.
@@ -175,29 +172,3 @@ class _Sent(ast.NodeTransformer):
         if ast.get_docstring(node) is not None:
             node.body = node.body[1:] or [ast.Pass()]
         return node
-
-
-# ---- what is sent ------------------------------------------------------------------------------------------
-
-
-def reached(spec: ModelSpec) -> ModelSpec:
-    """What a server is told of a model: without points that the modules there do not show."""
-    return replace(spec, layers=tuple(_reached(layer) for layer in spec.layers))
-
-
-def _reached(layer: LayerSpec) -> LayerSpec:
-    router = "" if layer.moe is None else layer.moe.router
-    sites = {
-        name: site
-        for name, site in layer.sites.items()
-        if not isinstance(site, BlockCall) and not (isinstance(site, RouterTopK) and site.module != router)
-    }
-    moe = None if layer.moe is None else replace(layer.moe, kernel=None)  # type: ignore[arg-type]
-    return replace(layer, sites=sites, moe=moe)
-
-
-def sent_points(lm: Any, spec: ModelSpec) -> tuple[Any, ...]:
-    """The points of a model for traces on a server."""
-    from moe_interp.hosts.stock import stock_points
-
-    return sent(stock_points, lm, reached(spec), apart=[lm])

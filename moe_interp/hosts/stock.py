@@ -19,7 +19,7 @@ Texts of several invokes run in one batch. nnsight cuts values [B, S, ...] down 
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,9 +30,11 @@ from torch.nn import functional
 
 from moe_interp.adapters.formulas import router_scores
 from moe_interp.adapters.spec import (
+    BlockCall,
     ExpertsCall,
     GatedOutput,
     Input,
+    LayerSpec,
     ModelSpec,
     Output,
     ResidualInput,
@@ -401,6 +403,36 @@ def _with_neurons(run: Callable[[], Tensor], ids: Tensor, act: Tensor) -> Tensor
         out = run()
     mode.in_slots()
     return out
+
+
+# ---- what a server is told -----------------------------------------------------------------------------------
+
+
+class Elsewhere:
+    """Experts whose matrices are on a server."""
+
+    def outputs(self, experts: Any, hidden: Tensor, ids: Tensor, on_act: Any = None) -> Tensor:
+        """Refused."""
+        raise UnsupportedModel("no experts here", expected="a model with its weights", got="one on a server")
+
+    def weights(self, experts: Any, expert: int) -> Any:
+        """Refused."""
+        raise UnsupportedModel("no matrices here", expected="a model with its weights", got="one on a server")
+
+
+def reached(spec: ModelSpec) -> ModelSpec:
+    """A model without points that its modules do not show, and without what only this package can run."""
+    return replace(spec, layers=tuple(_reached(layer) for layer in spec.layers))
+
+
+def _reached(layer: LayerSpec) -> LayerSpec:
+    router = "" if layer.moe is None else layer.moe.router
+    sites = {
+        name: site
+        for name, site in layer.sites.items()
+        if not isinstance(site, BlockCall) and not (isinstance(site, RouterTopK) and site.module != router)
+    }
+    return replace(layer, sites=sites, moe=None if layer.moe is None else replace(layer.moe, kernel=Elsewhere()))
 
 
 def stock_points(lm: Any, spec: ModelSpec) -> TracePoints:

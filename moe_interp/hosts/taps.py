@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ INSIDE = (
 )
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Somebody who takes values at a hook point by other means than hooks."""
 

@@ -14,7 +14,7 @@ where this package is not installed.
 import operator
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from nnsight.intervention.eproperty import WriteBack
@@ -42,6 +42,7 @@ class Spot(NamedTuple):
     direct: bool = False
 
 
+@runtime_checkable
 class Reach(Protocol):
     """A way to the points of one model inside a trace."""
 
@@ -50,8 +51,8 @@ class Reach(Protocol):
     def spot(self, name: str, layer: int | None) -> Spot:
         """Where a point of a layer passes."""
 
-    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Expert ids and weights [B, S, K] of the rows of this block, once the layer's experts are called."""
+    def slots(self, layer: int) -> tuple[Tensor, Tensor | None]:
+        """Expert ids and, once they are known, weights [B, S, K] of the rows of this block."""
 
     def sent(self) -> tuple[Any, ...]:
         """How the points are pickled: a function and its arguments."""
@@ -207,7 +208,8 @@ class ExpertPoints:
         """[B, S, K], the slots that it has: at most one a token."""
         ids, own = self._layer.points.reach.slots(self._layer.index)
         if self._kind == "heaviest":
-            order = (own if weights is None else weights).argsort(dim=-1, descending=True, stable=True)
+            known: Any = own if weights is None else weights
+            order = known.argsort(dim=-1, descending=True, stable=True)
             return torch.zeros_like(ids, dtype=torch.bool).scatter(-1, order[..., self._which, None], True)
         mask = ids == self._which
         return mask & (mask.cumsum(dim=-1) == 1)  # an edit may have put an expert into several slots of one token

@@ -401,3 +401,14 @@ def _without(
         changed = light.any(dim=-1, keepdim=True) | (total_of != weights).any(dim=-1, keepdim=True)
         left = torch.where(changed & (total != 0), left * (total_of.sum(dim=-1, keepdim=True) / total), left)
     return Change(left, int(light.sum()))
+
+
+def keep_slots(
+    weights: Float[Tensor, "B S K"], k: int, renormalise: bool, order: Int[Tensor, "B S K"]
+) -> Float[Tensor, "B S K"]:
+    """Weights of the first k slots in the given order, the others zero."""
+    kept = weights.masked_fill(order.to(weights.device) >= k, 0.0)
+    if not renormalise:
+        return kept
+    total = kept.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, kept * (weights.sum(dim=-1, keepdim=True) / total), kept)
