@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from moe_interp.adapters import ModelSpec, describe
 from moe_interp.errors import BadInput, UnsupportedModel
-from moe_interp.hosts.local import ATTRIBUTE, LocalHost, close_host, open_host
+from moe_interp.hosts.local import ATTRIBUTE, LocalHost, attribute_of, close_host, open_host
 from moe_interp.hosts.sending import sent
 from moe_interp.hosts.stock import reached, stock_points
+from moe_interp.hosts.taps import HookPoint
 from moe_interp.hosts.traces import Spot, TracePoints, check_there
 
 
@@ -36,7 +37,7 @@ class Parked:
 
 
 class HookReach:
-    """Points by hook points, which are put on the model when a trace first asks for one.
+    """Points by hook points.
 
     Attributes:
         lm: the nnsight model.
@@ -47,7 +48,7 @@ class HookReach:
         self.lm, self.spec = lm, spec
         self.host: LocalHost | None = None
         self.envoys: dict[tuple[str, int | None], Envoy] = {}
-        self.parked: dict[tuple[str, int | None], Parked] = {}
+        self.parked: list[tuple[HookPoint, Parked]] = []
 
     def sent(self) -> tuple[Any, ...]:
         """What is sent to a server in place of the points."""
@@ -65,7 +66,7 @@ class HookReach:
 
     def slots(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Expert ids and, once they are known, weights [B, S, K] of the rows of this block."""
-        taps = self._opened().taps[layer]
+        taps = self.opened().taps[layer]
         return self._cut(taps.ids), None if taps.weights is None else self._cut(taps.weights)
 
     def _cut(self, value: Any) -> Tensor:
@@ -78,32 +79,50 @@ class HookReach:
         """Take the hook points away."""
         if self.host is None:
             return
-        for (name, layer), parked in self.parked.items():
-            self.host.point(name, layer).watchers.remove(parked)
+        for point, parked in self.parked:
+            point.watchers.remove(parked)
         close_host(self.host.hf)
-        self.host, self.envoys, self.parked = None, {}, {}
+        self.host, self.envoys, self.parked = None, {}, []
 
-    def _opened(self) -> LocalHost:
+    @property
+    def here(self) -> bool:
+        """Whether the weights are in this process."""
+        return not any(parameter.is_meta for parameter in self.lm._module.parameters())
+
+    def opened(self) -> LocalHost:
+        """The hook points, on the model that nnsight has now."""
         hf = self.lm._module
         if self.host is not None and self.host.hf is not hf:
             self.close()  # the weights have come since
         if self.host is None:
             self.host = open_host(hf, self.spec)
+            self.parked = [self._watch(name, layer) for name, layer in _all_points(self.spec)]
         return self.host
+
+    def _watch(self, name: str, layer: int | None) -> tuple[HookPoint, Parked]:
+        """Let values through a hook point when a block of a trace waits for them."""
+        point, parked = self.host.point(name, layer), Parked(self.lm.interleaver, f"{self._path(name, layer)}.input")  # type: ignore[union-attr]
+        point.watchers.append(parked)
+        return point, parked
+
+    def _path(self, name: str, layer: int | None) -> str:
+        """What nnsight calls a hook point."""
+        if layer is None:
+            return f"{self.lm.path}.{ATTRIBUTE}.{name}"
+        at = self.spec.layers[layer]
+        return f"{self.lm.path}.{at.path}.{attribute_of(at)}.{name}"
 
     def _envoy(self, name: str, layer: int | None) -> Envoy:
         """nnsight's view of a hook point. It is no child of the model's tree, which a server must find as it is."""
-        host = self._opened()
+        host = self.opened()
         if (name, layer) not in self.envoys:
-            owner = "" if layer is None else self.spec.layers[layer].path
-            path = ".".join(part for part in (self.lm.path, owner, ATTRIBUTE, name) if part)
-            if layer is not None and self.spec.layers[layer].part:
-                path += f"_{self.spec.layers[layer].part}"
-            envoy = Envoy(host.point(name, layer), path=path, interleaver=self.lm.interleaver)
-            self.parked[name, layer] = Parked(self.lm.interleaver, f"{path}.input")
-            host.point(name, layer).watchers.append(self.parked[name, layer])
-            self.envoys[name, layer] = envoy
+            point, path = host.point(name, layer), self._path(name, layer)
+            self.envoys[name, layer] = Envoy(point, path=path, interleaver=self.lm.interleaver)
         return self.envoys[name, layer]
+
+
+def _all_points(spec: ModelSpec) -> list[tuple[str, int | None]]:
+    return [(name, layer) for name in spec.points for layer in spec.layers_of(name)]
 
 
 class HookedPoints(TracePoints):
@@ -145,4 +164,7 @@ def trace_points(lm: Any) -> HookedPoints:
         )
     if lm.parent is not None:
         raise UnsupportedModel("points of a part of a model", expected="the whole nnsight model", got=lm.path)
-    return HookedPoints(HookReach(lm, describe(lm._module)))
+    reach = HookReach(lm, describe(lm._module))
+    if reach.here:
+        reach.opened()
+    return HookedPoints(reach)

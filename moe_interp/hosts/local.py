@@ -67,7 +67,7 @@ class LocalHost:
         if self.spec.embed is not None:
             self.handles.append(self.hf.get_submodule(self.spec.embed).register_forward_hook(self._embedded))
         for taps in self.taps.values():
-            self.hf.get_submodule(taps.layer.path).add_module(_attribute(taps.layer), taps.points)
+            self.hf.get_submodule(taps.layer.path).add_module(attribute_of(taps.layer), taps.points)
             self.handles += [attach_grid(self.hf, taps), *attach_modality(self.hf, taps)]
             for name, site in taps.layer.sites.items():
                 self.handles += attach(self.hf, taps, name, site)
@@ -138,7 +138,7 @@ class LocalHost:
             experts.config = config
             del experts._moe_taps
         for taps in self.taps.values():
-            self.hf.get_submodule(taps.layer.path)._modules.pop(_attribute(taps.layer), None)
+            self.hf.get_submodule(taps.layer.path)._modules.pop(attribute_of(taps.layer), None)
         self.hf._modules.pop(ATTRIBUTE, None)
         self.handles, self.undo, self.configs = [], [], {}
 
@@ -260,7 +260,8 @@ def close_host(hf: nn.Module) -> None:
     host.remove()
 
 
-def _attribute(layer: LayerSpec) -> str:
+def attribute_of(layer: LayerSpec) -> str:
+    """The name of a layer's hook points on its module."""
     return ATTRIBUTE if layer.part == 0 else f"{ATTRIBUTE}_{layer.part}"
 
 

@@ -263,11 +263,13 @@ class StockReach:
         if name in ("expert_ids", "gate_weights"):
             number = 1 if name == "expert_ids" else 2
             return self._argument_of_experts(layer, number, f"{path}.input")
-        self.call(layer)  # before what they return
+        # Before what they return; and known from here on, because edits are put back when the block has moved on.
+        call = self.call(layer)
         if name == "routed_out":
-            return self._sum(layer)
-        show, put = (self._neurons, self._put_neurons) if name == "expert_act" else (self._outputs, self._put_outputs)
-        return Spot(f"{path}.output", lambda raw: show(layer, raw), lambda raw, new: put(layer, raw, new))
+            return self._sum(layer, call)
+        neurons = name == "expert_act"
+        show, put = (self._neurons, self._put_neurons) if neurons else (self._outputs, self._put_outputs)
+        return Spot(f"{path}.output", lambda raw: show(layer, call, raw), lambda raw, new: put(layer, call, raw, new))
 
     def _argument_of_experts(self, layer: int, number: int, location: str) -> Spot:
         def show(raw: Any) -> Tensor:
@@ -283,9 +285,9 @@ class StockReach:
 
         return Spot(location, show, put)
 
-    def _alone(self, layer: int) -> Callable[[], Tensor]:
+    def _alone(self, layer: int, call: Call) -> Callable[[], Tensor]:
         """The experts on every (token, slot) of this block alone, as a function."""
-        hidden, ids, weights = (texts(one).flatten(0, 1) for one in self.call(layer).args[:3])
+        hidden, ids, weights = (texts(one).flatten(0, 1) for one in call.args[:3])
         slots = ids.shape[-1]
         args = (
             hidden.repeat_interleave(slots, dim=0),
@@ -294,17 +296,16 @@ class StockReach:
         )
         return lambda: self.lm.get(self.spec.moe(layer).experts)(*args)
 
-    def _sum(self, layer: int) -> Spot:
+    def _sum(self, layer: int, call: Call) -> Spot:
         whole = self._output(self.spec.moe(layer).experts)
 
         def put(raw: Any, new: Tensor) -> Any:
-            self.call(layer).summed = True
+            call.summed = True
             return whole.put(raw, new)
 
         return Spot(whole.location, whole.show, put)
 
-    def _outputs(self, layer: int, raw: Tensor) -> Tensor:
-        call = self.call(layer)
+    def _outputs(self, layer: int, call: Call, raw: Tensor) -> Tensor:
         if call.summed:
             raise BadInput(
                 f"the experts of layer {layer} have been summed",
@@ -312,28 +313,25 @@ class StockReach:
                 got="one of single slots after an edit of routed_out",
             )
         if call.outputs is None or call.outputs[0] is not raw:
-            run, ids = self._alone(layer), texts(call.args[1])
+            run, ids = self._alone(layer, call), texts(call.args[1])
             found = run() if call.act is None else _with_neurons(run, ids.flatten(), call.act.flatten(0, 2))
             call.outputs = raw, found.view(*ids.shape, -1)
         return call.outputs[1].clone()
 
-    def _put_outputs(self, layer: int, raw: Tensor, new: Tensor) -> Tensor:
-        call = self.call(layer)
+    def _put_outputs(self, layer: int, call: Call, raw: Tensor, new: Tensor) -> Tensor:
         changed = joined(raw, weighted_sum(new, texts(call.args[2]), raw.dtype))
         call.outputs = changed, new
         return changed
 
-    def _neurons(self, layer: int, raw: Tensor) -> Tensor:
-        call = self.call(layer)
+    def _neurons(self, layer: int, call: Call, raw: Tensor) -> Tensor:
         if call.act is None:
             ids = texts(call.args[1])
-            return _neurons_of(self._alone(layer), ids.flatten()).view(*ids.shape, -1)
+            return _neurons_of(self._alone(layer, call), ids.flatten()).view(*ids.shape, -1)
         return call.act.clone()
 
-    def _put_neurons(self, layer: int, raw: Tensor, new: Tensor) -> Tensor:
-        call = self.call(layer)
+    def _put_neurons(self, layer: int, call: Call, raw: Tensor, new: Tensor) -> Tensor:
         call.act, call.outputs = new, None
-        return self._put_outputs(layer, raw, self._outputs(layer, raw))
+        return self._put_outputs(layer, call, raw, self._outputs(layer, call, raw))
 
 
 def texts(value: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe_interp.adapters.experts import check_ids
 from moe_interp.adapters.formulas import router_scores
 from moe_interp.adapters.spec import LayerSpec
-from moe_interp.errors import UnsupportedModel
+from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.points import SELECTION
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
@@ -142,6 +142,13 @@ class Taps:
 
     def _shown(self, value: Tensor, middle: tuple[int, ...], rows: Tensor | None) -> Tensor:
         """As [B, S, ...], zero at tokens that the mixture does not see."""
+        if self.grid == (0, 0):
+            raise BadInput(
+                f"hook points were put on layer {self.layer.index} while it ran",
+                expected="a model that is open before its forward pass",
+                got="weights that a trace itself has loaded",
+                do="Load them first: lm.dispatch(), or dispatch=True.",
+            )
         tokens = prod(self.grid) if rows is None else int(rows.sum())
         seen = value.reshape(tokens, *middle, value.numel() // (tokens * prod(middle)) if tokens else value.shape[-1])
         if rows is None:

@@ -218,9 +218,12 @@ class ExpertPoints:
         layer = self._layer
         whole = layer.points.reach.spot(name, layer.index)
 
+        held: list[Tensor] = []
+
         def mask(values: Tensor) -> Tensor:
-            found = self._mask(values if name == "gate_weights" else None)
-            return found.view(*found.shape, *[1] * (values.dim() - 3))
+            if not held:  # once: edits are put back when the block has moved on
+                held.append(self._mask(values if name == "gate_weights" else None))
+            return held[0].view(*held[0].shape, *[1] * (values.dim() - 3))
 
         def show(raw: Any) -> Tensor:
             values = whole.show(raw)

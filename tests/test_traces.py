@@ -1,0 +1,292 @@
+"""Named points in nnsight's own idioms: invokes, gradients, steps of a generation, sessions; here and on a server."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from nnsight import NNsight, TransformersModel
+
+import moe_interp as moe
+from moe_interp.adapters import describe
+from moe_interp.errors import BadInput, UnknownName
+from moe_interp.hosts.hooked import trace_points
+from moe_interp.hosts.stock import reached, stock_points
+from tests import tiny
+from tests.served import saved, server, tokenizer, unloaded
+
+IDS = torch.randint(3, 92, (2, 9), generator=torch.Generator().manual_seed(0))
+TEXTS = ("hello there", "a text of another length")
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A server for this module."""
+    with server() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """A checkpoint of each family."""
+    return cache(lambda family: saved(tiny.build(family), tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture
+def door(request: pytest.FixtureRequest, folders: Any, address: str) -> Callable[[str], tuple[TransformersModel, dict]]:
+    """A model of a family and the options of its traces: with weights here, or on the server."""
+
+    def model(family: str) -> tuple[TransformersModel, dict]:
+        if request.param == "away":
+            return unloaded(folders(family)), {"remote": address}
+        return TransformersModel(tiny.build(family), tokenizer=tokenizer()), {}
+
+    return model
+
+
+both_doors = pytest.mark.parametrize("door", ["here", "away"], indirect=True)
+each_family = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+@both_doors
+@each_family
+def test_invokes_do_not_reach_each_other(door, family):
+    lm, options = door(family)
+    points = trace_points(lm)
+    layer = describe(lm._module).moe_layers[1]
+
+    with lm.trace(use_cache=False, **options) as tracer:
+        with tracer.invoke(TEXTS[0]):
+            chosen = points.layers[layer].expert_ids[0, -1, 0].clone().save()
+            plain_own = lm.output.logits[:, -1].save()
+        with tracer.invoke(TEXTS[1]):
+            shape = points.layers[layer].expert_out.shape[:2]
+            shape.save()
+            plain_other = lm.output.logits[:, -1].save()
+    expert = int(chosen)
+    with lm.trace(use_cache=False, **options) as tracer:
+        with tracer.invoke(TEXTS[0]):
+            points.layers[layer].gate_weights[:, -1] *= 0.5
+            points.layers[layer].expert(expert).out[:, -1] *= 3.0
+            points.layers[layer].routed_out[:, -1] += 0.1
+            own = lm.output.logits[:, -1].save()
+        with tracer.invoke(TEXTS[1]):
+            other = lm.output.logits[:, -1].save()
+    assert tuple(shape) == (1, len(TEXTS[1]))
+    assert (own - plain_own).abs().max() > 1e-3
+    assert torch.equal(other, plain_other)
+
+    with lm.trace(use_cache=False, **options) as tracer:
+        with tracer.invoke(TEXTS[0]):
+            points.layers[layer].router_logits = points.layers[layer].router_logits.flip(-1)
+            own = lm.output.logits[:, -1].save()
+        with tracer.invoke(TEXTS[1]):
+            other = lm.output.logits[:, -1].save()
+    assert (own - plain_own).abs().max() > 1e-3
+    # Other experts run on other numbers of rows, so kernels may round otherwise.
+    assert (other - plain_other).abs().max() <= 1e-6 * plain_other.abs().max()
+
+
+@both_doors
+@each_family
+def test_an_edit_at_every_step_of_a_generation(door, family, folders):
+    lm, options = door(family)
+    points = trace_points(lm)
+    with moe.wrap(tiny.build(family), tokenizer()) as model:
+        layer = model.layers[1]
+        expert = int(model.run(TEXTS[0]).routing[layer].ids[0, -1, 0])
+        edits = [moe.scale(layer=layer, expert=expert, by=-4.0), moe.scale(layer=layer + 1, expert=1, by=2.0)]
+        ids = torch.tensor([tokenizer()(TEXTS[0])["input_ids"]])
+        plain = model.generate(ids, max_new_tokens=6, do_sample=False)
+        expected = model.generate(ids, edit=edits, max_new_tokens=6, do_sample=False)
+    with lm.generate(max_new_tokens=6, do_sample=False, **options) as tracer:
+        with tracer.invoke(TEXTS[0]):
+            for _ in tracer.iter[:]:
+                points.layers[layer].expert(expert).out *= -4.0
+                points.layers[layer + 1].expert(1).out[:] *= 2.0
+        with tracer.invoke():
+            written = tracer.result.save()
+    assert not torch.equal(plain, expected)
+    assert torch.equal(written, expected)
+
+
+@each_family
+def test_gradients_are_those_of_autograd(family):
+    hf = tiny.build(family)
+    with moe.wrap(hf) as model:
+        layer = model.layers[1]
+        expert = int(model.run(IDS).routing[layer].ids[0, -1, 0])
+        names = ("resid_mid", "router_logits", "gate_weights", "expert_act", "expert_out", "routed_out", "resid_post")
+        run = model.run(IDS, read=[moe.select(name, layers=layer) for name in names], grad=True)
+        expected = torch.autograd.grad(run.logits[:, -1].square().sum(), [run[name, layer] for name in names])
+        slots = run.routing[layer].ids == expert
+    lm = NNsight(hf)
+    with trace_points(lm) as points, lm.trace(input_ids=IDS, use_cache=False):
+        at = points.layers[layer]
+        read = [at.resid_mid, at.router_logits, at.gate_weights, at.expert_act, at.expert_out, at.routed_out]
+        read.append(at.resid_post)
+        loss = lm.output.logits[:, -1].square().sum()
+        with loss.backward():
+            found = [value.grad.clone() for value in reversed(read)]
+            found.save()
+    for name, one, other in zip(names, reversed(found), expected, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max(), name
+    with trace_points(lm) as points, lm.trace(input_ids=IDS, use_cache=False):
+        out = points.layers[layer].expert(expert).out
+        loss = lm.output.logits[:, -1].square().sum()
+        with loss.backward():
+            own = out.grad.save()
+    of_expert = expected[names.index("expert_out")].masked_fill(~slots[..., None], 0).sum(2)
+    assert of_expert.abs().max() > 0
+    assert (own - of_expert).abs().max() <= 1e-5 * of_expert.abs().max()
+
+
+@both_doors
+def test_values_flow_from_trace_to_trace_of_a_session(door):
+    lm, options = door("qwen3_moe")
+    points = trace_points(lm)
+    layer = describe(lm._module).moe_layers[0]
+    text = TEXTS[0]
+    with lm.session(**options):
+        with lm.trace(text, use_cache=False):
+            there = points.layers[layer].routed_out.clone()
+        with lm.trace(text[::-1], use_cache=False):
+            points.layers[layer].routed_out = there
+            moved = points.layers[layer].moe_out.clone().save()
+    with moe.wrap(tiny.build("qwen3_moe"), tokenizer()) as model:
+        first = model.run(text, read=moe.select("moe_out", layers=layer))
+        second = model.run(text[::-1], read=moe.select("moe_out", layers=layer))
+    assert torch.equal(moved, first["moe_out", layer]) and not torch.equal(moved, second["moe_out", layer])
+
+
+@each_family
+def test_stock_modules_are_exact_in_bfloat16(family):
+    hf = tiny.build(family, dtype=torch.bfloat16)
+    spec = describe(hf)
+    layer = spec.moe_layers[1]
+    with moe.wrap(hf) as model:
+        run = model.run(IDS, read=["expert_out", "expert_act"])
+        expert = int(run.routing[layer].ids[0, -1, 0])
+        edited = model.run(IDS, edit=moe.scale(layer=layer, expert=expert, by=2.0)).logits
+    lm = NNsight(hf)
+    points = stock_points(lm, reached(spec))
+    with torch.no_grad(), lm.trace(input_ids=IDS, use_cache=False):
+        for number in spec.moe_layers:
+            points.layers[number].expert_act = points.layers[number].expert_act.clone()
+            points.layers[number].expert_out = points.layers[number].expert_out.clone()
+        same = lm.output.logits.save()
+    with torch.no_grad(), lm.trace(input_ids=IDS, use_cache=False):
+        act = points.layers[layer].expert_act.clone().save()
+        out = points.layers[layer].expert_out.clone().save()
+        points.layers[layer].expert(expert).out *= 2.0
+        logits = lm.output.logits.save()
+    assert torch.equal(same, run.logits)
+    assert torch.equal(out, run["expert_out", layer]) and torch.equal(act, run["expert_act", layer])
+    assert not torch.equal(edited, run.logits) and torch.equal(logits, edited)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", ["gpt_oss", "olmoe"])
+def test_neurons_are_met_in_every_implementation_of_experts(family, implementation):
+    hf = tiny.build(family)
+    with moe.wrap(hf) as model:
+        layer = model.layers[0]
+        run = model.run(IDS, read="expert_act")
+        edited = model.run(IDS, edit=moe.apply("expert_act", lambda act: act * 1.5, layers=layer)).logits
+    hf.set_experts_implementation(implementation)
+    lm = NNsight(hf)
+    points = stock_points(lm, reached(describe(hf)))
+    with torch.no_grad(), lm.trace(input_ids=IDS, use_cache=False):
+        act = points.layers[layer].expert_act.clone().save()
+        points.layers[layer].expert_act *= 1.5
+        logits = lm.output.logits.save()
+    assert (act - run["expert_act", layer]).abs().max() <= 1e-5
+    assert (logits - edited).abs().max() <= 1e-5 * edited.abs().max()
+
+
+def test_points_and_nnsight_own_places_in_one_trace():
+    hf = tiny.build("mixtral")
+    lm = NNsight(hf)
+    points = trace_points(lm)
+    with lm.trace(input_ids=IDS, use_cache=False):
+        given = lm.model.layers[1].mlp.gate.input.clone().save()
+        logits = points.layers[1].router_logits.clone().save()
+        returned = lm.model.layers[1].mlp.gate.output[0].clone().save()
+        out = points.layers[1].expert_out.clone().save()
+        block = lm.model.layers[1].mlp.output.clone().save()
+    with moe.wrap(hf) as model:
+        run = model.run(IDS, read=["moe_in", "router_logits", "expert_out", "moe_out"])
+    assert torch.equal(given.view(2, 9, -1), run["moe_in", 1])
+    assert torch.equal(logits, run["router_logits", 1]) and torch.equal(returned.view(2, 9, -1), logits)
+    assert torch.equal(out, run["expert_out", 1]) and torch.equal(block, run["moe_out", 1])
+
+
+def test_a_closed_model_is_plain_again():
+    hf = tiny.build("deepseek_v3")
+    keys, before = [*hf.state_dict()], hf(IDS).logits
+    lm = NNsight(hf)
+    config = hf.model.layers[2].mlp.experts.config
+    with trace_points(lm) as points:
+        with lm.trace(input_ids=IDS, use_cache=False):
+            points.layers[2].expert(0).out[:] = 1.0
+        assert hf.model.layers[2].mlp.experts.config is not config
+    assert [*hf.state_dict()] == keys and hf.model.layers[2].mlp.experts.config is config
+    assert not any("moe_points" in name for name, _ in hf.named_modules())
+    assert torch.equal(hf(IDS).logits, before)
+    with lm.trace(input_ids=IDS, use_cache=False):
+        logits = lm.output.logits.save()
+    assert torch.equal(logits, before)
+
+
+def test_a_model_that_is_open_already_is_left_open():
+    hf = tiny.build("olmoe")
+    with moe.wrap(hf) as model:
+        lm = NNsight(hf)
+        with trace_points(lm) as points, lm.trace(input_ids=IDS, use_cache=False):
+            out = points.layers[1].expert_out.clone().save()
+        assert torch.equal(model.run(IDS, read="expert_out")["expert_out", 1], out)
+
+
+def test_a_block_that_is_replaced_is_seen_by_nnsight():
+    from tests.tiny_types import build
+
+    hf = build("llama4_text")
+    with moe.wrap(hf) as model:
+        layer = model.layers[0]
+        run = model.run(IDS % 60, read=["expert_out", "moe_out"])
+    lm = NNsight(hf)
+    with trace_points(lm) as points, lm.trace(input_ids=IDS % 60, use_cache=False):
+        out = points.layers[layer].expert_out.clone().save()
+        block = lm.get(describe(hf).layers[layer].moe.block).output[0].clone().save()
+    assert torch.equal(out, run["expert_out", layer])
+    assert torch.equal(block.view_as(run["moe_out", layer]), run["moe_out", layer])
+
+
+@pytest.mark.parametrize(
+    "use, error, text",
+    [
+        (lambda points: points.layers[9], UnknownName, "unknown layer 9: expected a layer from 0 to 3"),
+        (lambda points: points.layers[1].expert(1), UnknownName, "layer 1 has no experts"),
+        (lambda points: points.layers[2].expert(8), UnknownName, "unknown expert 8 at layer 2: expected an expert"),
+        (lambda points: points.layers[2].heaviest(3), BadInput, "no such rank: expected one from 0 to 2"),
+        (lambda points: points.layers[2].expert_outs, UnknownName, "no point 'expert_outs' of a layer"),
+        (lambda points: points.layers[2].embed, UnknownName, "no point 'embed' of a layer"),
+        (lambda points: setattr(points.layers[2], "gate_weight", 0), UnknownName, "no point 'gate_weight'"),
+        (lambda points: setattr(points.layers[2], "router_scores", IDS), BadInput, "cannot be edited"),
+        (lambda points: points.layers[1].gate_weights, UnknownName, "no point 'gate_weights' at layer 1"),
+        (lambda points: points.layers[2].gate_weights, ValueError, "outside of interleaving"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_refused(use, error, text):
+    with trace_points(NNsight(tiny.build("qwen2_moe"))) as points, pytest.raises(error, match=text):
+        use(points)
+
+
+def test_only_whole_nnsight_models_have_points():
+    hf = tiny.build("olmoe")
+    with pytest.raises(BadInput, match="not an nnsight model.*moe.wrap"):
+        trace_points(hf)
+    lm = NNsight(hf)
+    with pytest.raises(moe.MoEError, match="points of a part of a model"):
+        trace_points(lm.model)
