@@ -46,8 +46,6 @@ POINTS: dict[str, Point] = {
         Point("mlp_out", "B S D", "output of the dense MLP of a layer that is not MoE", Scope.DENSE),
         Point("moe_in", "B S D", "normed input of the MoE block", Scope.MOE),
         Point("router_logits", "B S E", "router logits, before selection; an edit re-routes", Scope.MOE),
-        Point("expert_ids", "B S K", "experts chosen; an edit makes other experts run", Scope.MOE, integer=True),
-        Point("gate_weights", "B S K", "combine weights really used", Scope.MOE),
         Point(
             "router_scores",
             "B S E",
@@ -55,6 +53,8 @@ POINTS: dict[str, Point] = {
             Scope.MOE,
             editable=False,
         ),
+        Point("expert_ids", "B S K", "experts chosen; an edit makes other experts run", Scope.MOE, integer=True),
+        Point("gate_weights", "B S K", "combine weights really used", Scope.MOE),
         Point("expert_act", "B S K F", "expert neurons: input of the down-projection", Scope.MOE),
         Point("expert_out", "B S K D", "unweighted output of each chosen expert", Scope.MOE),
         Point("routed_out", "B S D", "weighted sum over slots", Scope.MOE),

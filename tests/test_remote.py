@@ -271,7 +271,7 @@ def counted(address: str) -> dict[str, int]:
 def test_routing_of_a_thousand_tokens_on_27_layers_takes_few_bytes(tmp_path: Path, address: str):
     """The shape of DeepSeek-V2-Lite's routing: 6 of 64 experts, a large vocabulary; without its dense layer."""
     config = DeepseekV2Config(
-        vocab_size=102_400, hidden_size=32, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=27,
+        vocab_size=8192, hidden_size=32, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=27,
         num_attention_heads=2, num_key_value_heads=2, kv_lora_rank=8, q_lora_rank=None, qk_nope_head_dim=8,
         qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=64, num_experts_per_tok=6, n_shared_experts=1,
         first_k_dense_replace=0, n_group=1, topk_group=1, max_position_embeddings=1024,

@@ -111,6 +111,71 @@ def test_an_edit_at_every_step_of_a_generation(door, family, folders):
     assert torch.equal(written, expected)
 
 
+@both_doors
+def test_steps_are_told_apart_whatever_was_read_in_earlier_ones(door):
+    lm, options = door("qwen3_moe")
+    points = trace_points(lm)
+    layer = describe(lm._module).moe_layers[1]
+    with lm.generate(max_new_tokens=5, do_sample=False, **options) as tracer:
+        with tracer.invoke(TEXTS[0]):
+            found = []
+            for step in tracer.iter[1:4]:
+                at = points.layers[layer]
+                if step == 2:
+                    found.append(at.expert_out.clone())
+                elif step == 3:
+                    found.append(at.expert_act.clone())
+                else:
+                    found.append(at.routed_out.clone())
+            found.save()
+        with tracer.invoke():
+            ids = tracer.result.save()
+    start = len(TEXTS[0])
+    with moe.wrap(tiny.build("qwen3_moe"), tokenizer()) as model:
+        run = model.run(ids, read=["routed_out", "expert_out", "expert_act"])
+    for step, name, value in zip((1, 2, 3), ("routed_out", "expert_out", "expert_act"), found, strict=True):
+        at = start + step - 1
+        assert torch.allclose(value, run[name, layer][:, at : at + 1], rtol=1e-4, atol=1e-5), name
+
+
+@both_doors
+def test_what_the_experts_were_called_with_is_read_late_and_not_edited(door):
+    lm, options = door("qwen2_moe")
+    points = trace_points(lm)
+    layer = describe(lm._module).moe_layers[1]
+    with moe.wrap(tiny.build("qwen2_moe"), tokenizer()) as model:
+        run = model.run(TEXTS[0])
+        expert = int(run.routing[layer].ids[0, -1, 0])
+        expected = model.run(TEXTS[0], edit=moe.ablate(layer=layer, expert=expert, positions=-1)).logits
+    with lm.trace(TEXTS[0], use_cache=False, **options):
+        points.layers[layer].expert(expert).out[:, -1] = 0
+        ids = points.layers[layer].expert_ids.save()
+        weights = points.layers[layer].gate_weights.save()
+        weight = points.layers[layer].expert(expert).weight.save()
+        used = points.layers[layer].expert(expert).used.save()
+        logits = lm.output.logits.save()
+    route = run.routing[layer]
+    assert (logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert torch.equal(ids, route.ids) and torch.equal(weights, route.weights)
+    assert torch.equal(weight, route.weights.masked_fill(route.ids != expert, 0).sum(-1))
+    assert torch.equal(used, (route.ids == expert).any(-1))
+    passed = pytest.raises(Exception, match="a value has passed: expected edits of expert_ids and gate_weights before")
+    with passed, lm.trace(TEXTS[0], use_cache=False, **options):
+        points.layers[layer].expert_out.save()
+        points.layers[layer].gate_weights[:, -1] = 0
+    with passed, lm.trace(TEXTS[0], use_cache=False, **options):
+        points.layers[layer].expert_out.save()
+        points.layers[layer].gate_weights += 1.0
+    with passed, lm.trace(TEXTS[0], use_cache=False, **options):
+        points.layers[layer].routed_out.save()
+        points.layers[layer].expert_ids.mul_(2)
+    over = pytest.raises(Exception, match="ran past it")
+    with over, lm.trace(TEXTS[0], use_cache=False, **options):
+        points.layers[layer].expert_out.save()
+        points.layers[layer + 1].resid_mid.save()
+        points.layers[layer].expert_ids.save()
+
+
 @each_family
 def test_gradients_are_those_of_autograd(family):
     hf = tiny.build(family)

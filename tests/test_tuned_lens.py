@@ -337,7 +337,8 @@ def test_what_is_held_out_decides_and_each_layer_keeps_its_best(monkeypatch):
     with opened() as model:
         lens = train_tuned_lens(model, CORPUS, **options)
         kept = [lens.into(layer) for layer in lens.layers]
-        runs = Pass(model, HELD_OUT, Options(batch_tokens=100)).runs(tuned_module.stream_reads(lens.layers), "again")
+        going = Pass(model, HELD_OUT, Options(batch_tokens=100))
+        runs = going.runs(tuned_module.stream_reads(lens.layers), "again", output=True)
         again = real(model, [kept], lens.layers, runs, len(HELD_OUT))
     best = np.min(seen, axis=0)
     assert (np.argmin(seen, axis=0) < len(seen) - 1).any()  # some layer was better before the end

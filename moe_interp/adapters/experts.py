@@ -36,8 +36,8 @@ class Tap(Protocol):
     def live(self, name: str) -> bool:
         """Whether anybody reads or edits the point."""
 
-    def scores(self) -> None:
-        """Show the router scores of the logits that went through last."""
+    def missed(self, name: str) -> None:
+        """The point's value has gone by, and nobody took it."""
 
     def choose(self, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest of the scores [T, E] and whose they are [T, k], under edits of the selection."""
@@ -107,9 +107,10 @@ def run_experts(
     slots = ids.shape[-1]
     ids = tap("expert_ids", ids)
     weights = tap("gate_weights", weights)
-    tap.scores()
     experts = tap.experts(experts)
     on_act = (lambda act: tap("expert_act", act, slots)) if tap.live("expert_act") else None
+    if on_act is None:
+        tap.missed("expert_act")
     if weights_on == "input":
         rows = (hidden[:, None] * weights[..., None]).flatten(0, 1).to(hidden.dtype)
         outputs = tap("expert_out", kernel.outputs(experts, rows, ids.reshape(-1, 1), on_act), slots)
@@ -119,6 +120,7 @@ def run_experts(
         outputs = tap("expert_out", kernel.outputs(experts, hidden, ids, on_act), slots)
     else:
         outputs = _outputs_of(kernel, experts, hidden, ids, kept)
+        tap.missed("expert_out")
     total = added_in_turn(outputs, ids, weights) if in_turn else weighted_sum(outputs, weights, hidden.dtype)
     return tap("routed_out", total)
 

@@ -50,12 +50,15 @@ class Pass:
         self.batches = batches(model, corpus, **limits)  # type: ignore[arg-type]
         self.special = [] if self.options.special_tokens else special_ids(model)
 
-    def runs(self, read: Reads, title: str, skip: int = 0) -> Iterator[tuple[Run, Batch]]:
-        """Every batch but the first ``skip`` with its run, whose masks leave out what does not count."""
+    def runs(self, read: Reads, title: str, skip: int = 0, output: bool = False) -> Iterator[tuple[Run, Batch]]:
+        """Every batch but the first ``skip`` with its run, whose masks leave out what does not count.
+
+        Runs keep no logits unless ``output`` says so.
+        """
         with tqdm(total=len(self.corpus), desc=title, unit="document") as progress:
             for number, batch in enumerate(self.batches):
                 if number >= skip:
-                    yield counted(self.model.run(batch.inputs, read=read), self.special), batch
+                    yield counted(self.model.run(batch.inputs, read=read, output=output), self.special), batch
                 progress.update(len(batch.documents))
 
     @property

@@ -21,7 +21,7 @@ def routing_map(model: MoEModel, text: str) -> xr.Dataset:
     Raises:
         BadInput: an empty text, one over the context length, or a model without a tokenizer.
     """
-    run = model.run(text)
+    run = model.run(text, output=False)
     kept = run.mask[0].cpu()
     experts, shares = zip(*(_heaviest(run.routing[layer], kept) for layer in model.layers), strict=True)
     ids = [] if run.token_ids is None else run.token_ids[0].cpu()[kept].tolist()

@@ -145,7 +145,7 @@ def _documents(model: MoEModel, batch: Batch, layers: tuple[int, ...]) -> Iterat
     together = max(1, _HELD // (values * model.dtype.itemsize))
     for first in range(0, len(layers), together):
         part = layers[first : first + together]
-        run = model.run(batch.inputs, read=[select(name, layers=part) for name in points])
+        run = model.run(batch.inputs, read=[select(name, layers=part) for name in points], output=False)
         for layer in part:
             for row in range(len(batch.documents)):
                 yield row, layer, _slots(run, layer, row)

@@ -389,7 +389,8 @@ def tuned_lens_quality(
     plain = Translator(torch.zeros_like(lens.weight[0]), torch.zeros_like(lens.bias[0]))
     lenses = [[plain] * len(lens.layers), [lens.into(layer) for layer in lens.layers]]
     going = Pass(model, corpus, Options(max_tokens=max_tokens, batch_tokens=batch_tokens))
-    sums = measure(model, lenses, lens.layers, going.runs(stream_reads(lens.layers), "tuned lens"), len(corpus))
+    runs = going.runs(stream_reads(lens.layers), "tuned lens", output=True)
+    sums = measure(model, lenses, lens.layers, runs, len(corpus))
     seen = sums.tokens > 0
     if not seen.any():
         raise BadInput("nothing to measure", expected="a document with a token that is not special", got="none")

@@ -5,6 +5,7 @@ that the server's model has (`moe_interp.hosts.stock`).
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Interleaver, Mediator
@@ -16,7 +17,7 @@ from moe_interp.hosts.local import ATTRIBUTE, LocalHost, attribute_of, close_hos
 from moe_interp.hosts.sending import sent
 from moe_interp.hosts.stock import reached, stock_points
 from moe_interp.hosts.taps import HookPoint
-from moe_interp.hosts.traces import Spot, TracePoints, check_there
+from moe_interp.hosts.traces import OF_EXPERTS, Spot, TracePoints, check_there
 
 
 class Parked:
@@ -35,6 +36,11 @@ class Parked:
         """Whether one still may."""
         return bool(self.interleaver.interleaving and self.interleaver.busy)
 
+    def missed(self) -> None:
+        """A value has gone by: nnsight counts visits, to tell the steps of a generation apart."""
+        if self.later:
+            self.interleaver.counts[self.location] = self.interleaver.counts.get(self.location, 0) + 1
+
 
 class HookReach:
     """Points by hook points.
@@ -49,6 +55,7 @@ class HookReach:
         self.host: LocalHost | None = None
         self.envoys: dict[tuple[str, int | None], Envoy] = {}
         self.parked: list[tuple[HookPoint, Parked]] = []
+        self.seen: WeakKeyDictionary[Any, dict[int, int]] = WeakKeyDictionary()  # visits, by block and layer
 
     def sent(self) -> tuple[Any, ...]:
         """What is sent to a server in place of the points."""
@@ -62,7 +69,24 @@ class HookReach:
         """
         check_there(self.spec, name, layer)
         location = f"{self._envoy(name, layer).path}.input"
+        if layer is not None and name in OF_EXPERTS:
+            mediator = Mediator.current(location)
+            self.seen.setdefault(mediator, {})[layer] = mediator.occurrence(self._end(layer))
         return Spot(location, lambda raw: raw[0][0], lambda raw, new: ((new,), {}), direct=True)
+
+    def late(self, name: str, layer: int) -> Tensor | None:
+        """Ids or weights of the experts that this block has looked at in this visit of the layer, if it has."""
+        location = f"{self._path(name, layer)}.input"
+        mediator = Mediator.current(location)
+        visit = mediator.occurrence(self._end(layer))
+        if self.seen.get(mediator, {}).get(layer) != visit or mediator.occurrence(location) <= visit:
+            return None
+        ids, weights = self.slots(layer)
+        return ids if name == "expert_ids" else weights
+
+    def _end(self, layer: int) -> str:
+        """Where a visit of a layer ends."""
+        return f"{self.lm.path}.{self.spec.layers[layer].path}.output"
 
     def slots(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Expert ids and, once they are known, weights [B, S, K] of the rows of this block."""

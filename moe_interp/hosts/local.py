@@ -75,7 +75,11 @@ class LocalHost:
 
     def _embedded(self, module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:
         point = self.point("embed", None)
-        return point(value) if point.live else None
+        if point.live:
+            return point(value)
+        for watcher in point.watchers:
+            watcher.missed()
+        return None
 
     def _replace(self, taps: Taps) -> None:
         """Put our own computation of experts or block in place of the model's."""

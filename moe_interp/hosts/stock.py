@@ -258,6 +258,16 @@ class StockReach:
         _, ids, weights = self.call(layer).args
         return texts(ids), texts(weights)
 
+    def late(self, name: str, layer: int) -> Tensor | None:
+        """Ids or weights of the experts that this block has looked at in this visit of the layer, if it has."""
+        path = self.path(self.spec.moe(layer).experts)
+        mediator = Mediator.current(path)
+        visit = mediator.occurrence(f"{self.path(self.spec.layers[layer].path)}.output")
+        call = self.calls.get(mediator, {}).get(layer)
+        if call is None or call.visit != visit or mediator.occurrence(f"{path}.input") <= visit:
+            return None
+        return texts(call.args[1 if name == "expert_ids" else 2])
+
     def _of_experts(self, name: str, layer: int) -> Spot:
         path = self.path(self.spec.moe(layer).experts)
         if name in ("expert_ids", "gate_weights"):

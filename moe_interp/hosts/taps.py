@@ -38,6 +38,9 @@ class Watcher(Protocol):
     def later(self) -> bool:
         """Whether one may be taken before the forward pass ends."""
 
+    def missed(self) -> None:
+        """A value has gone by that was not taken."""
+
 
 class HookPoint(nn.Module):
     """Identity. What a forward hook on it returns goes on through the model in place of the value.
@@ -83,7 +86,6 @@ class Taps:
         self.points = nn.ModuleDict({name: HookPoint() for name in layer.sites})
         self.grid = (0, 0)  # B, S of the forward pass under way
         self.rows: Tensor | None = None  # [B, S], True at the tokens that the mixture sees; None: all
-        self.logits: Tensor | None = None
         self.ids: Tensor | None = None  # [B, S, K], the experts that run in the forward pass under way
         self.weights: Tensor | None = None  # [B, S, K], and their weights, without gradients
         self.in_turn = False  # whether outputs are added up as transformers' loop over experts does
@@ -109,10 +111,16 @@ class Taps:
         """Whether anything may want the point's value before the forward pass ends."""
         return name in self.points and self.points[name].awaited  # type: ignore[return-value]
 
+    def missed(self, name: str) -> None:
+        """The point's value has gone by, and nobody took it."""
+        for watcher in self.points[name].watchers if name in self.points else ():  # type: ignore[union-attr]
+            watcher.missed()
+
     def __call__(self, name: str, value: Tensor, slots: int | None = None) -> Tensor:
         """The value after its hook point: shown as [B, S, (K,) ...], returned in the shape it came in."""
         if name == "router_logits":
-            value = self.logits = self._through(name, value, slots)
+            value = self._through(name, value, slots)
+            self._show_scores(value)
             return value
         if name == "expert_ids":
             self._check_chose()
@@ -125,6 +133,7 @@ class Taps:
 
     def _through(self, name: str, value: Tensor, slots: int | None) -> Tensor:
         if not self.live(name):
+            self.missed(name)
             return value
         middle = (slots,) if slots else (self.streams,) if name in RESIDUAL and self.streams > 1 else ()
         rows = self.rows if name in INSIDE else None
@@ -205,8 +214,9 @@ class Taps:
         needed = self.live("expert_act") or self.live("expert_out") or torch.is_grad_enabled()
         return None if needed or not self.drops else weights != 0
 
-    def scores(self) -> None:
+    def _show_scores(self, logits: Tensor) -> None:
         """Show the scores that weights come from; they are read, never replaced."""
-        logits, self.logits = self.logits, None
-        if logits is not None and self.layer.moe and self.live("router_scores"):
-            self("router_scores", router_scores(self.layer.moe.scoring, logits))
+        if self.layer.moe and self.live("router_scores"):
+            self._through("router_scores", router_scores(self.layer.moe.scoring, logits), None)
+        else:
+            self.missed("router_scores")

@@ -12,6 +12,7 @@ where this package is not installed.
 """
 
 import operator
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -24,6 +25,10 @@ from torch import Tensor
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.errors import BadInput, UnknownName
 from moe_interp.points import POINTS, Scope, editable
+
+OF_EXPERTS = ("expert_act", "expert_out", "routed_out")
+CALLED_WITH = ("expert_ids", "gate_weights")
+"""Points inside a call of experts, and what it is called with: known, and read, as long as the layer runs."""
 
 
 class Spot(NamedTuple):
@@ -53,6 +58,9 @@ class Reach(Protocol):
 
     def slots(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Expert ids and, once they are known, weights [B, S, K] of the rows of this block."""
+
+    def late(self, name: str, layer: int) -> Tensor | None:
+        """Ids or weights of the experts that this block has looked at in this visit of the layer, if it has."""
 
     def sent(self) -> tuple[Any, ...]:
         """How the points are pickled: a function and its arguments."""
@@ -91,12 +99,33 @@ def _version(value: Tensor) -> int | None:
     return None if value.is_inference() else value._version
 
 
+class Passed(Tensor):
+    """A value that the model has gone on with: it can be read and no longer edited."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        written = name == "__setitem__" or re.fullmatch(r"__i(?!nt|nvert|ndex)\w+__|\w*[a-z0-9]_", name)
+        if written and isinstance(args[0], Passed):
+            raise BadInput(
+                "a value has passed",
+                expected="edits of expert_ids and gate_weights before expert_act, expert_out and routed_out",
+                got=f"{name} on one that the experts have been called with",
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
 def _point_property(name: str) -> property:
     """A point as an attribute of a layer."""
     found = POINTS[name]
 
     def read(self: "LayerPoints") -> Tensor:
-        return take(self.points.reach.spot(name, self.index), name)
+        late = self.points.reach.late(name, self.index) if name in CALLED_WITH and self.moe else None
+        return take(self.points.reach.spot(name, self.index), name) if late is None else late.as_subclass(Passed)
 
     def write(self: "LayerPoints", value: Tensor) -> None:
         editable(name)
@@ -114,6 +143,11 @@ class LayerPoints:
 
     def __init__(self, points: "TracePoints", index: int):
         self.points, self.index = points, index
+
+    @property
+    def moe(self) -> bool:
+        """Whether it has experts."""
+        return self.points.reach.spec.layers[self.index].moe is not None
 
     def expert(self, expert: int) -> "ExpertPoints":
         """One expert, wherever a token has a slot that holds it.
@@ -188,6 +222,9 @@ class ExpertPoints:
     @property
     def weight(self) -> Tensor:
         """[B, S], its combine weight."""
+        late = self._layer.points.reach.late("gate_weights", self._layer.index)
+        if late is not None:
+            return late.masked_fill(~self._mask(late), 0).sum(dim=-1).as_subclass(Passed)
         return take(self._spot("gate_weights"), self._key("gate_weights"))
 
     @weight.setter
@@ -198,7 +235,8 @@ class ExpertPoints:
     def used(self) -> Tensor:
         """[B, S], True at tokens that it has a slot at; known where ``out`` is."""
         layer = self._layer
-        Mediator.value(layer.points.reach.spot("expert_out", layer.index).location)
+        if layer.points.reach.late("expert_ids", layer.index) is None:
+            Mediator.value(layer.points.reach.spot("expert_out", layer.index).location)
         return self._mask(None).any(dim=-1)
 
     def _key(self, name: str) -> tuple[str, str, int]:

@@ -1,0 +1,75 @@
+"""The examples of the pages about nnsight and servers run as they stand, on a tiny model in place of the checkpoint."""
+
+import linecache
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nnsight.modeling import huggingface
+from nnsight.schema.config import CONFIG
+
+import moe_interp as moe
+from tests import tiny
+from tests.served import saved, server
+
+DOCS = Path(__file__).parent.parent / "docs"
+CHECKPOINT = "allenai/OLMoE-1B-7B-0924"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A checkpoint like the one that the pages name."""
+    found = saved(tiny.build("olmoe"), tmp_path_factory.mktemp("olmoe"))
+    huggingface._ID_CACHE[found] = found
+    return found
+
+
+@pytest.fixture
+def page(folder: str) -> Callable[..., dict[str, Any]]:
+    """Runs the python blocks of a page one after the other; gives the names that they bind."""
+
+    def run(name: str, **names: Any) -> dict[str, Any]:
+        text = (DOCS / name).read_text("utf-8").replace(CHECKPOINT, folder)
+        for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)):
+            file = f"<{name} {number}>"  # nnsight reads the source of a trace
+            linecache.cache[file] = (len(block), None, block.splitlines(keepends=True), file)
+            exec(compile(block, file, "exec"), names)
+        return names
+
+    return run
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server that nnsight takes for its own."""
+    with server() as found:
+        monkeypatch.setattr(CONFIG.API, "HOST", found)
+        yield found
+
+
+def test_the_page_about_nnsight(page):
+    names = page("nnsight.md")
+    lm = names["lm"]
+    with moe.wrap(lm) as model:
+        text = "The capital of France is"
+        plain = model.run(text)
+        assert torch.equal(plain.routing[2].weights, names["weights"])
+        edit = moe.ablate(layer=2, expert=5)
+        assert torch.equal(
+            model.generate(model.encode(text), edit=edit, max_new_tokens=5, do_sample=False), names["ids"]
+        )
+    assert names["slope"].shape == (1, len(text), 64) and names["slope"].abs().max() > 0
+    assert names["first"].shape == names["second"].shape == (1, 96)
+    names["points"].close()
+
+
+def test_the_page_about_servers(page, address):
+    names = page("ndif.md")
+    assert not names["lm"].dispatched
+    assert set(names["run"].routing) == {0, 1, 2, 3}
+    assert names["run"].top_tokens("resid_post", 2).ids.shape == (2, 1, 5)
+    assert isinstance(names["written"], str) and names["weights"].shape[-1] == 3
+    assert names["routes"].attrs
