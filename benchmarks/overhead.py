@@ -4,8 +4,9 @@ A random OLMoE-shaped model; every row is measured in the same run, interleaved:
 order that is shuffled anew, and a row's figure is the median over rounds of its time by the plain time of that round.
 The plain forward stands there twice, so that the second (A/A) shows the noise.
 
-    python benchmarks/overhead.py                     8 x 128 tokens, and one decoding step, each beside other hosts
     python benchmarks/overhead.py --rounds 30 --threads 2
+    python benchmarks/overhead.py --only reads      8 x 128 tokens; step: one decoding step
+    python benchmarks/overhead.py --only doors      the same through nnsight and TransformerLens
     python benchmarks/overhead.py --only edits      what interventions cost, or save
 """
 
@@ -16,12 +17,19 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
+import nnsight
 import torch
+from nnsight import NNsight
 from tqdm import tqdm
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import moe_interp as moe
+from moe_interp.adapters import describe
+from moe_interp.hosts.hooked import trace_points
+from moe_interp.hosts.stock import reached, stock_points
+from moe_interp.hosts.traces import TracePoints
 
 PLAIN = "plain transformers (grouped_mm)"
 Step = Callable[[], object]
@@ -54,40 +62,15 @@ def local(model: moe.MoEModel, read: list[str]) -> Callable[[dict[str, object]],
     return lambda inputs: lambda: model.run(inputs, read=read)
 
 
-def nnsight_points(model: moe.MoEModel, point: str) -> Callable[[dict[str, object]], Step]:
-    """An nnsight trace that saves a hook point at all layers."""
-    import nnsight
-
-    traced = nnsight.NNsight(model.hf)
+def traced(points: TracePoints, lm: NNsight, names: list[str]) -> Callable[[dict[str, object]], Step]:
+    """An nnsight trace that saves these points at all layers."""
 
     def bind(inputs: dict[str, object]) -> Step:
         def step() -> object:
-            with torch.no_grad(), traced.trace(**inputs):
-                saved = nnsight.save([layer.moe_points[point].output.clone() for layer in traced.model.layers])
-            return saved
-
-        return step
-
-    return bind
-
-
-def nnsight_slots(hf: OlmoeForCausalLM) -> Callable[[dict[str, object]], Step]:
-    """What a user of nnsight writes without hook points: every (token, slot) run as a token of its own."""
-    import nnsight
-
-    traced = nnsight.NNsight(hf)
-
-    def bind(inputs: dict[str, object]) -> Step:
-        def step() -> object:
-            with torch.no_grad(), traced.trace(**inputs):
+            with torch.no_grad(), lm.trace(**inputs):
                 saved = nnsight.save([])
-                for layer in traced.model.layers:
-                    hidden, ids, weights = layer.mlp.experts.inputs[0]
-                    slots = ids.shape[-1]
-                    alone = layer.mlp.experts(
-                        hidden.repeat_interleave(slots, 0), ids.reshape(-1, 1), torch.ones_like(weights).reshape(-1, 1)
-                    )
-                    saved.append(alone)
+                for layer in points.layers:
+                    saved.append([getattr(layer, name).clone() for name in names])
             return saved
 
         return step
@@ -95,17 +78,20 @@ def nnsight_slots(hf: OlmoeForCausalLM) -> Callable[[dict[str, object]], Step]:
     return bind
 
 
-def lens_cache() -> Callable[[dict[str, object]], Step]:
-    """TransformerLens' own cache of its own hooks on the same weights; it has no per-expert outputs to cache."""
+def bridge_of(hf: OlmoeForCausalLM) -> Any:
+    """A TransformerLens bridge."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    hf = olmoe()
-    bridge = build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config)
+    return build_bridge_from_module(hf, type(hf).__name__, hf_config=hf.config)
+
+
+def cached(bridge: Any, names: Callable[[str], bool] | None = None) -> Callable[[dict[str, object]], Step]:
+    """A pass of a bridge that caches the hooks of these names (None: all that TransformerLens has)."""
 
     def bind(inputs: dict[str, object]) -> Step:
         def step() -> object:
             with torch.no_grad():
-                return bridge.run_with_cache(inputs["input_ids"])
+                return bridge.run_with_cache(inputs["input_ids"], names_filter=names)
 
         return step
 
@@ -137,7 +123,7 @@ def table(title: str, times: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def rows_for(inputs: dict[str, object], stack: ExitStack, hosts: bool) -> dict[str, Step]:
+def rows_for(inputs: dict[str, object], stack: ExitStack) -> dict[str, Step]:
     """Every row on these inputs; each way in has a model of its own, with the same weights."""
     bare = olmoe()
     model = stack.enter_context(moe.wrap(olmoe()))
@@ -150,14 +136,29 @@ def rows_for(inputs: dict[str, object], stack: ExitStack, hosts: bool) -> dict[s
         "reading every expert_out and expert_act": [*routing, "expert_out", "expert_act"],
     }.items():
         rows[name] = local(model, read)(inputs)
-    if not hosts:
-        return rows
-    watched = stack.enter_context(moe.wrap(olmoe()))
-    for layer in watched.hf.model.layers:
-        layer.moe_points.expert_out.exposed = True
-    rows["nnsight trace of every expert_out hook point"] = nnsight_points(watched, "expert_out")(inputs)
-    rows["nnsight trace that computes the slots itself"] = nnsight_slots(olmoe())(inputs)
-    rows["TransformerLens cache of its own hooks"] = lens_cache()(inputs)
+    return rows
+
+
+def door_rows(inputs: dict[str, object], stack: ExitStack) -> dict[str, Step]:
+    """The same values through every door."""
+    routing = ["expert_ids", "gate_weights"]
+    rows = {PLAIN: plain(olmoe(), inputs), "the same again (A/A)": plain(olmoe(), inputs)}
+    rows["nnsight, a trace of nothing"] = traced(trace_points(lm := NNsight(olmoe())), lm, [])(inputs)
+    for way, make in {
+        "points": trace_points,
+        "stock modules, as on a server": lambda lm: stock_points(lm, reached(describe(lm._module))),
+    }.items():
+        lm = NNsight(olmoe())
+        points = make(lm)
+        rows[f"nnsight, {way}: ids and gate weights"] = traced(points, lm, routing)(inputs)
+        rows[f"nnsight, {way}: every expert_out"] = traced(points, lm, ["expert_out"])(inputs)
+    rows["TransformerLens, nothing cached"] = cached(bridge_of(olmoe()), lambda name: False)(inputs)
+    rows["TransformerLens, all its own hooks"] = cached(bridge_of(olmoe()))(inputs)
+    bridge = bridge_of(olmoe())
+    door = stack.enter_context(moe.attach(bridge))
+    rows["TransformerLens attached, nothing cached"] = cached(bridge, lambda name: False)(inputs)
+    rows["TransformerLens attached: ids and gate weights"] = cached(bridge, door.names(*routing))(inputs)
+    rows["TransformerLens attached: every expert_out"] = cached(bridge, door.names("expert_out"))(inputs)
     return rows
 
 
@@ -188,25 +189,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=["reads", "edits"])
+    parser.add_argument("--only", choices=["reads", "step", "doors", "edits"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     random.seed(0)
     ids = torch.randint(1000, (8, 128), generator=torch.Generator().manual_seed(0))
     print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, {options.rounds} rounds\n")
-    if options.only != "reads":
+    inputs = {"input_ids": ids, "use_cache": False}
+    tables = {
+        "reads": (rows_for, inputs, "8 x 128 tokens", 1),
+        "step": (rows_for, decoding_step(ids), "one decoding step after 128 tokens, batch of 8", 5),
+        "doors": (door_rows, inputs, "8 x 128 tokens, through every door", 1),
+        "edits": (edit_rows, inputs, "8 x 128 tokens, under edits", 1),
+    }
+    for name in [options.only] if options.only else tables:
+        make, given, title, times = tables[name]
         with ExitStack() as stack:
-            rows = edit_rows({"input_ids": ids, "use_cache": False}, stack)
-            print(table("8 x 128 tokens, under edits", measure(rows, options.rounds)), "\n")
-    if options.only == "edits":
-        return
-    with ExitStack() as stack:
-        rows = rows_for({"input_ids": ids, "use_cache": False}, stack, hosts=True)
-        print(table("8 x 128 tokens", measure(rows, options.rounds)), "\n")
-    with ExitStack() as stack:
-        cached = decoding_step(ids)
-        rows = rows_for(cached, stack, hosts=False)
-        print(table("one decoding step after 128 tokens, batch of 8", measure(rows, 5 * options.rounds)))
+            print(table(title, measure(make(given, stack), times * options.rounds)), "\n", flush=True)
 
 
 def decoding_step(ids: torch.Tensor) -> dict[str, object]:
