@@ -18,6 +18,7 @@ _HOMES = {
     "model": ("MoEModel",),
     "opening": ("wrap",),
     "hosts.hooked": ("trace_points",),
+    "bridge": ("attach",),
     "checkpoint": ("load",),
     "adapters": ("Family", "register_adapter"),
     "run": ("Routing", "Run", "select"),
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
     from moe_interp.analyses.tuned_lens import TunedLens, tuned_lens, tuned_lens_quality
     from moe_interp.analyses.tuned_training import train_tuned_lens
     from moe_interp.analyses.vocabulary import vocabulary_specialization
+    from moe_interp.bridge import attach
     from moe_interp.checkpoint import load
     from moe_interp.data import Corpus, read_corpus, sample
     from moe_interp.errors import MoEError
@@ -162,6 +164,7 @@ __all__ = [
     "ablate",
     "activation_patching",
     "apply",
+    "attach",
     "attribution_patching",
     "bias",
     "causal_trace",
