@@ -66,6 +66,13 @@ _HOMES = {
     "views.profile": ("profile", "profile_page"),
     "analyses.lens": ("expert_lens",),
     "analyses.attribution": ("logit_attribution",),
+    "analyses.expert_stacks": (
+        "decompose_resid",
+        "get_act_patch_expert_out",
+        "logit_attrs",
+        "logit_directions",
+        "stack_expert_results",
+    ),
     "analyses.similarity": ("ensemble_similarity",),
     "analyses.perplexity": ("perplexity",),
     "views.report": ("report",),
@@ -90,6 +97,13 @@ if TYPE_CHECKING:
     from moe_interp.analyses.coalitions import coalitions
     from moe_interp.analyses.collect import collect
     from moe_interp.analyses.effects import expert_effects
+    from moe_interp.analyses.expert_stacks import (
+        decompose_resid,
+        get_act_patch_expert_out,
+        logit_attrs,
+        logit_directions,
+        stack_expert_results,
+    )
     from moe_interp.analyses.labels import routing_by_label, spans
     from moe_interp.analyses.lens import expert_lens
     from moe_interp.analyses.means import mean_contributions
@@ -171,6 +185,7 @@ __all__ = [
     "coactivation",
     "coalitions",
     "collect",
+    "decompose_resid",
     "ensemble_similarity",
     "expert_effects",
     "expert_lens",
@@ -178,8 +193,11 @@ __all__ = [
     "expert_similarity",
     "force",
     "from_json",
+    "get_act_patch_expert_out",
     "load",
     "logit_attribution",
+    "logit_attrs",
+    "logit_directions",
     "mask",
     "mean_contributions",
     "neuron_lens",
@@ -210,6 +228,7 @@ __all__ = [
     "share",
     "shared_experts",
     "spans",
+    "stack_expert_results",
     "steer",
     "super_experts",
     "swap",

@@ -264,6 +264,8 @@ def test_a_bridge_can_be_wrapped_and_analysed():
     lens = tiny("olmoe")
     with moe.wrap(lens) as model, moe.wrap(plain("olmoe")) as other:
         assert model.hf is lens.original_model
+        got, expected = (moe.logit_attribution(one, IDS[0], [7, 8]) for one in (model, other))
+        assert (got["attribution"] - expected["attribution"]).max() == 0
         got, expected = (one.run(IDS, edit=moe.top_k(5)).logits for one in (model, other))
         assert torch.equal(got, expected)
 
@@ -366,6 +368,8 @@ def test_what_is_no_bridge_or_attached_already_is_refused():
     lens = tiny("olmoe")
     with moe.attach(lens), pytest.raises(moe.MoEError, match="attached already"):
         moe.attach(lens)
+    with pytest.raises(moe.MoEError, match="the bridge is not attached"):
+        moe.stack_expert_results(lens.run_with_cache(IDS)[1])
 
 
 def test_folded_weights_and_renamed_hooks_are_refused():
