@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from moe_interp.errors import BadInput
+from moe_interp.hosts import close_host, open_host
 from moe_interp.opening import is_bridge, wrap
 from moe_interp.points import POINTS
 
@@ -29,10 +30,11 @@ class Attached:
         from moe_interp.hosts.bridge import BridgeHost
 
         self.bridge, self.model = bridge, wrap(bridge)
+        opened = open_host(self.model.hf, self.model.spec)  # it stays open if somebody closes the model
         try:
-            self._host = BridgeHost(bridge, self.model._host)
+            self._host = BridgeHost(bridge, opened)
         except BaseException:
-            self.model.close()
+            self._close()
             raise
         self.hook_names = self._host.hook_names
 
@@ -62,7 +64,11 @@ class Attached:
         if _ATTACHED.get(self.bridge) is self:
             del _ATTACHED[self.bridge]
             self._host.remove()
-            self.model.close()
+            self._close()
+
+    def _close(self) -> None:
+        close_host(self.model.hf)
+        self.model.close()
 
     def __enter__(self) -> "Attached":
         return self

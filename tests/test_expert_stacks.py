@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_interp as moe
-from tests.bridges import bridge, plain
+from tests.bridges import bridge, bridged, plain
 from tests.tiny import FAMILIES
+from tests.tiny_types import build
 
 IDS = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(5))
 NEXT = IDS.roll(-1, dims=1)
@@ -156,6 +157,7 @@ def test_positions_are_sliced_and_caches_of_one_text_have_no_batch():
         assert projected.shape == (3 * 9, 2)
         _, one = lens.run_with_cache(IDS[:1], remove_batch_dim=True)
         assert error(moe.decompose_resid(one), whole[:, 0]) < 1e-5
+        assert torch.equal(moe.decompose_resid(one, pos_slice=(2, 5)), moe.decompose_resid(one)[:, 2:5])
         shares = moe.logit_attrs(one, moe.decompose_resid(one), NEXT[0])
         assert error(shares.sum(0), logits[0].gather(1, NEXT[0][:, None]).squeeze(1)) < 1e-5
 
@@ -200,13 +202,15 @@ def test_what_cannot_be_stacked_is_refused():
                 wrong()
 
 
-def test_a_model_that_does_not_add_plainly_is_refused():
-    from tests.bridges import bridged
-    from tests.tiny_types import build
-
-    lens = bridged(build("granitemoe"))
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [("granitemoe", "is not the plain sum of its parts"), ("switch_transformers", "no next token to predict")],
+)
+def test_a_model_that_does_not_add_plainly_or_has_two_stacks_is_refused(model_type, says):
+    lens = bridged(build(model_type))
+    more = {"decoder_input": IDS} if model_type == "switch_transformers" else {}
     with moe.attach(lens):
-        _, values = lens.run_with_cache(IDS)
+        _, values = lens.run_with_cache(IDS, **more)
         for stack in (moe.stack_expert_results, moe.decompose_resid):
-            with pytest.raises(moe.MoEError, match="is not the plain sum of its parts"):
+            with pytest.raises(moe.MoEError, match=says):
                 stack(values)

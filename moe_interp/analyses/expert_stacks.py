@@ -124,7 +124,7 @@ def stack_expert_results(
     Raises:
         BadInput: the bridge is not attached, an unknown option, or no such layer.
         UnknownName: the cache lacks a value.
-        UnsupportedModel: a layer that does not add its experts as they are.
+        UnsupportedModel: a layer that does not add its experts as they are, or no causal language model.
     """
     cached = _Cached(cache, pos_slice, directions, by)
     last = _layer(cached.door, layer)
@@ -133,6 +133,7 @@ def stack_expert_results(
         raise BadInput(
             "no experts to stack", expected=f"a layer above {cached.door.model.layers[0]}, or -1 for all", got=str(last)
         )
+    check_writes_text(cached.door.model)
     check_plain(cached.door.model, layers)
     found = [part for one in layers for part in cached.experts(one)]
     if incl_remainder:
@@ -169,12 +170,14 @@ def decompose_resid(
     Raises:
         BadInput: the bridge is not attached, an unknown option, or no such layer.
         UnknownName: the cache lacks a value.
-        UnsupportedModel: a model whose residual is not the plain sum of the embedding and all outputs.
+        UnsupportedModel: a residual that is not the plain sum of the embedding and all outputs, or no causal language
+            model.
     """
     cached = _Cached(cache, pos_slice, directions, by)
     last = _layer(cached.door, layer)
     if mlp_input and last == cached.door.spec.num_layers:
         raise BadInput("no MLP after the last layer", expected=f"mlp_input of a layer below {last}", got=str(last))
+    check_writes_text(cached.door.model)
     check_plain_model(cached.door.model)
     found = [("embed", cached.whole("embed", None))] if incl_embeds else []
     for one in range(last):

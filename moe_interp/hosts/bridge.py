@@ -90,7 +90,7 @@ class FlatPoint(LensPoint):
                 return see(value, hook=hook)
             if value.shape[:2] == (batch, length) or value.shape[:1] != (batch * length,):
                 return see(value, hook=hook)
-            result = see(value.view(batch, length, *value.shape[1:]), hook=hook)
+            result = see(value.reshape(batch, length, *value.shape[1:]), hook=hook)
             return None if result is None else result.reshape(value.shape)
 
         return shown
