@@ -101,7 +101,7 @@ PUBLIC = """
     perplexity profile profile_page randomize read_corpus reference_saturation register_adapter replace report
     router_saturation routing routing_by_label routing_from_counts routing_health routing_map sample scale
     score_audit select share shared_experts spans stack_expert_results steer super_experts swap to_json
-    to_tensorboard token_identity top_k train_tuned_lens transitions tuned_lens tuned_lens_quality
+    to_tensorboard token_identity top_k trace_points train_tuned_lens transitions tuned_lens tuned_lens_quality
     vocabulary_specialization wrap
 """
 
