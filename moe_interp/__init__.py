@@ -18,6 +18,7 @@ _HOMES = {
     "model": ("MoEModel",),
     "opening": ("wrap",),
     "hosts.hooked": ("trace_points",),
+    "bridge": ("attach",),
     "checkpoint": ("load",),
     "adapters": ("Family", "register_adapter"),
     "run": ("Routing", "Run", "select"),
@@ -65,6 +66,13 @@ _HOMES = {
     "views.profile": ("profile", "profile_page"),
     "analyses.lens": ("expert_lens",),
     "analyses.attribution": ("logit_attribution",),
+    "analyses.expert_stacks": (
+        "decompose_resid",
+        "get_act_patch_expert_out",
+        "logit_attrs",
+        "logit_directions",
+        "stack_expert_results",
+    ),
     "analyses.similarity": ("ensemble_similarity",),
     "analyses.perplexity": ("perplexity",),
     "views.report": ("report",),
@@ -89,6 +97,13 @@ if TYPE_CHECKING:
     from moe_interp.analyses.coalitions import coalitions
     from moe_interp.analyses.collect import collect
     from moe_interp.analyses.effects import expert_effects
+    from moe_interp.analyses.expert_stacks import (
+        decompose_resid,
+        get_act_patch_expert_out,
+        logit_attrs,
+        logit_directions,
+        stack_expert_results,
+    )
     from moe_interp.analyses.labels import routing_by_label, spans
     from moe_interp.analyses.lens import expert_lens
     from moe_interp.analyses.means import mean_contributions
@@ -114,6 +129,7 @@ if TYPE_CHECKING:
     from moe_interp.analyses.tuned_lens import TunedLens, tuned_lens, tuned_lens_quality
     from moe_interp.analyses.tuned_training import train_tuned_lens
     from moe_interp.analyses.vocabulary import vocabulary_specialization
+    from moe_interp.bridge import attach
     from moe_interp.checkpoint import load
     from moe_interp.data import Corpus, read_corpus, sample
     from moe_interp.errors import MoEError
@@ -162,12 +178,14 @@ __all__ = [
     "ablate",
     "activation_patching",
     "apply",
+    "attach",
     "attribution_patching",
     "bias",
     "causal_trace",
     "coactivation",
     "coalitions",
     "collect",
+    "decompose_resid",
     "ensemble_similarity",
     "expert_effects",
     "expert_lens",
@@ -175,8 +193,11 @@ __all__ = [
     "expert_similarity",
     "force",
     "from_json",
+    "get_act_patch_expert_out",
     "load",
     "logit_attribution",
+    "logit_attrs",
+    "logit_directions",
     "mask",
     "mean_contributions",
     "neuron_lens",
@@ -207,6 +228,7 @@ __all__ = [
     "share",
     "shared_experts",
     "spans",
+    "stack_expert_results",
     "steer",
     "super_experts",
     "swap",

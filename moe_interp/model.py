@@ -219,8 +219,8 @@ class MoEModel:
             BadInput: edits that contradict each other.
         """
         self._check_open()
-        listed = [one for some in edits for one in listed(some, Intervention)]
-        session = Session(self._host, [*self._standing, *listed], grad=None)
+        given = [one for some in edits for one in listed(some, Intervention)]
+        session = Session(self._host, [*self._standing, *given], grad=None)
         outer, self._sessions = self._sessions, [*self._sessions, session]
         with ExitStack() as stack:
             for other in outer[-1:]:

@@ -17,8 +17,9 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str | None = None, remote: 
     few times.
 
     Args:
-        model: a transformers model; or an nnsight model, of which the transformers model inside is opened.
-        tokenizer: may be None; then only token ids are taken. An nnsight model brings its own.
+        model: a transformers model; or an nnsight model or a TransformerBridge, of which the transformers model inside
+            is opened.
+        tokenizer: may be None; then only token ids are taken. An nnsight model or a bridge brings its own.
         name: for provenance and titles.
         remote: True, or the address of a server: run an nnsight model there, as nnsight's ``remote=`` does. It needs
             no weights here.
@@ -35,6 +36,8 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str | None = None, remote: 
             expected="nnsight.TransformersModel(repo_id, task='text-generation', ...)",
             got=type(model).__name__,
         )
+    if is_bridge(model):
+        return _wrap_bridged(model, tokenizer, name)
     hf = getattr(model, "_orig_mod", model)
     return MoEModel(hf, tokenizer, name) if is_known(hf) or not _has_config(hf) else _wrap_unseen(hf, tokenizer, name)
 
@@ -57,6 +60,19 @@ def _wrap_traced(lm: Any, tokenizer: Any, name: str | None, remote: bool | str) 
             do="Load it with dispatch=True, or moe.wrap(lm, remote=True).",
         )
     return wrap(lm._module, tokenizer or getattr(lm, "tokenizer", None), name=name)
+
+
+def is_bridge(model: Any) -> bool:
+    """Whether a model is a TransformerBridge."""
+    lens = sys.modules.get("transformer_lens.model_bridge")
+    return lens is not None and isinstance(model, lens.TransformerBridge)
+
+
+def _wrap_bridged(bridge: Any, tokenizer: Any, name: str | None) -> MoEModel:
+    from moe_interp.hosts.bridge import check_raw
+
+    check_raw(bridge)
+    return wrap(bridge.original_model, tokenizer or bridge.tokenizer, name=name)
 
 
 def _has_config(hf: nn.Module) -> bool:

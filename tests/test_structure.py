@@ -15,6 +15,7 @@ FLOORS = (
     ("data", "stats", "results"),
     ("audit",),
     ("checkpoint",),
+    ("bridge",),
     ("opening", "restart"),
     ("remote",),
     ("model",),
@@ -93,14 +94,15 @@ def test_opening_a_model_loads_no_other_host_and_no_plotting():
 
 PUBLIC = """
     POINTS ByToken Corpus Family Intervention MoEError MoEModel Routing RoutingCallback RoutingWatch Run
-    TunedLens ablate activation_patching apply attribution_patching bias causal_trace coactivation coalitions
-    collect ensemble_similarity expert_effects expert_lens expert_profiles expert_similarity force from_json
-    load logit_attribution mask mean_contributions neuron_lens noise norm_and_weight patch patch_route
-    path_patching perplexity profile profile_page randomize read_corpus reference_saturation register_adapter
-    replace report router_saturation routing routing_by_label routing_from_counts routing_health routing_map
-    sample scale score_audit select share shared_experts spans steer super_experts swap to_json to_tensorboard
-    token_identity top_k train_tuned_lens transitions tuned_lens tuned_lens_quality vocabulary_specialization
-    wrap
+    TunedLens ablate activation_patching apply attach attribution_patching bias causal_trace coactivation
+    coalitions collect decompose_resid ensemble_similarity expert_effects expert_lens expert_profiles
+    expert_similarity force from_json get_act_patch_expert_out load logit_attribution logit_attrs
+    logit_directions mask mean_contributions neuron_lens noise norm_and_weight patch patch_route path_patching
+    perplexity profile profile_page randomize read_corpus reference_saturation register_adapter replace report
+    router_saturation routing routing_by_label routing_from_counts routing_health routing_map sample scale
+    score_audit select share shared_experts spans stack_expert_results steer super_experts swap to_json
+    to_tensorboard token_identity top_k trace_points train_tuned_lens transitions tuned_lens tuned_lens_quality
+    vocabulary_specialization wrap
 """
 
 

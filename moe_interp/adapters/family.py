@@ -327,6 +327,13 @@ def attribute(module: Any, path: str) -> Any:
     return module
 
 
+def bare(module: nn.Module) -> Any:
+    """The module of transformers inside those that TransformerLens has put around it; else the module itself."""
+    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
+        module = inner
+    return module
+
+
 def text_config(hf: nn.Module) -> Any:
     """The config of the language model in a model."""
     config: Any = hf.config

@@ -14,9 +14,9 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moe_interp.adapters.family import bare
 from moe_interp.analyses.lens import (
     At,
-    Decode,
     by_rank,
     check_adds_up,
     expert_terms,
@@ -132,42 +132,76 @@ def _split_logits(
     model: MoEModel, residual: Float[Tensor, " D"], parts: Float[Tensor, "P D"], ids: Int[Tensor, " N"]
 ) -> tuple[Float[Tensor, "P1 N"], Float[Tensor, " N"]]:
     """The share of every part, and last of the biases, in the logits of some tokens; and these logits."""
-    norm, unembed = (model.hf.get_submodule(path) for path in final_modules(model))
-    if not isinstance(unembed, nn.Linear):
-        raise UnsupportedModel("the unembedding is not linear", expected="nn.Linear", got=type(unembed).__name__)
+    norm, unembed = linear_head(model)
     rows = unembed.weight[ids].float()
     bias = rows.new_zeros(len(ids)) if unembed.bias is None else unembed.bias[ids].float()
-    frozen, constant = _frozen(norm, residual)
-    split = torch.cat([frozen(parts) @ rows.T, (constant @ rows.T + bias)[None]])
+    frozen = freeze(norm, residual)
+    split = torch.cat([frozen(parts) @ rows.T, (frozen.constant @ rows.T + bias)[None]])
     return split * model.spec.logit_scale, unembed(norm(residual))[ids].float() * model.spec.logit_scale
 
 
-def _frozen(norm: nn.Module, residual: Float[Tensor, " D"]) -> tuple[Decode, Float[Tensor, " D"]]:
-    """A norm with its scale frozen at that of ``residual``, which makes it affine: linear part and constant.
+def linear_head(model: MoEModel) -> tuple[nn.Module, nn.Linear]:
+    """The final norm and the unembedding.
+
+    Raises:
+        UnsupportedModel: there is no head, more than a norm before it, or it is not linear.
+    """
+    norm, unembed = (bare(model.hf.get_submodule(path)) for path in final_modules(model))
+    if not isinstance(unembed, nn.Linear):
+        raise UnsupportedModel("the unembedding is not linear", expected="nn.Linear", got=type(unembed).__name__)
+    return norm, unembed
+
+
+class Frozen(NamedTuple):
+    """A norm with its scale frozen, which makes it affine: gain * (x - mean x, if centred) + constant.
+
+    Attributes:
+        gain: [..., D], scale and weight.
+        centred: whether the mean is taken off.
+        constant: [D], its bias.
+    """
+
+    gain: Float[Tensor, "... D"]
+    centred: bool
+    constant: Float[Tensor, " D"]
+
+    def __call__(self, rows: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """Its linear part."""
+        return self.gain * self._centred(rows)
+
+    def back(self, directions: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        """Its transpose: the products of what it gives with ``directions`` are those of its input with these."""
+        return self._centred(self.gain * directions)
+
+    def _centred(self, rows: Tensor) -> Tensor:
+        return rows - rows.mean(-1, keepdim=True) if self.centred else rows
+
+
+def freeze(norm: nn.Module, residual: Float[Tensor, "*rows D"]) -> Frozen:
+    """A norm with its scale frozen at that of each row of ``residual``.
 
     Its gain is found by a probe of alternating signs, which has unit root mean square and no mean. One
-    number, the scale, is then fitted to the norm of the residual itself, and a norm of another form does not
-    fit.
+    number for each row, the scale, is then fitted to the norm of the residual itself, and a norm of another form does
+    not fit.
+
+    Raises:
+        UnsupportedModel: the norm is neither a root-mean-square nor a layer norm.
     """
-    signs = torch.ones_like(residual)
+    signs = torch.ones_like(residual[(0,) * (residual.dim() - 1)])
     signs[1::2] = -1
-    constant = norm(torch.zeros_like(residual)).float()
+    constant = norm(torch.zeros_like(signs)).float()
     gain = (norm(signs).float() - constant) * signs
     target = norm(residual).float() - constant
     for centred in (False, True):
-        direction = _gained(gain, centred)(residual.float())
-        scale = (target @ direction) / (direction @ direction)
+        direction = Frozen(gain, centred, constant)(residual.float())
+        scale = (target * direction).sum(-1, keepdim=True) / (direction * direction).sum(-1, keepdim=True)
         if (target - scale * direction).abs().max() <= tolerance(residual.dtype) * target.abs().max():
-            return _gained(scale * gain, centred), constant
+            return Frozen(scale * gain, centred, constant)
     raise UnsupportedModel(
         "the final norm cannot be frozen",
         expected="a root-mean-square or layer norm",
         got=type(norm).__name__,
     )
-
-
-def _gained(gain: Tensor, centred: bool) -> Decode:
-    return lambda rows: gain * (rows - rows.mean(-1, keepdim=True) if centred else rows)
 
 
 def token_ids(model: MoEModel, tokens: int | str | Sequence[int | str]) -> Int[Tensor, " N"]:

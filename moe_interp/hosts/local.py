@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_interp.adapters.experts import run_experts
+from moe_interp.adapters.family import bare
 from moe_interp.adapters.formats import check_format, is_fp8, plain_function
 from moe_interp.adapters.spec import BlockCall, LayerSpec, ModelSpec
 from moe_interp.errors import UnsupportedModel
@@ -63,11 +64,12 @@ class LocalHost:
             if layer.moe:
                 check_format(self.hf.get_submodule(layer.moe.experts), layer.moe.experts)
         self._run_eagerly()
-        self.hf.add_module(ATTRIBUTE, self.embed)
+        self.hf.add_module(ATTRIBUTE, self.embed.train(self.hf.training))
         if self.spec.embed is not None:
             self.handles.append(self.hf.get_submodule(self.spec.embed).register_forward_hook(self._embedded))
         for taps in self.taps.values():
-            self.hf.get_submodule(taps.layer.path).add_module(attribute_of(taps.layer), taps.points)
+            points = taps.points.train(self.hf.training)
+            self.hf.get_submodule(taps.layer.path).add_module(attribute_of(taps.layer), points)
             self.handles += [attach_grid(self.hf, taps), *attach_modality(self.hf, taps)]
             for name, site in taps.layer.sites.items():
                 self.handles += attach(self.hf, taps, name, site)
@@ -87,7 +89,7 @@ class LocalHost:
         if moe is None:
             return
         site = taps.layer.sites["expert_out"]
-        module: Any = self.hf.get_submodule(site.module)
+        module = bare(self.hf.get_submodule(site.module))
         if isinstance(site, BlockCall):
             self._replace_forward(module, lambda *args, **kwargs: site.forward(module, taps, *args, **kwargs))
         elif asks_registry(module):
@@ -188,7 +190,7 @@ class LocalHost:
         with ExitStack() as stack:
             for layer, k in widths.items():
                 owner, name = self.spec.moe(layer).width or ("", "")
-                router: Any = self.hf.get_submodule(owner)
+                router = bare(self.hf.get_submodule(owner))
                 stack.callback(setattr, router, name, getattr(router, name))
                 setattr(router, name, k)
             yield
@@ -196,7 +198,7 @@ class LocalHost:
     @contextmanager
     def replaced(self, path: str, forward: Callable[..., Any]) -> Iterator[None]:
         """Another forward of a module inside the ``with``."""
-        module: Any = self.hf.get_submodule(path)
+        module = bare(self.hf.get_submodule(path))
         name = "_old_forward" if "_old_forward" in vars(module) else "forward"
         there, before = name in vars(module), vars(module).get(name)
         setattr(module, name, forward)
@@ -214,7 +216,7 @@ class LocalHost:
         before = {layer: self.taps[layer].stand_in for layer in whose}
         try:
             for layer, other in whose.items():
-                self.taps[layer].stand_in = self.hf.get_submodule(self.spec.moe(other).experts)
+                self.taps[layer].stand_in = bare(self.hf.get_submodule(self.spec.moe(other).experts))
             yield
         finally:
             for layer, module in before.items():
