@@ -1,7 +1,7 @@
-"""The same answer through every door: the local host, nnsight here, and nnsight on a server without this package.
+"""The same answer through every door: the local host, nnsight here and on a server, TransformerLens.
 
-The server has the weights, the client none. What the local host reads and edits is held to slow references elsewhere;
-here every point of seven families is read and edited through the other doors and held to it.
+The server has the weights and not this package, the client none. What the local host reads and edits is held to slow
+references elsewhere; here every point of seven families is read and edited through the other doors and held to it.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ from moe_interp.hosts.stock import reached, stock_points
 from moe_interp.hosts.traces import TracePoints
 from moe_interp.points import POINTS
 from tests import tiny
+from tests.bridges import bridge
 from tests.edits import change, one_of_each_point
 from tests.served import saved, server, unloaded
 
@@ -63,12 +64,12 @@ def away(family: str, models: Any, address: str) -> tuple[Any, TracePoints]:
     return partial(lm.trace, {"input_ids": IDS}, use_cache=False, remote=address), trace_points(lm)
 
 
-DOORS = ("here", "stock", "away")
+TRACES = ["here", pytest.param("stock", marks=pytest.mark.slow), "away"]
 
 
 @pytest.fixture
-def door(request: pytest.FixtureRequest, models: Any, address: str) -> Callable[[str], tuple[Any, TracePoints]]:
-    """A way in: from a family to what opens a trace, and the points to use in it."""
+def trace(request: pytest.FixtureRequest, models: Any, address: str) -> Callable[[str], tuple[Any, TracePoints]]:
+    """nnsight's ways in: from a family to what opens a trace, and the points to use in it."""
     name = request.param
     return {"here": here, "stock": stock, "away": partial(away, models=models, address=address)}[name]
 
@@ -100,22 +101,101 @@ def write(points: Any, point: str, layer: int | None, value: Tensor) -> None:
         setattr(points.layers[layer], point, value)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("door", DOORS, indirect=True)
-def test_reads_are_those_of_the_local_host(door, family):
-    trace, points = door(family)
-    for point, layer in one_of_each_point(whole(family).values):
-        with trace() as tracer:
+class Traced:
+    """nnsight, here or on a server."""
+
+    def __init__(self, family: str, trace: Callable[[str], tuple[Any, TracePoints]]):
+        self.trace, self.points = trace(family)
+        self.model = local(family)
+
+    def value(self, point: str, layer: int | None) -> Tensor:
+        """A point's value."""
+        points = self.points
+        with self.trace() as tracer:
             value = read(points, point, layer).clone().save()
             tracer.stop()
-        assert value.shape == whole(family).values[point, layer].shape
-        assert torch.equal(value, whole(family).values[point, layer]), (point, layer)
+        return value
+
+    def edited(self, point: str, layer: int | None, in_place: bool) -> Tensor:
+        """Logits when a point is changed."""
+        points = self.points
+        if in_place:
+            with self.trace() as tracer:
+                value = read(points, point, layer)
+                value[...] = change(point, value)
+                logits = tracer.result.logits.save()
+        else:
+            with self.trace() as tracer:
+                write(points, point, layer, change(point, read(points, point, layer)))
+                logits = tracer.result.logits.save()
+        return logits
+
+
+class Bridged:
+    """TransformerLens. It computes deepseek_v2's attention in its own order, so its own model is what it is held to."""
+
+    def __init__(self, family: str):
+        self.bridge = bridge(family)
+        self.door = moe.attach(self.bridge)
+        self.model = self.door.model
+
+    def value(self, point: str, layer: int | None) -> Tensor:
+        """A point's value."""
+        name = self.door.hook_names[point, layer]
+        return self.bridge.run_with_cache(IDS, names_filter=name)[1][name]
+
+    def edited(self, point: str, layer: int | None, in_place: bool) -> Tensor:
+        """Logits when a point is changed."""
+
+        def hook(value: Tensor, hook: Any) -> Tensor | None:
+            changed = change(point, value)
+            if not in_place:
+                return changed
+            value[...] = changed
+            return None
+
+        return self.bridge.run_with_hooks(IDS, fwd_hooks=[(self.door.hook_names[point, layer], hook)])
+
+
+@pytest.fixture
+def door(request: pytest.FixtureRequest, models: Any, address: str) -> Callable[[str], Traced | Bridged]:
+    """Every way in but the local host, from a family on."""
+    if request.param == "bridge":
+        return Bridged
+    ways = {"here": here, "stock": stock, "away": partial(away, models=models, address=address)}
+    return partial(Traced, trace=ways[request.param])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("door", DOORS, indirect=True)
-def test_all_layers_in_one_trace(door, family):
-    trace, points = door(family)
+@pytest.mark.parametrize("door", [*TRACES, "bridge"], indirect=True)
+def test_the_same_reads_through_every_door(door, family):
+    found = door(family)
+    expected = found.model.run(IDS, read=list(found.model.points))
+    for point, layer in one_of_each_point(expected.values):
+        with torch.no_grad():
+            value = found.value(point, layer)
+        assert value.shape == expected.values[point, layer].shape
+        assert torch.equal(value, expected.values[point, layer]), (point, layer)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["replaced", "in place"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("door", [*TRACES, "bridge"], indirect=True)
+def test_the_same_edits_through_every_door(door, family, in_place):
+    found = door(family)
+    plain = found.model.run(IDS, read=list(found.model.points))
+    for point, layer in one_of_each_point(key for key in plain.values if POINTS[key[0]].editable):
+        expected = found.model.run(IDS, edit=moe.apply(point, partial(change, point), layers=layer)).logits
+        with torch.no_grad():
+            logits = found.edited(point, layer, in_place)
+        assert (expected - plain.logits).abs().max() > 1e-3, point
+        assert (logits - expected).abs().max() <= EXACT * expected.abs().max(), point
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("trace", TRACES, indirect=True)
+def test_all_layers_in_one_trace(trace, family):
+    trace, points = trace(family)
     layers = local(family).layers
     with trace():
         found = []
@@ -131,25 +211,6 @@ def test_all_layers_in_one_trace(door, family):
             assert torch.equal(value, whole(family)[name, layer]), (name, layer)
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["replaced", "in place"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("door", DOORS, indirect=True)
-def test_edits_are_those_of_the_local_host(door, family, in_place):
-    trace, points = door(family)
-    for point, layer in one_of_each_point(key for key in whole(family).values if POINTS[key[0]].editable):
-        edit = moe.apply(point, partial(change, point), layers=layer)
-        expected = local(family).run(IDS, edit=edit).logits
-        with trace() as tracer:
-            if in_place:
-                value = read(points, point, layer)
-                value[...] = change(point, value)
-            else:
-                write(points, point, layer, change(point, read(points, point, layer)))
-            logits = tracer.result.logits.save()
-        assert (expected - whole(family).logits).abs().max() > 1e-3, point
-        assert (logits - expected).abs().max() <= EXACT * expected.abs().max(), point
-
-
 def used(family: str) -> tuple[int, int]:
     """A layer and an expert that the last token of the first text chose."""
     layer = local(family).layers[1]
@@ -157,9 +218,9 @@ def used(family: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("door", DOORS, indirect=True)
-def test_one_expert(door, family):
-    trace, points = door(family)
+@pytest.mark.parametrize("trace", TRACES, indirect=True)
+def test_one_expert(trace, family):
+    trace, points = trace(family)
     layer, expert = used(family)
     run = whole(family)
     with trace():
@@ -176,9 +237,9 @@ def test_one_expert(door, family):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("door", DOORS, indirect=True)
-def test_an_expert_ablated_at_the_last_token(door, family):
-    trace, points = door(family)
+@pytest.mark.parametrize("trace", TRACES, indirect=True)
+def test_an_expert_ablated_at_the_last_token(trace, family):
+    trace, points = trace(family)
     layer, expert = used(family)
     edits = [moe.ablate(layer=layer, expert=expert, positions=-1), moe.scale(layer=layer + 1, expert=0, by=3.0)]
     with trace() as tracer:
@@ -190,9 +251,9 @@ def test_an_expert_ablated_at_the_last_token(door, family):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("door", DOORS, indirect=True)
-def test_edits_of_one_layer_in_a_row(door, family):
-    trace, points = door(family)
+@pytest.mark.parametrize("trace", TRACES, indirect=True)
+def test_edits_of_one_layer_in_a_row(trace, family):
+    trace, points = trace(family)
     layer, expert = used(family)
     edits = [
         moe.apply("router_logits", lambda logits: logits.flip(-1), layers=layer),
