@@ -105,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
         response = RESPONSES.get(self.path.removeprefix("/response/"))
         if response is None:
             return self.answer(b"", 404)
+        if self.path.endswith(".result"):
+            return self.answer(response.data)
         if isinstance(response.data, bytes):  # by an address of its own
             port = self.server.server_address[1]
             response = response.model_copy(update={"data": f"http://127.0.0.1:{port}/response/{response.id}.result"})

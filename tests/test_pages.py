@@ -73,3 +73,14 @@ def test_the_page_about_servers(page, address):
     assert names["run"].top_tokens("resid_post", 2).ids.shape == (2, 1, 5)
     assert isinstance(names["written"], str) and names["weights"].shape[-1] == 3
     assert names["routes"].attrs
+
+
+def test_the_page_about_coming_from_elsewhere(page):
+    names = page("migration.md")
+    assert names["outputs"].shape[-1] == 64 and names["used"].dtype is torch.bool
+    with moe.wrap(names["lm"]) as model:
+        text = "The capital of France is"
+        run = model.run(text, read=["moe_out", "resid_post", "attn_out", "expert_out"])
+    assert torch.equal(names["mlp"], run["moe_out", 2]) and torch.equal(names["residual"], run["resid_post", 2])
+    assert torch.equal(names["attention"], run["attn_out", 3]) and torch.equal(names["weights"], run.routing[3].weights)
+    assert torch.equal(names["output"], run.expert(3, 5)[0])

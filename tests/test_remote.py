@@ -21,7 +21,7 @@ from moe_interp.errors import BadInput, RemoteFailure, UnknownName, UnsupportedM
 from moe_interp.remote import RemoteMoEModel
 from tests import tiny
 from tests.served import saved, server, tokenizer, unloaded
-from tests.test_analyses_on_types import ANALYSES
+from tests.test_analyses_on_types import ANALYSES, IDS
 
 TEXTS = ["hello there", "a text of another length"]
 EXACT = 1e-6
@@ -173,16 +173,24 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", list(ANALYSES))
+WITHOUT_WEIGHTS: dict[str, Callable[[moe.MoEModel], Any]] = {
+    **ANALYSES,
+    "trace of given noise": lambda model: moe.causal_trace(
+        model, IDS, (1, 2), 7, noise=0.5, samples=2, layers=model.layers[0]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(WITHOUT_WEIGHTS))
 def test_analyses_give_the_same_or_say_what_they_need(pair, name):
     here, away = pair("qwen3_moe")
     if name == "shared":
         here, away = pair("qwen2_moe")
     if name in REFUSED:
         with pytest.raises(UnsupportedModel, match=f"({REFUSED[name]}).* cannot be had of a model on a server"):
-            ANALYSES[name](away)
+            WITHOUT_WEIGHTS[name](away)
         return
-    one, other = ANALYSES[name](here), ANALYSES[name](away)
+    one, other = WITHOUT_WEIGHTS[name](here), WITHOUT_WEIGHTS[name](away)
     assert isinstance(one, xr.Dataset) and one.sizes == other.sizes
     for variable, values in one.data_vars.items():
         assert values.dtype == other[variable].dtype
@@ -243,6 +251,18 @@ def test_the_client_has_no_weights(pair):
         _, away = pair(family)
         away.run("abc")
         assert all(parameter.is_meta for parameter in away.lm._module.parameters())  # type: ignore[attr-defined]
+
+
+def test_requests_that_nobody_waits_for(pair, address):
+    here, away = pair("olmoe")
+    lm = away.lm  # type: ignore[attr-defined]
+    points = moe.trace_points(lm)
+    with lm.trace(TEXTS[0], use_cache=False, remote=address, blocking=False) as tracer:
+        weights = points.layers[1].gate_weights.save()  # noqa: F841
+    result = None
+    while result is None:
+        result = tracer.backend()
+    assert torch.equal(result["weights"], here.run(TEXTS[0]).routing[1].weights)
 
 
 def test_a_model_without_weights_is_not_opened_here(pair):
