@@ -234,6 +234,12 @@ def test_one_expert(trace, family):
     assert torch.equal(weight, run.routing[layer].weights.masked_fill(~slots, 0).sum(-1))
     assert torch.equal(act, run["expert_act", layer].masked_fill(~slots[..., None], 0).sum(2))
     assert torch.equal(first, run.heaviest(layer, 1))
+    with trace():  # in several slots of a token
+        points.layers[layer].expert_ids[:] = expert
+        doubled = points.layers[layer].expert(expert).out.clone().save()
+    edit = moe.apply("expert_ids", lambda ids: torch.full_like(ids, expert), layers=layer)
+    again = local(family).run(IDS, read="expert_out", edit=edit)
+    assert torch.equal(doubled, again.expert(layer, expert)[0])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

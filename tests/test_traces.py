@@ -55,37 +55,55 @@ def test_invokes_do_not_reach_each_other(door, family):
     lm, options = door(family)
     points = trace_points(lm)
     layer = describe(lm._module).moe_layers[1]
+    last = describe(lm._module).moe_layers[-1]
 
     with lm.trace(use_cache=False, **options) as tracer:
         with tracer.invoke(TEXTS[0]):
-            chosen = points.layers[layer].expert_ids[0, -1, 0].clone().save()
-            plain_own = lm.output.logits[:, -1].save()
+            first_ids = points.layers[layer].expert_ids.clone().save()
+            first_out = points.layers[layer].routed_out.clone().save()
+            last_ids = points.layers[last].expert_ids.clone().save()
+            first = lm.output.logits[:, -1].save()
         with tracer.invoke(TEXTS[1]):
-            shape = points.layers[layer].expert_out.shape[:2]
-            shape.save()
-            plain_other = lm.output.logits[:, -1].save()
-    expert = int(chosen)
+            second_ids = points.layers[layer].expert_ids.clone().save()
+            second_out = points.layers[layer].routed_out.clone().save()
+            last_others = points.layers[last].expert_ids.clone().save()
+            second = lm.output.logits[:, -1].save()
+    with moe.wrap(tiny.build(family), tokenizer()) as model:
+        for text, ids, out in ((TEXTS[0], first_ids, first_out), (TEXTS[1], second_ids, second_out)):
+            run = model.run(text, read=moe.select("routed_out", layers=layer))
+            expected = run["routed_out", layer]
+            assert torch.equal(ids[:, -len(text) :], run.routing[layer].ids)
+            assert (out[:, -len(text) :] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+    # Values of the last layer, after which nothing is chosen any more: others move by exactly 0.
+    expert, other = int(last_ids[0, -1, 0]), int(last_others[0, -1, 0])
     with lm.trace(use_cache=False, **options) as tracer:
         with tracer.invoke(TEXTS[0]):
-            points.layers[layer].gate_weights[:, -1] *= 0.5
-            points.layers[layer].expert(expert).out[:, -1] *= 3.0
-            points.layers[layer].routed_out[:, -1] += 0.1
-            own = lm.output.logits[:, -1].save()
+            points.layers[last].gate_weights[:, -1] *= 0.5
+            points.layers[last].expert(expert).out[:, -1] *= 3.0
+            points.layers[last].routed_out[:, -1] += 0.1
+            edited = lm.output.logits[:, -1].save()
         with tracer.invoke(TEXTS[1]):
-            other = lm.output.logits[:, -1].save()
-    assert tuple(shape) == (1, len(TEXTS[1]))
-    assert (own - plain_own).abs().max() > 1e-3
-    assert torch.equal(other, plain_other)
+            beside = lm.output.logits[:, -1].save()
+    assert (edited - first).abs().max() > 1e-3 and torch.equal(beside, second)
+    with lm.trace(use_cache=False, **options) as tracer:
+        with tracer.invoke(TEXTS[0]):
+            beside = lm.output.logits[:, -1].save()
+        with tracer.invoke(TEXTS[1]):
+            points.layers[last].expert(other).act[:, -1] *= 3.0
+            points.layers[last].expert(other).out[:, -1] *= 3.0
+            edited = lm.output.logits[:, -1].save()
+    assert (edited - second).abs().max() > 1e-3 and torch.equal(beside, first)
 
     with lm.trace(use_cache=False, **options) as tracer:
         with tracer.invoke(TEXTS[0]):
+            beside = lm.output.logits[:, -1].save()
+        with tracer.invoke(TEXTS[1]):
             points.layers[layer].router_logits = points.layers[layer].router_logits.flip(-1)
-            own = lm.output.logits[:, -1].save()
-        with tracer.invoke(TEXTS[1]):
-            other = lm.output.logits[:, -1].save()
-    assert (own - plain_own).abs().max() > 1e-3
+            edited = lm.output.logits[:, -1].save()
+    assert (edited - second).abs().max() > 1e-3
     # Other experts run on other numbers of rows, so kernels may round otherwise.
-    assert (other - plain_other).abs().max() <= 1e-6 * plain_other.abs().max()
+    assert (beside - first).abs().max() <= 1e-6 * first.abs().max()
 
 
 @both_doors
