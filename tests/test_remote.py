@@ -18,6 +18,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 import moe_interp as moe
 from moe_interp.errors import BadInput, RemoteFailure, UnknownName, UnsupportedModel
+from moe_interp.hosts.passes import _small
 from moe_interp.remote import RemoteMoEModel
 from tests import tiny
 from tests.served import saved, server, tokenizer, unloaded
@@ -280,6 +281,17 @@ def test_an_nnsight_model_with_weights_is_opened_here():
     with moe.wrap(lm) as model, moe.wrap(hf, tokenizer()) as plain:
         assert model.hf is hf
         assert torch.equal(model.run("hello").logits, plain.run("hello").logits)
+
+
+@pytest.mark.parametrize(
+    "most, dtype",
+    [(255, torch.uint8), (256, torch.int16), (2**15 - 1, torch.int16), (2**15, torch.int32), (2**31 - 1, torch.int32)],
+)
+def test_whole_numbers_are_sent_in_few_bytes(most, dtype):
+    ids = torch.tensor([[0, most]])
+    assert _small(ids).dtype is dtype and torch.equal(_small(ids).long(), ids)
+    for value in (torch.rand(2, 3), ids > 0, ids[:0]):
+        assert _small(value) is value
 
 
 def counted(address: str) -> dict[str, int]:

@@ -329,6 +329,7 @@ def test_a_model_that_is_open_already_is_left_open():
         with trace_points(lm) as points, lm.trace(input_ids=IDS, use_cache=False):
             out = points.layers[1].expert_out.clone().save()
         assert torch.equal(model.run(IDS, read="expert_out")["expert_out", 1], out)
+        assert not any(point.watchers for layer in hf.model.layers for point in layer.moe_points.values())
 
 
 def test_a_block_that_is_replaced_is_seen_by_nnsight():
