@@ -64,11 +64,14 @@ class Pass:
         return [layer for layer in self.spec.moe_layers if any((name, layer) in self.wanted for name in SELECTION)]
 
     def _choose(self, layer: int) -> None:
+        through = lambda name, value: self.program(name, layer, value)  # noqa: E731
+        topk = self.reach.topk(layer)
+        if topk is not None:
+            return self.reach.rechosen_at(topk, layer, through)
         called, returns = self.reach.choice(layer)
         raw = Mediator.value(called)
         logits = Mediator.value(self.reach.spot("router_logits", layer).location)
         Mediator.value(returns)
-        through = lambda name, value: self.program(name, layer, value)  # noqa: E731
         Mediator.swap(returns, self.reach.rechosen(layer, raw, logits, through))
 
     def decode(self, hidden: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ SENT = (
     "interventions.routes",
     "hosts.program",
     "hosts.modes",
+    "hosts.sandbox",
     "hosts.traces",
     "hosts.stock",
     "hosts.passes",

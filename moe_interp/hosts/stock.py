@@ -44,6 +44,7 @@ from moe_interp.adapters.spec import (
 )
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.hosts.modes import FirstLinear, SecondProducts, TopK
+from moe_interp.hosts.sandbox import given_to, last_topk, product_of, restore, sandboxed
 from moe_interp.hosts.traces import Spot, TracePoints, check_there
 from moe_interp.points import SELECTION
 
@@ -57,6 +58,7 @@ class Call:
         args: what they are called with: hidden states [T, D], ids and weights [T, K].
         act: neurons [b, S, K, F] that an edit put in place of their own.
         outputs: what the experts returned, and the outputs of single slots [b, S, K, D] that belong to it.
+        inside: whether the block has asked for something inside the call, so that the arguments are settled.
         summed: whether their sum was edited, after which single slots no longer say what the block goes on with.
     """
 
@@ -64,6 +66,7 @@ class Call:
     args: tuple[Any, ...]
     act: Tensor | None = None
     outputs: tuple[Any, Tensor] | None = None
+    inside: bool = False
     summed: bool = False
 
 
@@ -76,6 +79,7 @@ class StockReach:
     """
 
     def __init__(self, lm: Any, spec: ModelSpec):
+        restore()
         self.lm, self.spec = lm, spec
         self.calls: WeakKeyDictionary[Any, dict[int, Call]] = WeakKeyDictionary()
         self.ungated: WeakKeyDictionary[Any, dict[str, tuple[int, Tensor]]] = WeakKeyDictionary()
@@ -102,7 +106,7 @@ class StockReach:
             case Input(module):
                 return self._input(module, 0)
             case ResidualInput(module, argument):
-                return self._residual(module, argument)
+                return self._residual(layer, module, argument)
             case Output(module):
                 return self._output(module)
             case GatedOutput(module, gate):
@@ -131,9 +135,13 @@ class StockReach:
 
         return Spot(f"{self.path(module)}.input", show, put)
 
-    def _residual(self, module: str, number: int) -> Spot:
+    def _residual(self, layer: int, module: str, number: int) -> Spot:
+        if sandboxed() and (inside := self._inside(self.spec.layers[layer].path, module, given_to)):
+            return self._operation(inside)
+
         # The layer keeps the very tensor as its residual: it is written to, not replaced.
         def put(raw: Any, new: Tensor) -> Any:
+            _refuse_copy(f"the residual stream at {module}", "Edit attn_out, or resid_post of the layer before.")
             texts(_argument(raw, number)).copy_(new)
             return raw
 
@@ -148,7 +156,18 @@ class StockReach:
 
         return Spot(f"{self.path(module)}.output", show, put)
 
+    def _inside(self, owner: str, module: str, find: Callable[[Any, str], str | None]) -> str | None:
+        """Where nnsight has an operation in a module's own code, found by a submodule that it calls."""
+        found = find(self.lm.get(owner).source, module.removeprefix(f"{owner}."))
+        return None if found is None else f"{self.path(owner)}.source.{found}.output"
+
+    def _operation(self, location: str) -> Spot:
+        return Spot(location, lambda raw: texts(raw), lambda raw, new: joined(raw, new))
+
     def _gated(self, module: str, gate: str) -> Spot:
+        if sandboxed() and (inside := self._inside(gate.rpartition(".")[0], gate, product_of)):
+            return self._operation(inside)
+
         # The block multiplies by the sigmoid of the gate: the product is formed here, written over the module's output,
         # and the gate opened (the sigmoid of infinity is exactly 1).
         ungated = self._ungated(f"{self.path(module)}.output", f"{self.path(gate)}.output")
@@ -157,6 +176,7 @@ class StockReach:
             return functional.sigmoid(texts(raw)) * texts(ungated)
 
         def put(raw: Tensor, new: Tensor) -> Tensor:
+            _refuse_copy(f"the gated output of {module}", "Edit moe_out.")
             texts(ungated).copy_(new)
             return joined(raw, torch.full_like(texts(raw), torch.inf))
 
@@ -213,6 +233,37 @@ class StockReach:
             )
         return f"{self.path(site.module)}.input", f"{self.path(site.module)}.output"
 
+    def topk(self, layer: int) -> str | None:
+        """In a sandbox, where the top-k of a router's choice runs: no function mode meets it there.
+
+        Raises:
+            UnsupportedModel: its choice is not made inside it, or not always in one place.
+        """
+        called, _ = self.choice(layer)
+        if not sandboxed():
+            return None
+        site: Any = self.spec.layers[layer].sites[SELECTION[0]]
+        found = last_topk(self.lm.get(site.module).source)
+        if found is None:
+            self._refuse_choice(layer)
+        return f"{called.removesuffix('input')}source.{found}"
+
+    def _refuse_choice(self, layer: int) -> None:
+        _refuse_copy(f"the choice of the router at layer {layer}", "Edit router_logits, expert_ids or gate_weights.")
+
+    def rechosen_at(self, topk: str, layer: int, through: Callable[[str, Tensor], Tensor]) -> None:
+        """Pass a router's choice through edits where it is made, as `rechosen` does when it is called again."""
+        site: Any = self.spec.layers[layer].sites[SELECTION[0]]
+        args, kwargs = Mediator.value(f"{topk}.input")
+        scores = args[0]
+        if scores.shape[-1] != site.columns:
+            self._refuse_choice(layer)
+        changed = through(SELECTION[0], texts(scores)).reshape(scores.shape)
+        Mediator.swap(f"{topk}.input", ((changed, *args[1:]), kwargs))
+        own = Mediator.value(f"{topk}.output")
+        ids = through(SELECTION[1], texts(own[1])).reshape(own[1].shape)
+        Mediator.swap(f"{topk}.output", torch.return_types.topk((scores.gather(-1, ids), ids)))
+
     def rechosen(self, layer: int, raw: Any, logits: Tensor, through: Callable[[str, Tensor], Tensor]) -> Any:
         """What a router returns when it is called again with the logits that it had, its choice passed through edits.
 
@@ -260,11 +311,10 @@ class StockReach:
 
     def late(self, name: str, layer: int) -> Tensor | None:
         """Ids or weights of the experts that this block has looked at in this visit of the layer, if it has."""
-        path = self.path(self.spec.moe(layer).experts)
-        mediator = Mediator.current(path)
-        visit = mediator.occurrence(f"{self.path(self.spec.layers[layer].path)}.output")
+        end = f"{self.path(self.spec.layers[layer].path)}.output"
+        mediator = Mediator.current(end)
         call = self.calls.get(mediator, {}).get(layer)
-        if call is None or call.visit != visit or mediator.occurrence(f"{path}.input") <= visit:
+        if call is None or not call.inside or call.visit != mediator.occurrence(end):
             return None
         return texts(call.args[1 if name == "expert_ids" else 2])
 
@@ -275,6 +325,7 @@ class StockReach:
             return self._argument_of_experts(layer, number, f"{path}.input")
         # Before what they return; and known from here on, because edits are put back when the block has moved on.
         call = self.call(layer)
+        call.inside = True
         if name == "routed_out":
             return self._sum(layer, call)
         neurons = name == "expert_act"
@@ -342,6 +393,17 @@ class StockReach:
     def _put_neurons(self, layer: int, call: Call, raw: Tensor, new: Tensor) -> Tensor:
         call.act, call.outputs = new, None
         return self._put_outputs(layer, call, raw, self._outputs(layer, call, raw))
+
+
+def _refuse_copy(what: str, do: str) -> None:
+    """Refuse, in a sandbox, what takes the model's own memory or what its modules do inside."""
+    if sandboxed():
+        raise UnsupportedModel(
+            f"{what} cannot be edited in a server's sandbox",
+            expected="an edit of what passes between modules there",
+            got="one inside a module, whose code does not show it",
+            do=do,
+        )
 
 
 def texts(value: Tensor) -> Tensor:

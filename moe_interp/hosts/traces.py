@@ -77,7 +77,7 @@ def take(spot: Spot, key: Any) -> Tensor:
         return waiting.view
     raw = Mediator.value(spot.location)
     shown = spot.show(raw)
-    back = partial(_written, spot, raw, shown, _version(shown))
+    back = partial(_written, spot, raw, shown, _version(shown), occurrence)
     mediator.transform = WriteBack(back, shown, key, spot.location, occurrence)
     return shown
 
@@ -88,10 +88,18 @@ def give(spot: Spot, value: Tensor) -> None:
     Mediator.swap(spot.location, spot.put(raw, value))
 
 
-def _written(spot: Spot, raw: Any, shown: Tensor, version: int | None) -> Any:
+def _written(spot: Spot, raw: Any, shown: Tensor, version: int | None, occurrence: int) -> Any:
     # With gradients the model must go on with what was shown, or none would reach it.
     edited = version is None or shown._version != version or (torch.is_grad_enabled() and shown.requires_grad)
-    return spot.put(raw, shown) if edited else raw
+    if not edited:
+        return raw
+    # The block may be on its way to a later step, but this belongs to the visit that it was read at.
+    mediator = Mediator.current(spot.location)
+    step, mediator.iteration = mediator.iteration, occurrence
+    try:
+        return spot.put(raw, shown)
+    finally:
+        mediator.iteration = step
 
 
 def _version(value: Tensor) -> int | None:
