@@ -6,6 +6,7 @@ so what needs them (experts on other inputs, matrices, gradients, the unembeddin
 there is one.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -200,7 +201,7 @@ class RemoteMoEModel(MoEModel):
             raise RemoteFailure(
                 "the server could not run this",
                 expected=f"a deployment of {self.name} that nnsight can trace",
-                got=lines[-1].strip() if lines else "no reason",
+                got=re.sub(r"^moe_interp_\w+\.errors\.", "", lines[-1].strip()).rstrip(".") if lines else "no reason",
                 do="The error that this one follows from has the server's traceback.",
             ) from error
 
