@@ -26,7 +26,7 @@ TINY = Plan(experts=3, width=8, neurons=12, epochs=2, batch=16)
 CASES = [(top_k, depth) for top_k in (1, 2) for depth in ("base", "short")]
 IMAGES = torch.randn(7, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 HAS = [
-    "moe_in", "router_logits", "expert_ids", "gate_weights", "router_scores", "expert_act", "expert_out", "routed_out",
+    "moe_in", "router_logits", "router_scores", "expert_ids", "gate_weights", "expert_act", "expert_out", "routed_out",
     "moe_out",
 ]  # fmt: skip
 
