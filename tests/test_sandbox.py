@@ -13,8 +13,7 @@ from nnsight import NNsight, TransformersModel
 import moe_interp as moe
 from moe_interp.adapters import describe
 from moe_interp.errors import MoEError
-from moe_interp.hosts import stock
-from moe_interp.hosts.sandbox import last_topk, sandboxed
+from moe_interp.hosts import choices, sandbox, stock
 from tests import tiny
 from tests.edits import change
 from tests.served import tokenizer
@@ -25,17 +24,19 @@ IDS = torch.randint(3, 92, (2, 9), generator=torch.Generator().manual_seed(0))
 @pytest.fixture
 def inside(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this process were one of NDIF's runners."""
-    assert not sandboxed()
-    monkeypatch.setattr(stock, "sandboxed", lambda: True)
+    assert not sandbox.sandboxed()
+    for module in (sandbox, stock, choices):
+        monkeypatch.setattr(module, "sandboxed", lambda: True)
 
 
-@pytest.mark.parametrize("point", ["resid_mid", "shared_out"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+PLACES = [*((family, "resid_mid") for family in tiny.FAMILIES)]
+PLACES += [(family, "shared_out") for family in ("qwen2_moe", "deepseek_v2", "deepseek_v3")]
+
+
+@pytest.mark.parametrize("family, point", PLACES)
 def test_values_are_edited_where_the_code_makes_them(family, point, inside):
     hf = tiny.build(family)
     with moe.wrap(hf) as model:
-        if point not in model.points:
-            pytest.skip("no shared experts")
         layer = model.layers[1]
         plain = model.run(IDS, read=point)
         expected = model.run(IDS, edit=moe.apply(point, partial(change, point), layers=layer)).logits
@@ -56,7 +57,7 @@ def test_a_choice_is_edited_at_its_top_k_or_refused(family, inside):
     hf = tiny.build(family)
     lm = TransformersModel(hf, tokenizer=tokenizer())
     router = describe(hf).moe(describe(hf).moe_layers[1]).router
-    found = last_topk(lm.get(router).source)
+    found = sandbox.last_topk(lm.get(router).source)
     with moe.wrap(hf, tokenizer()) as here:
         layer = here.layers[1]
         chosen = here.run("hello").routing[layer].ids[0, -1].tolist()

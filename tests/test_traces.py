@@ -225,6 +225,16 @@ def test_gradients_are_those_of_autograd(family):
     assert (own - of_expert).abs().max() <= 1e-5 * of_expert.abs().max()
 
 
+@pytest.mark.parametrize("door", ["away"], indirect=True)
+def test_generations_of_several_for_a_text_are_refused_where_rows_cannot_be_told(door):
+    lm, options = door("olmoe")
+    points = trace_points(lm)
+    for more in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+        refused = pytest.raises(Exception, match=f"texts cannot be told apart.*got {next(iter(more))}=2")
+        with refused, lm.generate(TEXTS[0], max_new_tokens=2, **more, **options):
+            points.layers[1].gate_weights.save()
+
+
 @both_doors
 def test_values_flow_from_trace_to_trace_of_a_session(door):
     lm, options = door("qwen3_moe")

@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_interp.adapters.formulas import logits_of
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.adapters.sums import follow
+from moe_interp.hosts.choices import choice, rechosen, rechosen_at, topk
 from moe_interp.hosts.program import Edited, Program, tokens_of
 from moe_interp.hosts.stock import StockReach
 from moe_interp.points import POINTS, SELECTION
@@ -65,14 +66,14 @@ class Pass:
 
     def _choose(self, layer: int) -> None:
         through = lambda name, value: self.program(name, layer, value)  # noqa: E731
-        topk = self.reach.topk(layer)
-        if topk is not None:
-            return self.reach.rechosen_at(topk, layer, through)
-        called, returns = self.reach.choice(layer)
+        place = topk(self.reach, layer)
+        if place is not None:
+            return rechosen_at(self.reach, place, layer, through)
+        called, returns = choice(self.reach, layer)
         raw = Mediator.value(called)
         logits = Mediator.value(self.reach.spot("router_logits", layer).location)
         Mediator.value(returns)
-        Mediator.swap(returns, self.reach.rechosen(layer, raw, logits, through))
+        Mediator.swap(returns, rechosen(self.reach, layer, raw, logits, through))
 
     def decode(self, hidden: Tensor) -> Tensor:
         """Logits of a residual stream, by the model's own final norm and unembedding."""

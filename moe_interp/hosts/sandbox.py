@@ -16,6 +16,8 @@ from typing import Any
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Event, Mediator, Pending
 
+from moe_interp.errors import UnsupportedModel
+
 
 def sandboxed() -> bool:
     """Whether this process is one of NDIF's runners."""
@@ -58,6 +60,17 @@ def restore() -> None:
     Mediator.moe_interp_step = 0
     Mediator.event, Mediator.flush, Mediator.occurrence = classmethod(event), flush, occurrence
     Envoy.interleave = interleaved
+
+
+def refuse_copy(what: str, do: str) -> None:
+    """Refuse, in a sandbox, what takes the model's own memory or what its modules do inside."""
+    if sandboxed():
+        raise UnsupportedModel(
+            f"{what} cannot be edited in a server's sandbox",
+            expected="an edit of what passes between modules there",
+            got="one inside a module, whose code does not show it",
+            do=do,
+        )
 
 
 # ---- values inside a module's own code -----------------------------------------------------------------------

@@ -42,8 +42,10 @@ SENT = (
     "hosts.program",
     "hosts.modes",
     "hosts.sandbox",
+    "hosts.rows",
     "hosts.traces",
     "hosts.stock",
+    "hosts.choices",
     "hosts.passes",
 )
 

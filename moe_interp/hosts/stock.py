@@ -7,14 +7,9 @@ this package can be installed, as on a remote server.
   token of its own under weight 1: those are the outputs of single slots. Edited, they are weighted and summed in the
   order and precision of transformers' ``grouped_mm`` and put in the place of what the experts returned. A delta on the
   block's output would round, and in bfloat16 that flips later choices.
-- A router's choice is edited by calling the router again, its top-k met by such a mode, and putting what it returns in
-  the place of what it returned.
 - Their neurons are what the second product of that call is given, met by a ``TorchFunctionMode``.
 
 Blocks that compute in their own way (`BlockCall`) have no experts to call again and are not reached.
-
-Texts of several invokes run in one batch. nnsight cuts values [B, S, ...] down to the rows of a block by itself; values
-[B * S, ...] it passes on whole, and they are cut here.
 """
 
 import re
@@ -43,10 +38,10 @@ from moe_interp.adapters.spec import (
     RouterTopK,
 )
 from moe_interp.errors import BadInput, UnsupportedModel
-from moe_interp.hosts.modes import FirstLinear, SecondProducts, TopK
-from moe_interp.hosts.sandbox import given_to, last_topk, product_of, restore, sandboxed
+from moe_interp.hosts.modes import SecondProducts
+from moe_interp.hosts.rows import argument, joined, texts, with_argument
+from moe_interp.hosts.sandbox import given_to, product_of, refuse_copy, restore, sandboxed
 from moe_interp.hosts.traces import Spot, TracePoints, check_there
-from moe_interp.points import SELECTION
 
 
 @dataclass
@@ -128,10 +123,10 @@ class StockReach:
 
     def _input(self, module: str, number: int) -> Spot:
         def show(raw: Any) -> Tensor:
-            return texts(_argument(raw, number))
+            return texts(argument(raw, number))
 
         def put(raw: Any, new: Tensor) -> Any:
-            return _with_argument(raw, number, joined(_argument(raw, number), new))
+            return with_argument(raw, number, joined(argument(raw, number), new))
 
         return Spot(f"{self.path(module)}.input", show, put)
 
@@ -141,11 +136,11 @@ class StockReach:
 
         # The layer keeps the very tensor as its residual: it is written to, not replaced.
         def put(raw: Any, new: Tensor) -> Any:
-            _refuse_copy(f"the residual stream at {module}", "Edit attn_out, or resid_post of the layer before.")
-            texts(_argument(raw, number)).copy_(new)
+            refuse_copy(f"the residual stream at {module}", "Edit attn_out, or resid_post of the layer before.")
+            texts(argument(raw, number)).copy_(new)
             return raw
 
-        return Spot(f"{self.path(module)}.input", lambda raw: texts(_argument(raw, number)).clone(), put)
+        return Spot(f"{self.path(module)}.input", lambda raw: texts(argument(raw, number)).clone(), put)
 
     def _output(self, module: str) -> Spot:
         def show(raw: Any) -> Tensor:
@@ -176,7 +171,7 @@ class StockReach:
             return functional.sigmoid(texts(raw)) * texts(ungated)
 
         def put(raw: Tensor, new: Tensor) -> Tensor:
-            _refuse_copy(f"the gated output of {module}", "Edit moe_out.")
+            refuse_copy(f"the gated output of {module}", "Edit moe_out.")
             texts(ungated).copy_(new)
             return joined(raw, torch.full_like(texts(raw), torch.inf))
 
@@ -216,81 +211,6 @@ class StockReach:
             return joined(raw, torch.cat([new, texts(raw)[..., new.shape[-1] :]], dim=-1))
 
         return Spot(location, show, put)
-
-    def choice(self, layer: int) -> tuple[str, str]:
-        """Where a router is called and where it returns, to be edited by `rechosen`.
-
-        Raises:
-            UnsupportedModel: its choice is not made inside it.
-        """
-        site = self.spec.layers[layer].sites.get(SELECTION[0])
-        if not isinstance(site, RouterTopK):
-            raise UnsupportedModel(
-                f"the choice of the router at layer {layer} of {self.spec.model_type} cannot be edited by its modules",
-                expected="a router that takes the k largest of the scores of all experts",
-                got="one that chooses elsewhere, or in another way",
-                do="Edit router_logits, expert_ids or gate_weights.",
-            )
-        return f"{self.path(site.module)}.input", f"{self.path(site.module)}.output"
-
-    def topk(self, layer: int) -> str | None:
-        """In a sandbox, where the top-k of a router's choice runs: no function mode meets it there.
-
-        Raises:
-            UnsupportedModel: its choice is not made inside it, or not always in one place.
-        """
-        called, _ = self.choice(layer)
-        if not sandboxed():
-            return None
-        site: Any = self.spec.layers[layer].sites[SELECTION[0]]
-        found = last_topk(self.lm.get(site.module).source)
-        if found is None:
-            self._refuse_choice(layer)
-        return f"{called.removesuffix('input')}source.{found}"
-
-    def _refuse_choice(self, layer: int) -> None:
-        _refuse_copy(f"the choice of the router at layer {layer}", "Edit router_logits, expert_ids or gate_weights.")
-
-    def rechosen_at(self, topk: str, layer: int, through: Callable[[str, Tensor], Tensor]) -> None:
-        """Pass a router's choice through edits where it is made, as `rechosen` does when it is called again."""
-        site: Any = self.spec.layers[layer].sites[SELECTION[0]]
-        args, kwargs = Mediator.value(f"{topk}.input")
-        scores = args[0]
-        if scores.shape[-1] != site.columns:
-            self._refuse_choice(layer)
-        changed = through(SELECTION[0], texts(scores)).reshape(scores.shape)
-        Mediator.swap(f"{topk}.input", ((changed, *args[1:]), kwargs))
-        own = Mediator.value(f"{topk}.output")
-        ids = through(SELECTION[1], texts(own[1])).reshape(own[1].shape)
-        Mediator.swap(f"{topk}.output", torch.return_types.topk((scores.gather(-1, ids), ids)))
-
-    def rechosen(self, layer: int, raw: Any, logits: Tensor, through: Callable[[str, Tensor], Tensor]) -> Any:
-        """What a router returns when it is called again with the logits that it had, its choice passed through edits.
-
-        Args:
-            raw: what it was called with.
-            logits: [T, E], the result of its linear map.
-            through: from the name of a place inside its choice and the value there, [b, S, ...], to the new value.
-        """
-        site: Any = self.spec.layers[layer].sites[SELECTION[0]]
-        met: list[Tensor] = []
-
-        def chosen(scores: Tensor, top: Callable[[Tensor], Any]) -> Any:
-            met.append(scores)
-            own = top(through(SELECTION[0], texts(scores)).view_as(scores))
-            ids = through(SELECTION[1], texts(own[1])).reshape(own[1].shape)
-            return torch.return_types.topk((scores.gather(-1, ids), ids))
-
-        with TopK(site, chosen), FirstLinear(lambda own: logits):
-            returned = self.lm.get(site.module)(*raw[0], **raw[1])
-        if not met:
-            raise UnsupportedModel(
-                f"the choice of the router at layer {layer} was not met",
-                expected="a router that runs in the process of the trace",
-                got="another",
-                do="Edit router_logits, expert_ids or gate_weights.",
-            )
-        return returned
 
     # ---- experts --------------------------------------------------------------------------------------------
 
@@ -340,7 +260,7 @@ class StockReach:
             return texts(raw[0][number])
 
         def put(raw: Any, new: Tensor) -> Any:
-            changed = _with_argument(raw, number, joined(raw[0][number], new))
+            changed = with_argument(raw, number, joined(raw[0][number], new))
             self.calls[Mediator.current(location)][layer].args = changed[0]
             return changed
 
@@ -395,67 +315,10 @@ class StockReach:
         return self._put_outputs(layer, call, raw, self._outputs(layer, call, raw))
 
 
-def _refuse_copy(what: str, do: str) -> None:
-    """Refuse, in a sandbox, what takes the model's own memory or what its modules do inside."""
-    if sandboxed():
-        raise UnsupportedModel(
-            f"{what} cannot be edited in a server's sandbox",
-            expected="an edit of what passes between modules there",
-            got="one inside a module, whose code does not show it",
-            do=do,
-        )
-
-
-def texts(value: Tensor) -> Tensor:
-    """The rows of the block that asks, as [b, S, ...]: a view of what a module was given or returned."""
-    if value.dim() > 2:
-        return value  # nnsight has cut it already
-    mediator = Mediator.current("the rows of a block")
-    batcher, group = mediator.interleaver.batcher, mediator.batch_group
-    if group is None or not batcher.batching:
-        return value.view(_batch(batcher), -1, value.shape[-1])
-    start, size = group
-    if len(value) == size:  # one position a text: nnsight took it for [B, ...]
-        return value.view(size, 1, value.shape[-1])
-    return value.view(batcher.total, -1, value.shape[-1])[start : start + size]
-
-
-def _batch(batcher: Any) -> int:
-    """How many texts run: nnsight counts prompts, but takes any tensors for one."""
-    if len(batcher.invokes) == 1:
-        args, kwargs = batcher.invokes[0]
-        given = next((kwargs[name] for name in ("input_ids", "inputs_embeds") if name in kwargs), [*args, None][0])
-        if isinstance(given, Tensor):
-            return len(given) if given.dim() > 1 else 1
-    return max(1, batcher.total)
-
-
-def joined(whole: Tensor, new: Tensor) -> Tensor:
-    """What a module is to be given or to return, with the rows of this block replaced."""
-    changed = whole.clone(memory_format=torch.contiguous_format)
-    texts(changed)[...] = new
-    return changed
-
-
 def weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     """[b, S, D], the sum over slots of weight times output, in the order and precision of ``grouped_mm``."""
     weighted = outputs.flatten(0, 2) * weights.reshape(-1, 1)
     return weighted.view(-1, weights.shape[-1], outputs.shape[-1]).sum(dim=1).to(dtype).view(*weights.shape[:2], -1)
-
-
-def _argument(raw: Any, number: int) -> Tensor:
-    args, kwargs = raw
-    if len(args) > number:
-        return args[number]
-    return kwargs["hidden_states"] if "hidden_states" in kwargs else [*kwargs.values()][number - len(args)]
-
-
-def _with_argument(raw: Any, number: int, value: Any) -> Any:
-    args, kwargs = raw
-    if len(args) > number:
-        return (*args[:number], value, *args[number + 1 :]), kwargs
-    name = "hidden_states" if "hidden_states" in kwargs else [*kwargs][number - len(args)]
-    return args, {**kwargs, name: value}
 
 
 def _neurons_of(run: Callable[[], Tensor], ids: Tensor) -> Tensor:
