@@ -15,7 +15,7 @@ from moe_interp import __version__
 from moe_interp.adapters import ModelSpec, describe
 from moe_interp.adapters.experts import Experts, ExpertWeights
 from moe_interp.adapters.formats import check_weights, rounding_without_gradient
-from moe_interp.adapters.formulas import logits_of
+from moe_interp.adapters.formulas import has_nan, logits_of, output_of
 from moe_interp.adapters.sums import follow
 from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
@@ -238,10 +238,8 @@ class MoEModel:
 
     def forward(self, model_inputs: Mapping[str, Any]) -> Tensor:
         """The model's own forward pass: logits, or the last hidden states of a model without a head."""
-        returned = self.hf.get_submodule(self.spec.entry)(**{**self.spec.options, **model_inputs})
-        if isinstance(returned, Tensor):
-            return returned
-        return returned.last_hidden_state if self.spec.unembed is None else returned.logits
+        entry = self.hf.get_submodule(self.spec.entry)
+        return output_of(self.spec, entry(**{**self.spec.options, **model_inputs}))
 
     def decode(self, hidden: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Logits of a residual stream: the model's own final norm, unembedding, scale and soft-cap.
@@ -355,10 +353,7 @@ class MoEModel:
             )
 
     def _check_finite(self, logits: Tensor, mask: Tensor, edited: bool) -> None:
-        # NaN anywhere in a hidden state reaches every logit of that token, so one column tells.
-        first = logits[..., 0].detach()
-        seen = mask[:, -logits.shape[1] :] if logits.dim() == 3 else torch.ones_like(first, dtype=torch.bool)
-        if not bool(first[seen].isnan().any()):
+        if not has_nan(logits, mask):
             return
         check_weights(self.hf)
         if edited:  # the edit may have meant it

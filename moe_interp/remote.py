@@ -99,7 +99,7 @@ class RemoteMoEModel(MoEModel):
         program = self._program(given, edits, reads)
         told = self._send(SentPass(self.lm, self.spec, edits, reads), given, output)
         _fill(program, told)
-        if not told["finite"] and not edits:
+        if told["nan"] and not edits:
             raise BadCheckpoint("the model returned NaN", expected="finite logits", got="NaN from the server")
         self._told = {"dtype": told["dtype"], "device": told["device"]}
         return self._run_of(program, given, told["output"])

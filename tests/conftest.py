@@ -1,6 +1,7 @@
-"""Writes ``docs/coverage.md`` from what the contract of all types records, when all types were run and passed."""
+"""A server that tests share; and ``docs/coverage.md``, written when the contract of all types was run and passed."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,15 @@ def shown(value: str | float) -> str:
     """An error by its order of magnitude, which does not change from run to run."""
     number = float(value)
     return "0" if number == 0 else f"{number:.0e}"
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """A server that this package is not installed on, one for each process of tests."""
+    from tests.served import server
+
+    with server() as found:
+        yield found
 
 
 def pytest_configure(config: pytest.Config) -> None:

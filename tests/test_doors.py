@@ -4,7 +4,7 @@ The server has the weights and not this package, the client none. What the local
 references elsewhere; here every point of seven families is read and edited through the other doors and held to it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -22,17 +22,10 @@ from moe_interp.points import POINTS
 from tests import tiny
 from tests.bridges import bridge
 from tests.edits import change, one_of_each_point
-from tests.served import saved, server, unloaded
+from tests.served import saved, unloaded
 
 IDS = torch.randint(3, 92, (2, 9), generator=torch.Generator().manual_seed(0))
 EXACT = 1e-6
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A server for this module."""
-    with server() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

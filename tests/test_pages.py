@@ -2,7 +2,7 @@
 
 import linecache
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from nnsight.schema.config import CONFIG
 
 import moe_interp as moe
 from tests import tiny
-from tests.served import saved, server
+from tests.served import saved
 
 DOCS = Path(__file__).parent.parent / "docs"
 CHECKPOINT = "allenai/OLMoE-1B-7B-0924"
@@ -42,14 +42,6 @@ def page(folder: str) -> Callable[..., dict[str, Any]]:
     return run
 
 
-@pytest.fixture
-def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server that nnsight takes for its own."""
-    with server() as found:
-        monkeypatch.setattr(CONFIG.API, "HOST", found)
-        yield found
-
-
 def test_the_page_about_nnsight(page):
     names = page("nnsight.md")
     lm = names["lm"]
@@ -66,7 +58,8 @@ def test_the_page_about_nnsight(page):
     names["points"].close()
 
 
-def test_the_page_about_servers(page, address):
+def test_the_page_about_servers(page, address, monkeypatch):
+    monkeypatch.setattr(CONFIG.API, "HOST", address)
     names = page("ndif.md")
     assert not names["lm"].dispatched
     assert set(names["run"].routing) == {0, 1, 2, 3}

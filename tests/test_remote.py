@@ -5,7 +5,7 @@ The server is a process in which moe_interp cannot be imported; the client's mod
 
 import json
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,11 @@ from moe_interp.errors import BadInput, RemoteFailure, UnknownName, UnsupportedM
 from moe_interp.hosts.passes import _small
 from moe_interp.remote import RemoteMoEModel
 from tests import tiny
-from tests.served import saved, server, tokenizer, unloaded
+from tests.served import saved, tokenizer, unloaded
 from tests.test_analyses_on_types import ANALYSES, IDS
 
 TEXTS = ["hello there", "a text of another length"]
 EXACT = 1e-6
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A server for this module."""
-    with server() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

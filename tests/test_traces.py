@@ -1,6 +1,6 @@
 """Named points in nnsight's own idioms: invokes, gradients, steps of a generation, sessions; here and on a server."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,17 +14,10 @@ from moe_interp.errors import BadInput, UnknownName
 from moe_interp.hosts.hooked import trace_points
 from moe_interp.hosts.stock import reached, stock_points
 from tests import tiny
-from tests.served import saved, server, tokenizer, unloaded
+from tests.served import saved, tokenizer, unloaded
 
 IDS = torch.randint(3, 92, (2, 9), generator=torch.Generator().manual_seed(0))
 TEXTS = ("hello there", "a text of another length")
-
-
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A server for this module."""
-    with server() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

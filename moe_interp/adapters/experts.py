@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moe_interp.adapters.formats import check_format, in_memory, linear_weight, matrices
+from moe_interp.adapters.sums import weighted_sum
 from moe_interp.errors import BadInput, UnsupportedModel
 
 OnAct = Callable[[Tensor], Tensor]
@@ -133,14 +134,6 @@ def _outputs_of(
     slots = slots if len(slots) else slots.new_zeros(1)
     some = kernel.outputs(experts, hidden[slots // ids.shape[-1]], ids.reshape(-1, 1)[slots])
     return some.new_zeros(ids.numel(), some.shape[-1]).index_copy(0, slots, some)
-
-
-def weighted_sum(
-    outputs: Float[Tensor, "TK D"], weights: Float[Tensor, "T K"], dtype: torch.dtype
-) -> Float[Tensor, "T D"]:
-    """The sum over slots of weight times output, in the order and precision of ``grouped_mm``."""
-    weighted = outputs * weights.reshape(-1, 1)
-    return weighted.view(*weights.shape, -1).sum(dim=1).to(dtype)
 
 
 def added_in_turn(

@@ -4,6 +4,7 @@ Formulas of the data in `moe_interp.adapters.spec`, on the modules of a model an
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,3 +51,20 @@ def logits_of(spec: ModelSpec, unembedded: Tensor) -> Tensor:
     logits = logits * spec.logit_scale if spec.logit_scale != 1.0 else logits
     cap = spec.logit_softcap
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def output_of(spec: ModelSpec, returned: Any) -> Tensor:
+    """What a forward pass gave: logits, or the last hidden states of a model without a head."""
+    if isinstance(returned, Tensor):
+        return returned
+    return returned.last_hidden_state if spec.unembed is None else returned.logits
+
+
+def has_nan(output: Tensor, mask: Tensor) -> bool:
+    """Whether an output [B, S, V] is NaN at a real token (or, of one row an input [B, V], at all).
+
+    NaN anywhere in a hidden state reaches every logit of that token, so one column tells.
+    """
+    first = output[..., 0].detach()
+    seen = mask[:, -output.shape[1] :] if output.dim() == 3 else torch.ones_like(first, dtype=torch.bool)
+    return bool(first[seen].isnan().any())

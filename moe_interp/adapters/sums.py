@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from moe_interp.adapters.formats import in_memory
@@ -89,6 +90,14 @@ def tensor(hf: nn.Module, path: str) -> Tensor:
     owner = hf.get_submodule(path)
     with in_memory(owner, inner=False):
         return getattr(owner, name)
+
+
+def weighted_sum(
+    outputs: Float[Tensor, "TK D"], weights: Float[Tensor, "T K"], dtype: torch.dtype
+) -> Float[Tensor, "T D"]:
+    """The sum over slots of weight times output, in the order and precision of ``grouped_mm``."""
+    weighted = outputs * weights.reshape(-1, 1)
+    return weighted.view(*weights.shape, -1).sum(dim=1).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from nnsight.intervention.interleaver import Mediator
 from torch import Tensor
 
-from moe_interp.adapters.formulas import logits_of
+from moe_interp.adapters.formulas import has_nan, logits_of, output_of
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.adapters.sums import follow
 from moe_interp.hosts.choices import choice, rechosen, rechosen_at, topk
@@ -89,17 +89,17 @@ class Pass:
         contexts = {layer: self.program.contexts[layer] for layer in self.spec.moe_layers}
         values = {key: _small(value) for key, value in self.program.values.items()}
         tops = {key: tuple(map(_small, value)) for key, value in self.program.tops.items()}
-        first = (output if isinstance(output, Tensor) else output[0])[..., 0]
+        gave = output_of(self.spec, output)
         return {
             "values": values,
             "tops": tops,
             "ids": {layer: _small(context.ids) for layer, context in contexts.items()},  # type: ignore[arg-type]
             "weights": {layer: context.weights for layer, context in contexts.items()},
             "touched": list(self.program.touched),
-            "output": _kept(_logits(self.spec, output), keep),
-            "finite": not bool(first.isnan().any()),
-            "dtype": str(first.dtype),
-            "device": first.device.type,
+            "output": _kept(gave, keep),
+            "nan": has_nan(gave, self.program.tokens.mask.to(gave.device)),
+            "dtype": str(gave.dtype),
+            "device": gave.device.type,
         }
 
 
@@ -112,12 +112,6 @@ class _Called:
     def get_submodule(self, path: str) -> Any:
         """nnsight's envoy of a submodule, which runs it when called."""
         return self.lm.get(path)
-
-
-def _logits(spec: ModelSpec, output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    return output.last_hidden_state if spec.unembed is None else output.logits
 
 
 def _kept(output: Tensor, keep: bool | Tensor) -> Tensor | None:

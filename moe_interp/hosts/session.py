@@ -18,14 +18,8 @@ class Session:
 
     Args:
         host: the opened model.
-        edits: for all rows; or blocks, each with its own.
-        reads: what to keep.
+        edits, reads, decode: as `Program` has them, which says what is refused.
         grad: whether to keep the graph; None: as it is outside.
-        decode: logits of a residual stream, for reads of most likely tokens.
-
-    Raises:
-        UnknownName: an intervention or a read names something that the model does not have.
-        BadInput: a point is read twice at one layer, or edited though it is read-only; edits contradict each other.
     """
 
     def __init__(

@@ -37,6 +37,7 @@ from moe_interp.adapters.spec import (
     RouterOutput,
     RouterTopK,
 )
+from moe_interp.adapters.sums import weighted_sum
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.hosts.modes import SecondProducts
 from moe_interp.hosts.rows import argument, joined, texts, with_argument
@@ -300,7 +301,9 @@ class StockReach:
         return call.outputs[1].clone()
 
     def _put_outputs(self, layer: int, call: Call, raw: Tensor, new: Tensor) -> Tensor:
-        changed = joined(raw, weighted_sum(new, texts(call.args[2]), raw.dtype))
+        weights = texts(call.args[2])
+        total = weighted_sum(new.flatten(0, 2), weights.flatten(0, 1), raw.dtype)
+        changed = joined(raw, total.view(*weights.shape[:2], -1))
         call.outputs = changed, new
         return changed
 
@@ -313,12 +316,6 @@ class StockReach:
     def _put_neurons(self, layer: int, call: Call, raw: Tensor, new: Tensor) -> Tensor:
         call.act, call.outputs = new, None
         return self._put_outputs(layer, call, raw, self._outputs(layer, call, raw))
-
-
-def weighted_sum(outputs: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """[b, S, D], the sum over slots of weight times output, in the order and precision of ``grouped_mm``."""
-    weighted = outputs.flatten(0, 2) * weights.reshape(-1, 1)
-    return weighted.view(-1, weights.shape[-1], outputs.shape[-1]).sum(dim=1).to(dtype).view(*weights.shape[:2], -1)
 
 
 def _neurons_of(run: Callable[[], Tensor], ids: Tensor) -> Tensor:
