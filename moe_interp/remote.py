@@ -16,6 +16,7 @@ import torch
 from nnsight.intervention.backends.remote import RemoteError
 from torch import Tensor, nn
 
+from moe_interp import errors
 from moe_interp.adapters import ModelSpec, describe
 from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadCheckpoint, RemoteFailure, UnsupportedModel
@@ -197,11 +198,14 @@ class RemoteMoEModel(MoEModel):
         try:
             yield
         except RemoteError as error:
-            lines = [line for line in str(error).splitlines() if line.strip()]
+            last = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no reason")
+            ours = re.fullmatch(r"moe_interp_\w+\.errors\.(\w+): (.*)", last)
+            if ours:  # the same error as here
+                raise getattr(errors, ours[1])(ours[2]) from error
             raise RemoteFailure(
                 "the server could not run this",
                 expected=f"a deployment of {self.name} that nnsight can trace",
-                got=re.sub(r"^moe_interp_\w+\.errors\.", "", lines[-1].strip()).rstrip(".") if lines else "no reason",
+                got=last,
                 do="The error that this one follows from has the server's traceback.",
             ) from error
 

@@ -240,6 +240,12 @@ def test_what_fails_on_the_server_says_so(pair):
     assert torch.isfinite(away.run("abc").logits).all()  # and the server goes on
 
 
+def test_what_is_refused_on_the_server_is_our_own_error(pair):
+    _, away = pair("olmoe")
+    with pytest.raises(BadInput, match="texts cannot be told apart.*got num_beams=2. Repeat the text"):
+        away.generate("abc", edit=moe.ablate(layer=1, expert=0), num_beams=2, max_new_tokens=2)
+
+
 def test_the_client_has_no_weights(pair):
     for family in ("olmoe", "qwen3_moe"):
         _, away = pair(family)
