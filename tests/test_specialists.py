@@ -198,15 +198,19 @@ def test_one_trial_has_values_and_no_intervals():
 def test_accuracies_are_paired_by_trial():
     mixtures = {3: [trial(seed) for seed in range(4)], 2: [trial(seed, experts=2) for seed in range(4, 8)]}
     dense = [trial(seed) for seed in range(10, 14)]
-    result = accuracies(mixtures, dense, {3: dense, 2: dense})
-    assert result["condition"].values.tolist() == ["learned", "random", "dense, one expert", "dense, total"]
+    others = {3: [trial(seed + 50) for seed in range(4)], 2: [trial(seed + 60) for seed in range(4)]}
+    result = accuracies(mixtures, trained_random=others, dense_one=dense, dense_total={3: dense, 2: dense})
+    names = ["learned", "random", "trained at random", "dense, one expert", "dense, total"]
+    assert result["condition"].values.tolist() == names
+    other = [float(one["accuracy"][1]) for one in others[2]]
+    assert float(result["accuracy"].sel(experts=2, condition="trained at random")) == pytest.approx(np.mean(other))
     learned, random = (np.array([float(one["accuracy"][at]) for one in mixtures[2]]) for at in (0, 1))
     here = result.sel(experts=2, condition="random")
     assert float(here["accuracy"]) == pytest.approx(random.mean())
     assert np.allclose(here["accuracy_interval"], slow.interval(random.tolist()), atol=1e-6)
     assert np.allclose(here["gap_interval"], slow.interval((learned - random).tolist()), atol=1e-6)
     with pytest.raises(BadInput, match="trials cannot be compared"):
-        accuracies({3: mixtures[3][:2]}, dense)
+        accuracies({3: mixtures[3][:2]}, dense_one=dense)
 
 
 def test_depth_compares_trunks_with_welchs_interval():

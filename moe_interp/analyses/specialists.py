@@ -3,13 +3,13 @@
 The experiments of "Do Experts Specialize?" (Poetzscher) around the table of `moe_interp.analyses.class_routing`; trials
 are as there, and were classified under other routings too (`moe_interp.zoo.vision_study`).
 
-1. `accuracies`: the learned routing against random, permuted and fresh experts, and against dense models.
+1. `accuracies`: the learned routing against random, permuted and fresh experts, and against models of other kinds.
 2. `depth`: a short trunk against the base, by class covariance, whose scale depends on the load, and by mutual
    information, whose does not.
 3. `probed`: how much of the class the router could have seen, and how much of that it used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import log
 
 import numpy as np
@@ -36,12 +36,17 @@ from moe_interp.stats import shares, student_interval
 
 
 def accuracies(
-    mixtures: Mapping[int, Trials], dense_one: Trials = (), dense_total: Mapping[int, Trials] | None = None
+    mixtures: Mapping[int, Trials],
+    *,
+    trained_random: Mapping[int, Trials] | None = None,
+    dense_one: Trials = (),
+    dense_total: Mapping[int, Trials] | None = None,
 ) -> xr.Dataset:
-    """Accuracy of learned routing, of other routings of the same model, and of dense models.
+    """Accuracy of learned routing, of other routings of the same model, and of models trained otherwise.
 
     Args:
         mixtures: trials by number of experts, as many of each.
+        trained_random: mixtures that were trained with random routing, by number of experts.
         dense_one: dense models as large as one expert.
         dense_total: dense models as large as all experts together, by number of experts.
 
@@ -52,14 +57,20 @@ def accuracies(
     Raises:
         BadInput: no trials, or different numbers of them.
     """
-    every = [*mixtures.values(), *([dense_one] if dense_one else []), *(dense_total or {}).values()]
+    every = [
+        *mixtures.values(),
+        *(trained_random or {}).values(),
+        *([dense_one] if dense_one else []),
+        *(dense_total or {}).values(),
+    ]
     counts = sorted({len(trials) for trials in every})
     if len(counts) != 1 or counts == [0]:
         raise BadInput("trials cannot be compared", expected="as many of every kind", got=str(counts))
     conditions = [str(name) for name in next(iter(mixtures.values()))[0]["condition"].values]
-    names = [*conditions, *(["dense, one expert"] if dense_one else []), *(["dense, total"] if dense_total else [])]
+    others = {"trained at random": trained_random, "dense, one expert": dense_one, "dense, total": dense_total}
+    names = [*conditions, *(name for name, some in others.items() if some)]
     table = np.stack(
-        [_accuracies(mixtures[count], dense_one, (dense_total or {}).get(count, ())) for count in mixtures]
+        [_accuracies(count, mixtures[count], [some for some in others.values() if some]) for count in mixtures]
     )
     gap = table[:, :1] - table
     chance = 1 / mixtures[next(iter(mixtures))][0].sizes["class"]
@@ -78,11 +89,16 @@ def accuracies(
     return labelled(variables, coords, analysis="accuracies", provenance=common_provenance(everything))
 
 
-def _accuracies(mixture: Trials, dense_one: Trials, dense_total: Trials) -> Float[np.ndarray, "conditions trials"]:
+def _accuracies(
+    count: int, mixture: Trials, others: Sequence[Trials | Mapping[int, Trials]]
+) -> Float[np.ndarray, "conditions trials"]:
     rows = list(np.stack([trial["accuracy"].values for trial in mixture], axis=-1))
-    rows += [
-        np.array([trial["accuracy"].values[0] for trial in dense]) for dense in (dense_one, dense_total) if len(dense)
-    ]
+    for some in others:
+        trials = some[count] if isinstance(some, Mapping) else some
+        random = "random" in trials[0]["condition"].values
+        rows.append(
+            np.array([float(trial["accuracy"].sel(condition="random" if random else "learned")) for trial in trials])
+        )
     return np.stack(rows).astype(float)
 
 

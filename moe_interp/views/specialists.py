@@ -22,9 +22,9 @@ DIVERGING = [[0.0, "#2166ac"], [0.5, "#ffffff"], [1.0, "#b2182b"]]
 FILLS = {
     "learned": COLOURS[0],
     "random": CONTROL,
-    "random, own weights": "#b9bec4",
     "permuted": "#80868c",
     "fresh": "#d7dade",
+    "trained at random": "#7fa8c9",
     "dense, one expert": COLOURS[1],
     "dense, total": "#e3a47f",
 }

@@ -6,15 +6,18 @@
    the two layers of an expert are our reading: what we have of the paper does not say.
 2. `describe` opens it through ``register_adapter``, the public door for architectures of one's own.
 3. `train`: AdamW under OneCycle; cross-entropy + ``balance`` x the Switch load-balance loss (Fedus et al. 2022,
-   equation 4), E sum_e f_e P_e. In Switch, f_e is the share of the decisions that expert e gets and P_e its mean
-   score. The paper's 1e-5 does nothing to these: one expert takes every image, while the paper's tables are of even
-   loads. With counts for f and summed scores for P, which for a batch of 64 is 0.04 times Switch's loss, loads are even
-   and its tables come out (docs/vision_moe.md has both). So that is the default, and ``balance_over="means"`` Switch's.
+   equation 4), E sum_e f_e P_e, where f_e is the share of the decisions that expert e gets and P_e its mean score.
 
-A dense model is one with a single expert: its weight is always 1.
+Weights of the chosen experts are renormalised, as in Mixtral, so that with K = 1 the weight is always 1 and the router
+learns from the load-balance loss alone. That is why the paper's weight of it, 1e-5, is enough for even loads: AdamW
+takes steps of one size, however small the gradient. With the score as the weight, as in Switch
+(``renormalise=False``), the cross-entropy drowns it, and one expert takes nearly every image (docs/vision_moe.md).
+
+A dense model is one with a single expert.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,12 +33,11 @@ from moe_interp.adapters.spec import ExpertsCall, Input, Output, RouterOutput, S
 from moe_interp.errors import BadInput
 
 Depth = Literal["base", "short"]
-Over = Literal["sums", "means"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What, with the images, decides the weights; defaults are the paper's (batch, neurons, balance_over: ours).
+    """What, with the images, decides the weights; defaults are the paper's (batch, neurons, renormalise: ours).
 
     Attributes:
         experts, top_k: E and K.
@@ -44,8 +46,9 @@ class Plan:
         neurons: of an expert, in its one hidden layer.
         epochs, batch, learning_rate, weight_decay: of AdamW; the rate is the top of OneCycle.
         balance: weight of the load-balance loss.
-        balance_over: whether its factors are sums over a batch or, as in Switch, means.
-        seed: of the weights and of the order of images.
+        renormalise: whether the weights of the chosen experts sum to 1; else they are their scores, as in Switch.
+        random: a router that draws its experts anew for every image, in training and after it.
+        seed: of the weights, of the order of images and of these draws.
     """
 
     experts: int = 2
@@ -58,7 +61,8 @@ class Plan:
     learning_rate: float = 1e-2
     weight_decay: float = 1e-4
     balance: float = 1e-5
-    balance_over: Over = "sums"
+    renormalise: bool = True
+    random: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,6 +72,15 @@ class Plan:
                 expected="a width that 4 divides, and 1 to E experts an image",
                 got=f"width {self.width}, {self.top_k} of {self.experts} experts",
             )
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Draw from this seed, on the CPU and the device, and leave the generators as they were."""
+    cuda = torch.device(device).type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class Expert(nn.Module):
@@ -96,18 +109,35 @@ class Experts(nn.ModuleList):
         return out
 
 
+class RandomRouter(nn.Module):
+    """Logits that are drawn anew for every image, so that every expert is as likely as any other."""
+
+    def __init__(self, experts: int):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
+        """Normal ones."""
+        return torch.randn(len(hidden), self.experts, device=hidden.device)
+
+
 class Mixture(nn.Module):
-    """A softmax router, the K experts with the highest scores, and their outputs weighted by these scores."""
+    """A router, the K experts with the highest scores, and their weighted outputs."""
 
     def __init__(self, features: int, plan: Plan):
         super().__init__()
-        self.top_k = plan.top_k
-        self.router = nn.Linear(features, plan.experts)
+        self.top_k, self.renormalise, self.features = plan.top_k, plan.renormalise, features
+        self.router = RandomRouter(plan.experts) if plan.random else nn.Linear(features, plan.experts)
         self.experts = Experts(Expert(features, plan.neurons) for _ in range(plan.experts))
 
     def forward(self, hidden: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """The weighted sum of the chosen experts."""
-        weights, ids = self.router(hidden).softmax(dim=-1).topk(self.top_k, dim=-1)
+        logits = self.router(hidden)
+        if self.renormalise:
+            chosen, ids = logits.topk(self.top_k, dim=-1)
+            weights = chosen.softmax(dim=-1)
+        else:
+            weights, ids = logits.softmax(dim=-1).topk(self.top_k, dim=-1)
         return self.experts(hidden, ids, weights)
 
 
@@ -145,8 +175,7 @@ class VisionMoE(nn.Module):
         super().__init__()
         if size < 8 or size % 4:
             raise BadInput("images of this size do not fit", expected="8, 12, 16, ... pixels", got=str(size))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(plan.seed)
+        with seeded(plan.seed):
             self.trunk = _trunk(channels, size, plan)
             self.moe = Mixture(4 * plan.width, plan)
             self.head = nn.Linear(4 * plan.width, classes)
@@ -173,7 +202,7 @@ def describe(hf: Any) -> ModelSpec:
         num_experts=len(moe.experts),
         top_k=moe.top_k,
         scoring=Scoring("softmax"),
-        renormalises=False,
+        renormalises=moe.renormalise,
         kernel=Separate(up="up", down="down"),
         width=("moe", "top_k"),
     )
@@ -184,7 +213,7 @@ def describe(hf: Any) -> ModelSpec:
         embed=None,
         final=(),
         unembed="head",
-        d_model=moe.router.in_features,
+        d_model=moe.features,
         vocab_size=hf.head.out_features,
         context_length=1,
         kind="other",
@@ -234,22 +263,22 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     steps = steps_per_epoch(len(images), plan)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.learning_rate, total_steps=plan.epochs * steps)
-    weight = plan.balance * (min(plan.batch, len(images)) ** 2 * plan.top_k if plan.balance_over == "sums" else 1)
     model.train()
     last = []
-    for number, batch in enumerate(batches(len(images), plan)):
-        batch = batch.to(images.device)
-        hidden = model.trunk(images[batch])
-        # The router once more, a few thousand products, so that the mixture need not keep anything for the loss.
-        balance = balance_loss(model.moe.router(hidden).softmax(dim=-1), plan.top_k)
-        loss = functional.cross_entropy(model.head(model.moe(hidden)), labels[batch])
-        optimizer.zero_grad()
-        (loss + weight * balance).backward()
-        optimizer.step()
-        schedule.step()
-        step_done()
-        if number >= (plan.epochs - 1) * steps:
-            last.append(torch.stack([loss.detach(), balance.detach()]))
+    with seeded(plan.seed, images.device):
+        for number, batch in enumerate(batches(len(images), plan)):
+            batch = batch.to(images.device)
+            hidden = model.trunk(images[batch])
+            # The router once more, a few thousand products, so that the mixture need not keep anything for the loss.
+            balance = balance_loss(model.moe.router(hidden).softmax(dim=-1), plan.top_k)
+            loss = functional.cross_entropy(model.head(model.moe(hidden)), labels[batch])
+            optimizer.zero_grad()
+            (loss + plan.balance * balance).backward()
+            optimizer.step()
+            schedule.step()
+            step_done()
+            if number >= (plan.epochs - 1) * steps:
+                last.append(torch.stack([loss.detach(), balance.detach()]))
     model.eval()
     means = torch.stack(last).mean(dim=0).tolist()
     return {"loss": means[0], "balance": means[1]}

@@ -6,12 +6,13 @@ A trial is measured on the test images, through the points of the opened model. 
 output on every image (``model.experts``) then gives what each routing would have predicted (``model.decode``):
 
 - *learned*: as the router chose.
-- *random*: K distinct experts drawn uniformly, the learned weights' values kept (as Poetzscher). Not sampled: the mean
-  over all ordered draws, or over 120 of them where there are more.
-- *random, own weights*: the same draws, each expert with the score that the router gives to it.
+- *random*: K distinct experts drawn uniformly, the learned weights' values kept. Not sampled: the mean over all ordered
+  draws, or over 120 of them where there are more.
 - *permuted*: every expert in the place of another, the mean over the E - 1 cyclic shifts, which give each image every
   wrong expert once. With K = 1 random routing is this in (E - 1) / E of the draws and the learned one in the others.
 - *fresh*: experts as before training, the floor. The mean over `FRESH` initialisations.
+
+The other reading of "random router" is a model that was trained with one: trials of their own, random-E below.
 
 Linear probes (softmax regression, ridge, by L-BFGS) of the mixture's input say how much of the class it tells: their
 accuracy, and H(class) minus their cross-entropy on the test images, a lower bound in nats on what the input tells
@@ -19,8 +20,10 @@ accuracy, and H(class) minus their cross-entropy on the test images, a lower bou
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, permutations
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +42,10 @@ from moe_interp.model import MoEModel
 from moe_interp.opening import wrap
 from moe_interp.results import Variable, labelled, load, provenance_of, save
 from moe_interp.views.specialists import Findings
-from moe_interp.zoo.vision import Experts, Mixture, Plan, VisionMoE, steps_per_epoch, train
+from moe_interp.zoo.vision import Experts, Mixture, Plan, VisionMoE, seeded, steps_per_epoch, train
 from moe_interp.zoo.vision_images import Images
 
-CONDITIONS = ("learned", "random", "random, own weights", "permuted", "fresh")
+CONDITIONS = ("learned", "random", "permuted", "fresh")
 PROBES = ("mixture's input", "untrained trunk", "permuted labels")
 DRAWS, FRESH, CHUNK = 120, 5, 1000
 PROBED = 10_000  # training images that probes are fitted on
@@ -71,8 +74,8 @@ class Study:
     def plans(self) -> Iterator[tuple[str, Plan]]:
         """Every trial by name, a seed after the other, so that a study cut short has all kinds.
 
-        base-E and short-E are mixtures of E experts, dense-E a dense model as large as E experts together, means-E is
-        base-E under Switch's own loss (see `moe_interp.zoo.vision`).
+        base-E and short-E are mixtures of E experts, random-E is base-E with random routing in training too, scored-E
+        base-E with scores for weights, as in Switch, dense-E a dense model as large as E experts together.
         """
         for seed in range(self.trials):
             plan = replace(self.plan, seed=seed)
@@ -81,24 +84,33 @@ class Study:
                 yield f"base-{count}-{seed:02}", replace(plan, experts=count)
                 yield f"short-{count}-{seed:02}", replace(plan, experts=count, depth="short")
                 yield f"dense-{count}-{seed:02}", replace(plan, experts=1, top_k=1, neurons=count * plan.neurons)
-                yield f"means-{count}-{seed:02}", replace(plan, experts=count, balance_over="means")
+                yield f"random-{count}-{seed:02}", replace(plan, experts=count, random=True)
+                yield f"scored-{count}-{seed:02}", replace(plan, experts=count, renormalise=False)
 
 
 STUDIES = {
     "full": Study(),
-    "small": Study("small", trials=5, plan=Plan(width=16, neurons=64, epochs=5), train=8_000, test=5_000),
+    "medium": Study("medium", trials=5, plan=Plan(width=16, neurons=64, epochs=8), train=10_000, test=5_000),
+    "small": Study("small", trials=3, plan=Plan(width=16, neurons=64, epochs=5), train=8_000, test=5_000),
     "digits": Study("digits", trials=3, plan=Plan(width=16, neurons=64)),
 }
 
 
 def run_study(
-    study: Study, images: Images, folder: Path, device: torch.device | str = "cpu", *, quiet: bool = False
+    study: Study,
+    images: Images,
+    folder: Path,
+    device: torch.device | str = "cpu",
+    *,
+    workers: int = 1,
+    quiet: bool = False,
 ) -> dict[str, list[xr.Dataset]]:
     """Train and measure every trial that the folder does not hold yet.
 
     Args:
         images: what to train on; see `read_images`, which is to be given the study's counts.
         folder: one netCDF file a trial, written whole; made if missing.
+        workers: so many trials at a time, in processes of their own.
         quiet: no progress bar.
 
     Returns:
@@ -109,25 +121,79 @@ def run_study(
         BadOutput: it cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = (*images.normalised(device), images.train_labels.to(device), images.test_labels.to(device))
-    plans = list(study.plans())
-    steps = [plan.epochs * steps_per_epoch(len(images.train), plan) for _, plan in plans]
+    jobs = [_Job(name, plan, folder / f"{name}.nc", _identity(study, plan, images)) for name, plan in study.plans()]
+    steps = {job.path: job.plan.epochs * steps_per_epoch(len(images.train), job.plan) for job in jobs}
+    missing = [job for job in jobs if not job.path.exists()]
+    with tqdm(total=sum(steps.values()), unit="step", smoothing=0.01, disable=quiet) as bar:
+        bar.update(sum(steps.values()) - sum(steps[job.path] for job in missing))
+        if workers == 1 or len(missing) < 2:
+            tensors = _tensors(images, device)
+            for job in missing:
+                bar.set_description(job.name)
+                save(trial(images, tensors, job.plan, job.identity, bar), job.path)
+        else:
+            for job in _made_by(workers, images, device, missing):
+                bar.update(steps[job.path])
     found: dict[str, list[xr.Dataset]] = {}
-    with tqdm(total=sum(steps), unit="step", smoothing=0.01, disable=quiet) as bar:
-        for (name, plan), count in zip(plans, steps, strict=True):
-            bar.set_description(name)
-            path = folder / f"{name}.nc"
-            identity = asdict(plan) | {"study": study.name, "images": images.name}
-            identity |= {"train_images": len(images.train), "test_images": len(images.test)}
-            if path.exists():
-                bar.update(count)
-            else:
-                save(trial(images, tensors, plan, identity, bar), path)
-            found.setdefault(name.rpartition("-")[0], []).append(_same(load(path), identity, path))
+    for job in jobs:
+        found.setdefault(job.name.rpartition("-")[0], []).append(_same(load(job.path), job.identity, job.path))
     return found
 
 
-def _same(found: xr.Dataset, identity: dict[str, str | int | float], path: Path) -> xr.Dataset:
+Identity = dict[str, str | int | float]
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Job:
+    name: str
+    plan: Plan
+    path: Path
+    identity: Identity
+
+
+def _identity(study: Study, plan: Plan, images: Images) -> Identity:
+    return asdict(plan) | {
+        "study": study.name,
+        "images": images.name,
+        "train_images": len(images.train),
+        "test_images": len(images.test),
+    }
+
+
+def _tensors(images: Images, device: torch.device | str) -> Tensors:
+    return (*images.normalised(device), images.train_labels.to(device), images.test_labels.to(device))
+
+
+# Trials side by side, each process with the images of its own
+
+
+def _made_by(workers: int, images: Images, device: torch.device | str, jobs: list[_Job]) -> Iterator[_Job]:
+    """Jobs as they are done, in processes that start afresh, as CUDA asks; those not begun are dropped at an error."""
+    given = (images, device, torch.get_num_threads())
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _start_worker, given)
+    try:
+        for done in as_completed([pool.submit(_work, job) for job in jobs]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: list[tuple[Images, Tensors]] = []
+
+
+def _start_worker(images: Images, device: torch.device | str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _worker.append((images, _tensors(images, device)))
+
+
+def _work(job: _Job) -> _Job:
+    ((images, tensors),) = _worker
+    save(trial(images, tensors, job.plan, job.identity), job.path)
+    return job
+
+
+def _same(found: xr.Dataset, identity: Identity, path: Path) -> xr.Dataset:
     there = provenance_of(found)
     if other := {key: there.get(key) for key, value in identity.items() if there.get(key) != value}:
         raise BadData(
@@ -139,12 +205,7 @@ def _same(found: xr.Dataset, identity: dict[str, str | int | float], path: Path)
     return found
 
 
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def trial(
-    images: Images, tensors: Tensors, plan: Plan, identity: dict[str, str | int | float], bar: tqdm | None = None
-) -> xr.Dataset:
+def trial(images: Images, tensors: Tensors, plan: Plan, identity: Identity, bar: tqdm | None = None) -> xr.Dataset:
     """Train one model and measure it.
 
     Args:
@@ -159,7 +220,7 @@ def trial(
     hf = VisionMoE(channels, size, len(images.classes), plan).to(train_images.device)
     hf.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     last = train(hf, train_images, train_labels, plan, bar.update if bar is not None else lambda: None)
-    with wrap(hf, name="VisionMoE") as model, torch.no_grad():
+    with wrap(hf, name="VisionMoE") as model, torch.no_grad(), seeded(plan.seed, train_images.device):
         variables = routes(model, test_images, test_labels, plan)
         before = VisionMoE(channels, size, len(images.classes), plan).to(train_images.device).eval()
         variables |= probes(hf, before, tensors, plan.seed)
@@ -184,7 +245,12 @@ def findings(study: Study, found: dict[str, list[xr.Dataset]], images: Images) -
     by_trunk = {count: {"base": base[count], "short": short[count]} for count in study.experts}
     return Findings(
         name=f"{study.name} study",
-        accuracies=accuracies(base, found["dense-1"], {count: found[f"dense-{count}"] for count in study.experts}),
+        accuracies=accuracies(
+            base,
+            trained_random={count: found[f"random-{count}"] for count in study.experts},
+            dense_one=found["dense-1"],
+            dense_total={count: found[f"dense-{count}"] for count in study.experts},
+        ),
         routing={count: class_routing(trials) for count, trials in base.items()},
         short_routing={count: class_routing(trials) for count, trials in short.items()},
         depth={count: depth(trials) for count, trials in by_trunk.items()},
@@ -202,25 +268,24 @@ class Seen:
 
     Attributes:
         hidden: its input; outputs: what every expert makes of it.
-        ids, weights, scores: the routing.
+        ids, weights: the routing.
     """
 
     hidden: Float[Tensor, "N D"]
     outputs: Float[Tensor, "N E D"]
     ids: Int[Tensor, "N K"]
     weights: Float[Tensor, "N K"]
-    scores: Float[Tensor, "N E"]
 
 
 def look(model: MoEModel, images: Float[Tensor, "N C H W"]) -> Seen:
     """One pass over the images, and every expert on each of them."""
     parts = []
     for some in images.split(CHUNK):
-        run = model.run({"images": some}, read=["moe_in", "router_scores"])
+        run = model.run({"images": some}, read="moe_in")
         hidden, routing = run["moe_in", 0][:, 0], run.routing[0]
         every = torch.arange(model.spec.num_experts, device=hidden.device).expand(len(hidden), -1)
         outputs = model.experts(0)(hidden, every)
-        parts.append((hidden, outputs, routing.ids[:, 0], routing.weights[:, 0], run["router_scores", 0][:, 0]))
+        parts.append((hidden, outputs, routing.ids[:, 0], routing.weights[:, 0]))
     return Seen(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
@@ -283,7 +348,7 @@ def _routings(seen: Seen, condition: str, plan: Plan) -> Iterator[tuple[Tensor, 
     else:
         for draw in _draws(experts, plan.top_k):
             ids = torch.tensor(draw, device=seen.ids.device).expand_as(seen.ids)
-            yield seen.outputs, ids, seen.weights if condition == "random" else seen.scores.gather(1, ids)
+            yield seen.outputs, ids, seen.weights
 
 
 def _draws(experts: int, top_k: int) -> list[tuple[int, ...]]:
@@ -296,8 +361,7 @@ def _draws(experts: int, top_k: int) -> list[tuple[int, ...]]:
 
 
 def _fresh_outputs(seen: Seen, plan: Plan, number: int) -> Float[Tensor, "N E D"]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1000 * (number + 1) + plan.seed)
+    with seeded(1000 * (number + 1) + plan.seed):
         experts: Experts = Mixture(seen.hidden.shape[1], plan).experts
     experts.to(seen.hidden.device)
     return torch.stack([expert(seen.hidden) for expert in experts], dim=1)

@@ -32,19 +32,21 @@ def _one(model, image: Tensor) -> dict[str, Tensor]:
     exponentials = [math.exp(value) for value in logits.tolist()]
     scores = [value / sum(exponentials) for value in exponentials]
     ids = sorted(range(count), key=lambda expert: -scores[expert])[: model.moe.top_k]
+    whole = sum(scores[expert] for expert in ids) if model.moe.renormalise else 1.0
+    weights = [scores[expert] / whole for expert in ids]
     acts, outs, total = [], [], torch.zeros_like(hidden)
-    for expert in ids:
+    for expert, weight in zip(ids, weights, strict=True):
         up, down = f"moe.experts.{expert}.up", f"moe.experts.{expert}.down"
         z = state[f"{up}.weight"] @ hidden + state[f"{up}.bias"]
         acts.append(z * 0.5 * (1 + torch.erf(z / math.sqrt(2))))
         outs.append(state[f"{down}.weight"] @ acts[-1] + state[f"{down}.bias"])
-        total = total + scores[expert] * outs[-1]
+        total = total + weight * outs[-1]
     points = {
         "moe_in": hidden,
         "router_logits": logits,
         "router_scores": torch.tensor(scores),
         "expert_ids": torch.tensor(ids),
-        "gate_weights": torch.tensor([scores[expert] for expert in ids]),
+        "gate_weights": torch.tensor(weights),
         "expert_act": torch.stack(acts),
         "expert_out": torch.stack(outs),
         "routed_out": total,
