@@ -44,7 +44,7 @@ Trust = Annotated[bool, typer.Option(help="Let code beside the checkpoint run.")
 def _check_output(output: Path | None) -> None:
     """Refuse a file that could not be written before the work is done."""
     if output is not None:
-        from moe_interp.views.report import check_writable
+        from moe_interp.views.page import check_writable
 
         check_writable(output)
 

@@ -3,6 +3,8 @@
 import copy
 import inspect
 import io
+import sys
+import types
 from dataclasses import replace
 from itertools import permutations
 
@@ -455,6 +457,30 @@ def test_a_folder_for_each_class(tmp_path):
             (tmp_path / split / name / "0.png").write_bytes(encoded(number))
     images = read_images(tmp_path)
     assert images.train[:, 0, 0, 0].tolist() == images.train_labels.tolist() == list(range(10))
+
+
+def test_the_folder_that_torchvision_reads(tmp_path, monkeypatch):
+    with pytest.raises(BadData, match="expected train"):
+        read_images(tmp_path)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+
+    class Dataset:
+        """What torchvision.datasets.CIFAR10 has: data [N, 32, 32, 3] and targets."""
+
+        def __init__(self, root, train, download):
+            assert root == tmp_path and download is False
+            self.data = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
+            self.data[:, 5, 7, 2] = 200 if train else 100
+            self.targets = [3, 0, 9]
+
+    monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", types.SimpleNamespace(CIFAR10=Dataset))
+    images = read_images(tmp_path)
+    assert images.train.shape == (3, 3, 32, 32) and images.train_labels.tolist() == [3, 0, 9]
+    assert images.train[2, 2, 5, 7] == 200 and images.test[2, 2, 5, 7] == 100 and images.train[2, 0, 5, 7] == 2
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(BadInput, match="torchvision"):
+        read_images(tmp_path)
 
 
 def test_pictures_that_cannot_be_read_are_refused(tmp_path):

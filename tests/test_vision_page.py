@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -103,6 +104,23 @@ def test_cells_are_judged_by_side_and_by_interval(study):
     assert "18 of 20 cells ✓, 18 *" in table.note
     swapped = routed.isel(expert=[1, 0])
     assert example.class_table(2, swapped, paper).rows == table.rows
+
+
+def test_a_table_that_is_the_published_one_beats_permuted_classes_and_one_without_classes_does_not(study):
+    routed = study[0].routing[3].isel(expert=[2, 0, 1]).copy(deep=True)
+    routed["share"].values[:] = np.array(example.THREE)[:, [1, 2, 0]] / 100
+    cells = example.compare(routed, example.THREE)
+    assert np.allclose(cells.ours, example.THREE) and cells.same.all()
+    assert cells.p == 1 / (1 + example.PERMUTATIONS) and "correlation 1.00" in cells.said()
+    shuffled = np.random.default_rng(0).permutation(example.THREE)
+    routed["share"].values[:] = shuffled / 100
+    other = example.compare(routed, example.THREE)
+    draws = [np.random.default_rng(1000 + seed).permutation(shuffled) for seed in range(300)]
+    best = [
+        max(np.corrcoef(table[:, order].ravel(), np.ravel(example.THREE))[0, 1] for order in permutations(range(3)))
+        for table in (shuffled, *draws)
+    ]
+    assert other.p == pytest.approx(np.mean(np.array(best[1:]) >= best[0]), abs=0.1) and other.p > 0.05
 
 
 def test_claims_are_judged_by_their_intervals(study):

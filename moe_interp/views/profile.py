@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import xarray as xr
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moe_interp.errors import UnknownName
-from moe_interp.results import provenance_of, whole_file
+from moe_interp.results import provenance_of
+from moe_interp.views.page import template, write
 from moe_interp.views.tokens import shown
 
 _LEVEL = 0.05
@@ -64,7 +64,7 @@ class Profile:
         )
 
     def _repr_html_(self) -> str:
-        return _template("profile.html.j2").render(one=self, level=_LEVEL)
+        return template("profile.html.j2").render(one=self, level=_LEVEL)
 
 
 def profile(profiles: xr.Dataset, layer: int, expert: int) -> Profile:
@@ -138,24 +138,10 @@ def profile_page(profiles: xr.Dataset, path: str | Path) -> Path:
         BadOutput: the file cannot be written.
     """
     target = Path(path)
-    page = _template("profiles.html.j2").render(
+    text = template("profiles.html.j2").render(
         rows=profile_rows(profiles),
         provenance=provenance_of(profiles),
         baseline=100 * float(profiles["specialization_baseline"]),
         level=_LEVEL,
     )
-    with whole_file(target) as part:
-        part.write_text(page, encoding="utf-8")
-    return target
-
-
-def _template(name: str) -> Any:
-    environment = Environment(
-        loader=PackageLoader("moe_interp.views"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["shown"] = shown
-    return environment.get_template(name)
+    return write(text, target)

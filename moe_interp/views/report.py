@@ -1,19 +1,15 @@
 """The report: the main job's four questions answered for one model, as one self-contained HTML file.
 
-Figures bring their library along in the file and nothing is fetched; a content security policy in the page forbids it.
 Tokens, names and domains are untrusted: the template escapes everything that it is given, and figures get escaped text.
 """
 
-import json
-import os
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 import xarray as xr
-from jinja2 import Environment, StrictUndefined
 
 from moe_interp.analyses.coactivation import PairCounts
 from moe_interp.analyses.collect import Options, collect
@@ -29,11 +25,10 @@ from moe_interp.analyses.transitions import TransitionCounts
 from moe_interp.analyses.vocabulary import vocabulary_result
 from moe_interp.checkpoint import REFERENCE
 from moe_interp.data import Corpus
-from moe_interp.errors import BadInput, BadOutput
+from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
-from moe_interp.results import provenance_of, whole_file
-from moe_interp.views import figures, routing_figures
-from moe_interp.views.tokens import shown
+from moe_interp.results import provenance_of
+from moe_interp.views import figures, page, routing_figures
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ def report(
         BadOutput: the file cannot be written, found out before anything is measured.
     """
     target = Path(path)
-    check_writable(target)
+    page.check_writable(target)
     options: dict[str, Any] = {"resamples": resamples, "seed": seed, "max_tokens": max_tokens}
     shown_text = text or opening(model, corpus)
     model.encode(shown_text)
@@ -93,10 +88,7 @@ def report(
         similarity=ensemble_similarity(model, corpus, **options),
         perplexity=perplexity(model, corpus if scored is None else corpus.take(scored), renormalise="both", **options),
     )
-    page = render(model, corpus, results, max_tokens)
-    with whole_file(target) as part:
-        part.write_text(page, encoding="utf-8")
-    return target
+    return page.write(render(model, corpus, results, max_tokens), target)
 
 
 def _routed(model: MoEModel, corpus: Corpus, max_tokens: int | None, resamples: int, seed: int) -> dict[str, Any]:
@@ -135,40 +127,17 @@ def opening(model: MoEModel, corpus: Corpus, tokens: int = 24) -> str:
     return words if len(short) < len(text) and words.strip() else short
 
 
-def check_writable(target: Path) -> None:
-    """Refuse a file that could not be written, before the work is done.
-
-    Raises:
-        BadOutput: the folder is missing or not writable, or the path is a folder.
-    """
-    folder = target.parent
-    if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise BadOutput(
-            f"cannot write {target}",
-            expected="a file in a folder that exists and is writable",
-            got="a folder"
-            if target.is_dir()
-            else f"folder {folder}" + ("" if folder.is_dir() else ", which is not there"),
-        )
-
-
 def render(model: MoEModel, corpus: Corpus, results: Results, max_tokens: int | None) -> str:
     """The page of these results."""
-    from plotly.offline import get_plotlyjs
-
     provenance = provenance_of(results.routing)
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shown": shown, "fixed": lambda value, digits=2: _number(value, digits)}
-    template = environment.from_string(
-        files("moe_interp.views").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
-    )
-    return template.render(
+    return page.render(
+        "report.html.j2",
+        _figures(results),
+        provenance,
+        title=f"{model.name}: a mixture of experts, opened",
+        headlines=headlines(results),
         model=model,
         corpus=corpus,
-        plotly=get_plotlyjs(),
-        figures=_figures(results),
-        headlines=headlines(results),
         experts=_experts(results.routing),
         load=_load(results.routing),
         lens_layers=results.lens["layer"].values.tolist(),
@@ -178,11 +147,10 @@ def render(model: MoEModel, corpus: Corpus, results: Results, max_tokens: int | 
         truncated=provenance["truncated"],
         max_tokens=max_tokens,
         aggregates=_aggregates(results.perplexity),
-        provenance=json.dumps(provenance, indent=2, ensure_ascii=False),
     )
 
 
-def _figures(results: Results) -> dict[str, str]:
+def _figures(results: Results) -> dict[str, go.Figure]:
     drawn = {
         "coverage": figures.coverage(results.routing),
         "specialization": figures.specialization(results.routing),
@@ -203,22 +171,10 @@ def _figures(results: Results) -> dict[str, str]:
         drawn["vocabulary"] = routing_figures.vocabulary(results.vocabulary)
     if results.saturation is not None:
         drawn["saturation"] = routing_figures.saturation(results.saturation)
-    return {
-        name: figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False})
-        for name, figure in drawn.items()
-    }
+    return drawn
 
 
-@dataclass(frozen=True)
-class Headline:
-    """One question, the number that answers it, and its control."""
-
-    question: str
-    value: str
-    control: str
-
-
-def headlines(results: Results) -> list[Headline]:
+def headlines(results: Results) -> list[page.Headline]:
     """The four questions in four lines."""
     routed, similar, quality = results.routing, results.similarity, results.perplexity
     peak = routed["specialization"].argmax(...)
@@ -233,26 +189,26 @@ def headlines(results: Results) -> list[Headline]:
     no_expert = results.lens["kl"].sel(part="resid_mid").mean()
     heaviest = results.lens["kl"].sel(part="resid_mid+c1").mean()
     return [
-        Headline(
+        page.Headline(
             "Who is routed where: the most specialised expert",
             f"expert {int(routed['expert'][expert])} of layer {int(routed['layer'][layer])} takes "
             f"{100 * float(share):.0f} % [{100 * low:.0f}, {100 * high:.0f}] of the tokens of "
             f"{routed['domain'].values[domain]}",
             f"{100 * float(routed['specialization_baseline']):.1f} % under a uniform router",
         ),
-        Headline(
+        page.Headline(
             "What each expert writes: how much the heaviest expert moves the lens towards the output",
             f"KL to the output {float(heaviest):.2f} nats with it, mean over layers and tokens of the text",
             f"{float(no_expert):.2f} nats with no expert",
         ),
-        Headline(
+        page.Headline(
             "How well one expert stands for all: cosine to the ensemble",
             f"{float(alone.sel(candidate='heaviest')):.2f} alone, "
             f"{float(joined.sel(candidate='heaviest')):.3f} with the residual",
             f"{float(alone.sel(candidate='random_unselected')):.2f} for a random expert alone, "
             f"{float(joined.sel(candidate='none')):.3f} for the residual with no expert at all",
         ),
-        Headline(
+        page.Headline(
             "What fewer experts cost: perplexity with one expert",
             f"× {float(one['ratio_overall']):.2f} [{ends[0]:.2f}, {ends[1]:.2f}]",
             f"× {float(one['ratio_random_overall']):.2f} with a random one of the chosen, "
@@ -386,8 +342,3 @@ def _aggregates(result: xr.Dataset) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def _number(value: Any, digits: int = 2) -> str:
-    number = float(value)
-    return "–" if np.isnan(number) else f"{number:.{digits}f}"

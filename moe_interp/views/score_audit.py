@@ -1,17 +1,15 @@
 """What experts are worth, and which scores say so: the figures of `moe_interp.score_audit`, and one page of them."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.subplots import make_subplots
 
-from moe_interp.results import provenance_of, whole_file
+from moe_interp.results import provenance_of
 from moe_interp.views.figures import COLOURS, CONTROL, layer_colour, layer_scale, line, style
-from moe_interp.views.report import Headline, check_writable
+from moe_interp.views.page import Headline, check_writable, render, write
 from moe_interp.views.tokens import escaped
 
 NAMES = {
@@ -181,14 +179,9 @@ def page(result: xr.Dataset, path: str | Path) -> Path:
     Raises:
         BadOutput: the file cannot be written.
     """
-    from plotly.offline import get_plotlyjs
-
     target = Path(path)
     check_writable(target)
     provenance = provenance_of(result)
-    environment = Environment(
-        loader=PackageLoader("moe_interp.views"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     figures = {
         "correlations": correlations(result),
         "layers": by_layer(result),
@@ -197,18 +190,13 @@ def page(result: xr.Dataset, path: str | Path) -> Path:
         "effects": effects(result),
         "routers": routers(result),
     }
-    text = environment.get_template("score_audit.html.j2").render(
+    text = render(
+        "score_audit.html.j2",
+        figures,
+        provenance,
         title=f"Which scores say what an expert is worth? {provenance['model']}",
         about=f"{int(result['documents'].sum())} documents of {result.sizes['domain']} domains, "
         f"{int(result['tokens'].sum()):,} tokens scored, {result['effect'].size} experts taken out one by one.",
-        plotly=get_plotlyjs(),
         headlines=headlines(result),
-        figures={
-            name: figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False})
-            for name, figure in figures.items()
-        },
-        provenance=json.dumps(provenance, indent=2, ensure_ascii=False),
     )
-    with whole_file(target) as part:
-        part.write_text(text, encoding="utf-8")
-    return target
+    return write(text, target)

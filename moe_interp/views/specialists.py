@@ -1,6 +1,5 @@
 """Do experts specialize? Figures of what `moe_interp.analyses.class_routing` and `.specialists` find; one page."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -11,12 +10,11 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 from jaxtyping import Int, UInt8
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.subplots import make_subplots
 
-from moe_interp.results import provenance_of, whole_file
+from moe_interp.results import provenance_of
 from moe_interp.views.figures import COLOURS, CONTROL, style
-from moe_interp.views.report import Headline, check_writable
+from moe_interp.views.page import Headline, check_writable, render, write
 
 DIVERGING = [[0.0, "#2166ac"], [0.5, "#ffffff"], [1.0, "#b2182b"]]
 FILLS = {
@@ -223,27 +221,20 @@ def page(findings: Findings, path: str | Path) -> Path:
     Raises:
         BadOutput: the file cannot be written.
     """
-    from plotly.offline import get_plotlyjs
-
     target = Path(path)
     check_writable(target)
     provenance = provenance_of(findings.accuracies)
-    environment = Environment(
-        loader=PackageLoader("moe_interp.views"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    text = environment.get_template("specialists.html.j2").render(
+    text = render(
+        "specialists.html.j2",
+        _figures(findings),
+        provenance,
         title=f"Do experts specialize? The {findings.name} on {provenance['images']}",
         about=_about(findings, provenance),
-        plotly=get_plotlyjs(),
         headlines=headlines(findings),
         counts=list(findings.routing),
         said={count: _said(result) for count, result in findings.routing.items()},
-        figures={name: _html(name, figure) for name, figure in _figures(findings).items()},
-        provenance=json.dumps(provenance, indent=2, ensure_ascii=False),
     )
-    with whole_file(target) as part:
-        part.write_text(text, encoding="utf-8")
-    return target
+    return write(text, target)
 
 
 def _about(findings: Findings, provenance: Mapping[str, Any]) -> str:
@@ -266,12 +257,6 @@ def _said(result: xr.Dataset) -> str:
         f"({100 * number['agreement_class']:.0f} % if the class alone decided). The two groups' silhouette is "
         f"{number['silhouette']:.2f}, p = {number['silhouette_p']:.3f} over all splits; the expert tells "
         f"{number['information']:.2f} nats about the class, of {number['information_cap']:.2f} at most."
-    )
-
-
-def _html(name: str, figure: go.Figure) -> str:
-    return figure.to_html(
-        full_html=False, include_plotlyjs=False, div_id=name.replace(" ", "-"), config={"displaylogo": False}
     )
 
 

@@ -1,0 +1,86 @@
+"""Self-contained HTML pages: one look, figures that bring their library along, nothing fetched, all text escaped.
+
+Templates extend ``page.html.j2``, which has the title, the headlines and what was measured. A content security policy
+in the page forbids to fetch anything.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isnan
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+from moe_interp.errors import BadOutput
+from moe_interp.results import whole_file
+from moe_interp.views.tokens import shown
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One question, the number that answers it, and its control."""
+
+    question: str
+    value: str
+    control: str
+
+
+def check_writable(target: Path) -> None:
+    """Refuse a file that could not be written, before the work is done.
+
+    Raises:
+        BadOutput: the folder is missing or not writable, or the path is a folder.
+    """
+    folder = target.parent
+    if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise BadOutput(
+            f"cannot write {target}",
+            expected="a file in a folder that exists and is writable",
+            got="a folder"
+            if target.is_dir()
+            else f"folder {folder}" + ("" if folder.is_dir() else ", which is not there"),
+        )
+
+
+def template(name: str) -> Template:
+    """A template of this package: everything that it is given is escaped, and nothing may be missing."""
+    environment = Environment(
+        loader=PackageLoader("moe_interp.views"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"shown": shown, "fixed": fixed}
+    return environment.get_template(name)
+
+
+def fixed(value: SupportsFloat, digits: int = 2) -> str:
+    """A number with so many digits after the point; no number, a dash."""
+    number = float(value)
+    return "–" if isnan(number) else f"{number:.{digits}f}"
+
+
+def render(name: str, figures: Mapping[str, go.Figure], provenance: Mapping[str, Any], **values: Any) -> str:
+    """A page of figures by a template that extends ``page.html.j2``."""
+    from plotly.offline import get_plotlyjs
+
+    drawn = {
+        key: figure.to_html(
+            full_html=False, include_plotlyjs=False, div_id=key.replace(" ", "-"), config={"displaylogo": False}
+        )
+        for key, figure in figures.items()
+    }
+    shown_provenance = json.dumps(provenance, indent=2, ensure_ascii=False)
+    return template(name).render(plotly=get_plotlyjs(), figures=drawn, provenance=shown_provenance, **values)
+
+
+def write(text: str, target: Path) -> Path:
+    """The file, whole or not at all."""
+    with whole_file(target) as part:
+        part.write_text(text, encoding="utf-8")
+    return target
