@@ -14,7 +14,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import moe_interp as moe
+from moe_interp.analyses.collect import collect
+from moe_interp.analyses.labels import LabelCounts
 from moe_interp.analyses.metrics import LogProbability
+from moe_interp.analyses.token_counts import TokenCounts
 from moe_interp.data import Corpus
 from moe_interp.errors import UnsupportedModel
 from tests.stub_tokenizer import StubTokenizer
@@ -176,11 +179,24 @@ def test_the_refusal_says_what_stands_between():
         moe.ensemble_similarity(model, CORPUS)
 
 
-def test_a_token_that_skips_all_experts_is_counted_nowhere():
+class WithSpecial(StubTokenizer):
+    """One that has a special token, which no text holds."""
+
+    all_special_ids = (1,)
+
+
+@pytest.mark.parametrize("tokenizer", [StubTokenizer, WithSpecial])
+def test_a_token_that_skips_all_experts_is_counted_nowhere(tokenizer):
     hf = build("zaya")
     taken, skipped = {}, 0
-    with moe.wrap(hf, StubTokenizer()) as model:
+    with moe.wrap(hf, tokenizer()) as model:
         result = moe.routing(model, CORPUS, resamples=5)
+        numbers = [np.zeros(len(model.tokenizer(document.text)["input_ids"]), int) for document in CORPUS.documents]
+        labels = LabelCounts.empty(
+            len(CORPUS), 1, model.layers, model.spec.num_experts, model.spec.top_k, numbers=numbers
+        )
+        tokens = TokenCounts.empty(model.layers, model.spec.num_experts, model.spec.top_k, model.spec.vocab_size)
+        collect(model, CORPUS, {"labels": labels, "tokens": tokens})
         for document in CORPUS.documents:
             run = model.run(document.text, read=["router_logits"])
             for layer, routing in run.routing.items():
@@ -191,6 +207,21 @@ def test_a_token_that_skips_all_experts_is_counted_nowhere():
                 skipped += int(skips.sum())
     assert skipped > 0
     assert result["counts"].sum(["expert", "domain"]).values.tolist() == list(taken.values())
+    assert labels.counts.sum(axis=(0, 1, 3)).tolist() == list(taken.values())
+    for index, count in enumerate(taken.values()):
+        assert sum(int(tokens.table(index, fold).sum()) for fold in range(tokens.folds)) == count
+
+
+def test_a_watch_of_training_leaves_out_tokens_that_skip_all_experts():
+    hf = build("zaya")
+    with moe.wrap(hf, StubTokenizer()) as model:
+        ids = torch.tensor([model.tokenizer(document.text)["input_ids"][:20] for document in CORPUS.documents])
+        taken = [routing.ids[routing.mask].flatten() for routing in model.run(ids).routing.values()]
+    assert sum(map(len, taken)) < len(taken) * ids.numel()
+    with moe.RoutingWatch(hf, every=1) as watch, watch.step(0):
+        hf(input_ids=ids)
+    loads = np.stack([one.bincount(minlength=hf.config.num_experts) / len(one) for one in taken])
+    assert np.allclose(watch.table()["utilisation"].values[0], loads)
 
 
 def test_text_reaches_no_vision_expert_and_images_do():

@@ -11,6 +11,7 @@ import xarray as xr
 import moe_interp as moe
 from moe_interp import results
 from moe_interp.analyses import redundancy
+from moe_interp.analyses import super_experts as super_experts_module
 from moe_interp.analyses.collect import Options
 from moe_interp.analyses.inputs import every_expert, sample_inputs
 from moe_interp.analyses.neurons import neuron_lens
@@ -392,3 +393,20 @@ def test_random_neurons_stand_out_as_random_directions_do_and_a_planted_one_more
         assert 0.0 < float((others <= 0.05).mean()) < 0.2
         with pytest.raises(BadInput, match="top out of range"):
             neuron_lens(model, 0, 2, top=0)
+
+
+def test_control_tokens_are_of_another_document_where_there_is_one():
+    rng = np.random.default_rng(0)
+    for documents in ([0] * 4 + [1] * 4, [0] * 20 + [1] * 5, [2, 0, 1, 0, 2, 2, 5], [0, 1]):
+        array = np.array(documents)
+        draws = np.stack([redundancy._other_tokens(array, rng) for _ in range(200)])
+        assert (array[draws] != array).all()
+        for token in range(len(array)):  # every token of the other documents is drawn
+            assert set(draws[:, token]) == set(np.flatnonzero(array != array[token]))
+    assert redundancy._other_tokens(np.zeros(5, int), rng).shape == (5,)
+
+
+def test_the_control_of_a_super_expert_is_another_one():
+    chosen, flags = np.array([5, 9, 7, 1]), np.array([True, True, False, False])
+    assert super_experts_module._alike(chosen, flags, 0) == 2
+    assert super_experts_module._alike(chosen, np.ones(4, bool), 1) == 2

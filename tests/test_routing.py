@@ -1,5 +1,6 @@
 """Routing: the accumulator and the Dataset against loops over tokens, on random runs and on tiny models."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 import moe_interp as moe
 from moe_interp import results, stats
+from moe_interp.analyses.exact import add_fixed
 from moe_interp.analyses.routing import RoutingCounts, routing
 from moe_interp.analyses.routing_map import routing_map
 from moe_interp.data import Corpus
@@ -444,3 +446,23 @@ def test_routing_map_survives_a_file_whatever_the_tokens(tmp_path):
     found = routing_map(model, "ab")
     assert found.token.values.tolist() == ["a␀<b>"] * 2
     xr.testing.assert_identical(results.load(results.save(found, tmp_path / "map.nc")), found)
+
+
+def test_sums_that_64_bits_do_not_hold_are_refused_and_not_wrapped():
+    run = random_run(0, [5])
+    routing = run.routing[LAYERS[0]]
+    for size, what in ((1e5, "too large to be summed"), (3e4, "sums over a document are too large")):
+        broken = replace(routing, logits=torch.full_like(routing.logits, size))
+        sums = RoutingCounts.empty(1, LAYERS, EXPERTS, TOP_K)
+        with pytest.raises(BadCheckpoint, match=what):
+            sums.update(replace(run, routing={**run.routing, LAYERS[0]: broken}), np.array([0]))
+    big = replace(routing, logits=torch.full_like(routing.logits, 2e4))  # 5 * 4e8: 2^31 is passed by the second
+    sums = RoutingCounts.empty(1, LAYERS, EXPERTS, TOP_K)
+    sums.update(replace(run, routing={**run.routing, LAYERS[0]: big}), np.array([0]))
+    before = sums.per_token.copy()
+    with pytest.raises(BadCheckpoint, match="sums over a document are too large"):
+        sums.update(replace(run, routing={**run.routing, LAYERS[0]: big}), np.array([0]))
+    assert np.array_equal(sums.per_token[:, 0], before[:, 0])
+    total = np.zeros((2, 1), np.int64)
+    add_fixed(total, np.array([0, 1, 1]), np.array([[1], [2], [4]]))
+    assert total.tolist() == [[1], [6]]

@@ -92,14 +92,6 @@ def test_correlation_and_covariance_of_classes(trials):
     assert np.allclose(result["covariance_interval"][:, 1, 4], slow.interval(one_by_one), atol=1e-6)
 
 
-def test_the_interval_of_a_correlation_is_that_of_its_pseudo_values(trials):
-    result, tables = routing.class_routing(trials, permutations=9), raw(trials)
-    whole = np.arctanh(slow.correlation(tables, 0, 3))
-    without = [np.arctanh(slow.correlation([t for k, t in enumerate(tables) if k != left], 0, 3)) for left in range(4)]
-    expected = np.tanh(slow.interval([4 * whole - 3 * value for value in without]))
-    assert np.allclose(result["correlation_interval"][:, 0, 3], expected, atol=1e-5)
-
-
 def test_an_uneven_load_correlates_all_classes_and_its_excess_does_not():
     loaded = [trial(seed, structure=0.0) for seed in range(3)]
     for one in loaded:
@@ -163,12 +155,25 @@ def test_information_is_debiased_and_bounded(trials):
         labels, ids = one["label"].values.tolist(), one["expert_id"].values.tolist()
         plain = slow.plug_in_information(labels, ids, CLASSES, EXPERTS)
         counts = routing.class_counts(one)
-        bias = ((counts > 0).sum() - CLASSES - EXPERTS + 1) / (2 * IMAGES)
+        slots = one.sizes["slot"]
+        distinct = (EXPERTS - slots) / (slots * (EXPERTS - 1))  # K of E drawn without replacement
+        bias = distinct * ((counts > 0).sum() - CLASSES - EXPERTS + 1) / (2 * IMAGES)
         assert float(result["information_trials"][number]) == pytest.approx(plain - bias, abs=1e-12)
     assert float(result["information"]) > 3 * float(result["information_null"])
     assert float(result["information_cap"]) == pytest.approx(np.log(3))
     perfect = np.diag([40, 40, 40])
     assert routing.debiased_information(perfect, 120) == pytest.approx(np.log(3), abs=0.01)
+
+
+@pytest.mark.parametrize(("experts", "slots"), [(3, 1), (3, 2), (5, 2), (5, 4), (3, 3)])
+def test_information_of_routing_that_knows_no_class_is_zero_whatever_the_slots(experts, slots):
+    rng, images, found = np.random.default_rng(0), 300, []
+    for _ in range(300):
+        ids = rng.random((images, experts)).argsort(axis=1)[:, :slots]
+        counts = np.zeros((10, experts), int)
+        np.add.at(counts, (rng.integers(10, size=images)[:, None], ids), 1)
+        found.append(routing.debiased_information(counts, images))
+    assert abs(np.mean(found)) < 4 * np.std(found) / np.sqrt(300) + 1e-4
 
 
 def test_a_router_that_sends_all_to_one_expert_has_no_correlations():
@@ -197,13 +202,16 @@ def test_one_trial_has_values_and_no_intervals():
 
 def test_accuracies_are_paired_by_trial():
     mixtures = {3: [trial(seed) for seed in range(4)], 2: [trial(seed, experts=2) for seed in range(4, 8)]}
-    dense = [trial(seed) for seed in range(10, 14)]
+    dense = [trial(seed).sel(condition=["learned"]) for seed in range(10, 14)]
     others = {3: [trial(seed + 50) for seed in range(4)], 2: [trial(seed + 60) for seed in range(4)]}
     result = accuracies(mixtures, trained_random=others, dense_one=dense, dense_total={3: dense, 2: dense})
     names = ["learned", "random", "trained at random", "dense, one expert", "dense, total"]
     assert result["condition"].values.tolist() == names
     other = [float(one["accuracy"][1]) for one in others[2]]
     assert float(result["accuracy"].sel(experts=2, condition="trained at random")) == pytest.approx(np.mean(other))
+    plain = [float(one["accuracy"][0]) for one in dense]
+    for name in names[-2:]:
+        assert float(result["accuracy"].sel(experts=3, condition=name)) == pytest.approx(np.mean(plain))
     learned, random = (np.array([float(one["accuracy"][at]) for one in mixtures[2]]) for at in (0, 1))
     here = result.sel(experts=2, condition="random")
     assert float(here["accuracy"]) == pytest.approx(random.mean())

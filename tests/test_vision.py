@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import os
 import sys
 import types
 from dataclasses import replace
@@ -389,11 +390,33 @@ def test_workers_make_the_same_trials(digits, tmp_path):
         assert one.equals(together[kind][0]), kind
 
 
-def test_what_a_worker_cannot_do_is_raised_and_nothing_is_half_written(digits, tmp_path):
+def test_an_error_in_a_worker_ends_the_study_and_leaves_whole_trials(digits, tmp_path):
     study = replace(SMALL, trials=1, plan=replace(SMALL.plan, learning_rate=-1.0))
     with pytest.raises(ValueError, match="Invalid learning rate"):
         run_study(study, digits, tmp_path, workers=2, quiet=True)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(BadInput, match="at least one"):
+        run_study(SMALL, digits, tmp_path, workers=0, quiet=True)
+
+
+def die(job):
+    """What a worker does that runs out of memory: it ends without a word."""
+    os._exit(1)
+
+
+def test_a_worker_that_dies_is_told_of(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(vision_study, "_work", die)
+    with pytest.raises(BadInput, match="Use fewer workers"):
+        run_study(replace(SMALL, trials=1), digits, tmp_path, workers=2, quiet=True)
+
+
+def test_probes_are_fitted_on_all_classes_also_where_files_are_in_their_order(monkeypatch):
+    monkeypatch.setattr(vision_study, "PROBED", 20)
+    seen = []
+    monkeypatch.setattr(vision_study, "probe", lambda inputs, labels, *_: seen.append(labels) or (0.0, 0.0))
+    labels = torch.arange(5).repeat_interleave(8)
+    vision_study.probes(build(), build(), (MANY, MANY, labels, labels), 0)
+    assert len(seen) == 3 and all(len(one) == 20 and len(one.unique()) == 5 for one in seen)
 
 
 def test_a_folder_of_another_study_is_refused(digits, tmp_path):
@@ -401,6 +424,10 @@ def test_a_folder_of_another_study_is_refused(digits, tmp_path):
     other = replace(SMALL, trials=1, plan=replace(SMALL.plan, neurons=16))
     with pytest.raises(BadData, match=r"dense-1-00.nc is a trial of another study: expected \{'neurons': 16\}"):
         run_study(other, digits, tmp_path, quiet=True)
+    next(tmp_path.glob("base-2*")).unlink()  # one is missing: refused before it is trained
+    with pytest.raises(BadData, match="is a trial of another study"):
+        run_study(other, digits, tmp_path, quiet=True)
+    assert not list(tmp_path.glob("base-2*"))
 
 
 def test_plans_differ_in_what_their_names_say():

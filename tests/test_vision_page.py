@@ -11,7 +11,7 @@ from examples import vision_moe as example
 from moe_interp.errors import BadOutput
 from moe_interp.views import specialists as views
 from moe_interp.zoo.vision import Plan
-from moe_interp.zoo.vision_images import read_images
+from moe_interp.zoo.vision_images import CIFAR10, VEHICLES, read_images
 from moe_interp.zoo.vision_study import Study, findings, run_study
 
 STUDY = Study("tiny", experts=(2, 3), trials=2, plan=Plan(width=8, neurons=8, epochs=1, batch=32))
@@ -111,7 +111,7 @@ def test_a_table_that_is_the_published_one_beats_permuted_classes_and_one_withou
     routed["share"].values[:] = np.array(example.THREE)[:, [1, 2, 0]] / 100
     cells = example.compare(routed, example.THREE)
     assert np.allclose(cells.ours, example.THREE) and cells.same.all()
-    assert cells.p == 1 / (1 + example.PERMUTATIONS) and "correlation 1.00" in cells.said()
+    assert cells.p(cells.null) == 1 / (1 + example.PERMUTATIONS) and "correlation 1.00" in cells.said()
     shuffled = np.random.default_rng(0).permutation(example.THREE)
     routed["share"].values[:] = shuffled / 100
     other = example.compare(routed, example.THREE)
@@ -120,7 +120,80 @@ def test_a_table_that_is_the_published_one_beats_permuted_classes_and_one_withou
         max(np.corrcoef(table[:, order].ravel(), np.ravel(example.THREE))[0, 1] for order in permutations(range(3)))
         for table in (shuffled, *draws)
     ]
-    assert other.p == pytest.approx(np.mean(np.array(best[1:]) >= best[0]), abs=0.1) and other.p > 0.05
+    p = other.p(other.null)
+    assert p == pytest.approx(np.mean(np.array(best[1:]) >= best[0]), abs=0.1) and p > 0.05
+
+
+def test_a_table_that_only_parts_vehicles_from_animals_says_nothing_beyond(study):
+    routed = study[0].routing[3].isel({"class": slice(0, 10)}).copy(deep=True)
+    routed = routed.assign_coords({"class": list(CIFAR10)})
+    vehicle = np.isin(CIFAR10, VEHICLES)
+    routed["share"].values[:] = np.where(vehicle[:, None], [0.9, 0.07, 0.03], [0.1, 0.45, 0.45])
+    split = example.compare(routed, example.THREE)
+    assert split.p(split.null) < 0.05 and split.p(split.within) > 0.5
+    routed["share"].values[:] = np.array(example.THREE) / 100
+    same = example.compare(routed, example.THREE)
+    assert same.p(same.within) < 0.01
+
+
+def made_up(study, **changes):
+    """The study's results with 2, 3 and 5 experts, so that every claim is judged."""
+    results = study[0]
+    three = {2: results.routing[2], 3: results.routing[3], 5: results.routing[3]}
+    three = {count: one.assign_coords({"class": list(CIFAR10)}) for count, one in three.items()}
+    depth = {2: results.depth[2], 3: results.depth[3], 5: results.depth[3]}
+    for count, values in changes.get("routing", {}).items():
+        three[count] = three[count].copy(deep=True)
+        for name, value in values.items():
+            three[count][name].values[...] = value
+    for name, ends in changes.get("depth", {}).items():
+        depth = {count: one.copy(deep=True) for count, one in depth.items()}
+        for one in depth.values():
+            one[f"{name}_difference_interval"].values[-1] = ends
+    return replace(results, routing=three, depth=depth)
+
+
+def verdicts(results) -> dict[str, str]:
+    return {claim: verdict for claim, verdict, _ in example.claims(results)}
+
+
+def test_every_claim_can_come_out_either_way(study):
+    vehicle = np.isin(CIFAR10, VEHICLES)
+    together = np.where(vehicle[:, None] == vehicle, 0.9, -0.9)
+    broken = np.where(np.outer(vehicle, vehicle), 0.9, 0.1)
+    published = np.array(example.TWO)
+    yes = made_up(
+        study,
+        routing={
+            2: {"silhouette_p": 0.01, "share": np.hstack([published, 100 - published]) / 100},
+            3: {"share": np.array(example.THREE) / 100, "share_trials": np.array(example.THREE) / 100},
+            5: {"correlation": broken},
+        },
+        depth={name: [-0.2, -0.1] for name in ("covariance", "covariance_excess", "information")},
+    )
+    no = made_up(
+        study,
+        routing={
+            2: {"silhouette_p": 0.5, "share": np.full((10, 2), 0.5) + 0.01 * np.arange(10)[:, None] % 3},
+            3: {"share": np.random.default_rng(0).permutation(example.THREE) / 100},
+            5: {"correlation": together},
+        },
+        depth={name: [0.1, 0.2] for name in ("covariance", "covariance_excess", "information")},
+    )
+    unknown = made_up(
+        study,
+        routing={2: {"silhouette_p": np.nan}, 5: {"correlation": np.nan}},
+        depth={name: [-0.1, 0.2] for name in ("covariance", "covariance_excess", "information")},
+    )
+    good, bad, open_ = (verdicts(results) for results in (yes, no, unknown))
+    assert len(good) == 15
+    for claim in good:
+        if claim.startswith("Table") and "Table 1" not in claim:
+            assert (good[claim], bad[claim]) == (example.YES, example.NO), claim
+        elif claim.startswith("Figure, three"):
+            assert good[claim] == example.YES
+        elif claim.startswith("Figure"):
+            assert (good[claim], bad[claim], open_[claim]) == (example.YES, example.NO, example.UNKNOWN), claim
 
 
 def test_claims_are_judged_by_their_intervals(study):

@@ -13,8 +13,9 @@ et al. 2023, arXiv 2310.10348).
    neither does the gradient by a logit, which sees weights alone.
 4. ``steps`` > 1 averages the gradient at 0, 1/m, ..., (m-1)/m of a straight way from the routed sums of all MoE layers
    to those that take their place (integrated gradients, EAP-IG, Hanna et al. 2024, arXiv 2403.17806, who move the input
-   instead). With many steps the estimates of all experts sum to the effect of replacing all at once; how near each
-   comes to the effect of replacing it alone is what 5. tells.
+   instead). The first gradient is that of the run itself, in which later experts answer to earlier ones; at the other
+   places later sums are put in place and do not. With many steps the estimates of all experts sum to the effect of
+   replacing all at once; how near each comes to the effect of replacing it alone is what 5. tells.
 5. How good is it? The exact effect is measured for a random sample of experts, and the rank correlation is told.
 """
 

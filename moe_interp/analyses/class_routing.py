@@ -9,7 +9,7 @@ them closest (Kuhn 1955), or reduced to what numbers do not enter: correlation a
 experts of all trials, and the mutual information of class and expert.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from math import comb, log
 from typing import Any
@@ -76,12 +76,13 @@ def check_trials(trials: Trials) -> None:
     for trial in trials:
         if not all(np.array_equal(trial[name].values, first[name].values) for name in ("class", "label")):
             raise BadInput("trials cannot be compared", expected="the same classes and test images", got="others")
-        if trial.sizes["expert"] != first.sizes["expert"]:
-            raise BadInput(
-                "trials cannot be compared",
-                expected=f"{first.sizes['expert']} experts in all",
-                got=str(trial.sizes["expert"]),
-            )
+        for name, what in (("expert", "experts"), ("slot", "experts an image")):
+            if trial.sizes[name] != first.sizes[name]:
+                raise BadInput(
+                    "trials cannot be compared",
+                    expected=f"{first.sizes[name]} {what} in all",
+                    got=str(trial.sizes[name]),
+                )
 
 
 def class_counts(trial: xr.Dataset) -> Int[np.ndarray, "C E"]:
@@ -166,27 +167,15 @@ def _together(tables: Float[np.ndarray, "trials C E"]) -> dict[str, Variable]:
     pair = ("class", "other")
     return {
         "correlation": Variable(pair, class_correlation(tables), "1", "of shares over experts and trials, -1 ... 1"),
-        "correlation_interval": Variable(("bound", *pair), _jackknife(class_correlation, tables), "1", INTERVAL),
         "correlation_excess": Variable(
-            pair, class_correlation(excess_shares(tables)), "1", "the same, the load taken off"
+            pair,
+            class_correlation(excess_shares(tables)),
+            "1",
+            "the same less the mean over classes, which leaves unrelated ones at -1 / (C - 1)",
         ),
         "covariance": Variable(pair, covariance.mean(0), "1", "of classes' shares over experts, -1/4 ... 1/4"),
         "covariance_interval": Variable(("bound", *pair), student_interval(covariance), "1", INTERVAL),
     }
-
-
-def _jackknife(statistic: Callable[[np.ndarray], np.ndarray], tables: np.ndarray) -> Float[np.ndarray, "2 C C"]:
-    """Interval of a correlation: pseudo-values over trials (Tukey 1958), on Fisher's scale."""
-    count = len(tables)
-    whole = _fisher(statistic(tables))
-    if count < 2:
-        return np.full((2, *whole.shape), np.nan)
-    without = [_fisher(statistic(np.delete(tables, trial, axis=0))) for trial in range(count)]
-    return np.tanh(student_interval(count * whole - (count - 1) * np.stack(without)))
-
-
-def _fisher(correlation: np.ndarray) -> np.ndarray:
-    return np.arctanh(np.clip(correlation, -1 + 1e-9, 1 - 1e-9))
 
 
 def silhouette(distances: Float[np.ndarray, "C C"], inside: Any) -> float:
@@ -206,8 +195,10 @@ def _split(tables: Float[np.ndarray, "trials C E"], groups: np.ndarray) -> dict[
     distances = cdist(profiles, profiles)
     first = np.flatnonzero(groups == groups[0])
     observed = silhouette(distances, first)
-    null = np.array([silhouette(distances, some) for some in _splits(len(groups), len(first))])
-    p = float((null >= observed - 1e-12).mean()) if np.isfinite(observed) else np.nan
+    splits = _splits(len(groups), len(first))
+    null = np.array([silhouette(distances, some) for some in splits])
+    sampled = not isinstance(splits, list)  # then the split itself is not among them
+    p = (sampled + (null >= observed - 1e-12).sum()) / (sampled + len(null)) if np.isfinite(observed) else np.nan
     cluster = fcluster(linkage(profiles, "average"), 2, "maxclust").astype(np.int64)
     return {
         "silhouette": _number(observed, "1", "of the two groups of classes by their shares, -1 ... 1"),
@@ -278,11 +269,13 @@ def _agreement(ids: Int[np.ndarray, "trials N K"], labels: np.ndarray, experts: 
 def debiased_information(counts: Int[np.ndarray, "C E"], images: int) -> float:
     """Of class and expert in nats, less the bias of the plug-in estimate: about 0 ... min(ln E, H(class)).
 
-    Miller's correction, (cells - rows - columns + 1) / 2N with those that occur; N counts images, for the decisions of
-    one image are not independent.
+    Miller's correction, (cells - rows - columns + 1) / 2N with those that occur, N images. The K experts of an image
+    are distinct, which leaves (E - K) / K (E - 1) of it where loads are even: nothing when every image takes all.
     """
-    bias = (counts > 0).sum() - counts.any(axis=1).sum() - counts.any(axis=0).sum() + 1
-    return float(mutual_information(counts) - bias / (2 * images))
+    experts, top_k = counts.shape[1], counts.sum() / max(images, 1)
+    cells = (counts > 0).sum() - counts.any(axis=1).sum() - counts.any(axis=0).sum() + 1
+    distinct = (experts - top_k) / (top_k * (experts - 1)) if experts > 1 and top_k else 0.0
+    return float(mutual_information(counts) - cells * distinct / (2 * images))
 
 
 def information(trial: xr.Dataset) -> float:
@@ -301,7 +294,9 @@ def _informations(trials: Trials, permutations: int, rng: np.random.Generator) -
     return {
         "information": _number(values.mean(), "nats", said),
         "information_interval": Variable(("bound",), student_interval(values), "nats", INTERVAL),
-        "information_null": _number(float(np.quantile(shuffled, 0.95)), "nats", "95 % of permuted labels give less"),
+        "information_null": _number(
+            float(np.quantile(shuffled, 0.95)) if shuffled else np.nan, "nats", "95 % of permuted labels give less"
+        ),
         "information_trials": Variable(("trial",), values, "nats", "in every trial"),
         "information_cap": _number(log(trials[0].sizes["expert"]), "nats", "ln E"),
     }

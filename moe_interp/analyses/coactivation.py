@@ -95,13 +95,15 @@ class PairCounts(Exact):
 
     def _layer(self, index: int, resamples: int, seed: int) -> dict[str, np.ndarray]:
         """Every value of one layer."""
-        blocks, tokens = self.pairs[:, index], self.tokens.sum()
+        blocks = self.pairs[:, index]
         total = blocks.sum(axis=0)
         chosen = total.diagonal()
+        own = blocks.diagonal(axis1=1, axis2=2).sum(axis=1) / self.top_k  # tokens that take experts
+        tokens = own.sum()
         null = _null_of_loads(chosen / max(tokens, 1), self.top_k)
         lift = _lift(total)
         upper = np.triu_indices(len(total), 1)
-        excess = (blocks - self.tokens[:, None, None] * null)[:, *upper]
+        excess = (blocks - own[:, None, None] * null)[:, *upper]
         p = np.full_like(null, np.nan)
         p[upper] = p.T[upper] = stats.sign_flip_max(excess, flips=resamples, seed=seed)
         _, interval = stats.block_jackknife(_lift, blocks)

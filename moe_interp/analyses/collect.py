@@ -74,8 +74,11 @@ class Pass:
 
 
 def special_ids(model: MoEModel) -> list[int]:
-    """Ids of the tokenizer's special tokens."""
-    return list(getattr(model.tokenizer, "all_special_ids", ()))
+    """Ids of the tokenizer's special tokens, but for the one that stands for unknown words of a text."""
+    tokenizer = model.tokenizer
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    markers = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    return [id for id in getattr(tokenizer, "all_special_ids", ()) if id != unknown or id in markers]
 
 
 def counted(run: Run, special: Sequence[int]) -> Run:
@@ -83,7 +86,8 @@ def counted(run: Run, special: Sequence[int]) -> Run:
     if run.token_ids is None or not special:
         return run
     kept = run.mask & ~torch.isin(run.token_ids, torch.tensor(special, device=run.token_ids.device))
-    routing = {layer: replace(one, mask=kept.to(one.ids.device)) for layer, one in run.routing.items()}
+    # A layer may see fewer tokens than the model: not those that skip its experts or are of another modality.
+    routing = {layer: replace(one, mask=one.mask & kept.to(one.mask.device)) for layer, one in run.routing.items()}
     return replace(run, tokens=Tokens(kept, run.tokens.index), routing=routing)
 
 

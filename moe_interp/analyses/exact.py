@@ -17,6 +17,7 @@ from moe_interp.errors import BadCheckpoint, BadInput
 from moe_interp.run import Run
 
 UNIT = 2.0**32  # sums are kept in units of 2^-32: exact in any order, up to 2^31 a document
+LIMIT = 2**31
 
 Values = dict[str, np.ndarray]
 Provenance = Mapping[str, str | int | float]
@@ -137,7 +138,7 @@ def fixed(values: Float[Tensor, "*shape"], what: str = "the router") -> Int[Tens
     """In units of 2^-32.
 
     Raises:
-        BadCheckpoint: one is not finite.
+        BadCheckpoint: one is not finite, or so large that its sum would not be kept.
     """
     if not values.isfinite().all():
         raise BadCheckpoint(
@@ -145,7 +146,50 @@ def fixed(values: Float[Tensor, "*shape"], what: str = "the router") -> Int[Tens
             expected="finite logits, scores, weights and outputs",
             do="model.audit() says where they begin.",
         )
+    if values.numel() and values.abs().max() >= LIMIT:
+        raise BadCheckpoint(
+            f"{what} gave values that are too large to be summed exactly",
+            expected=f"values below 2^{LIMIT.bit_length() - 1}",
+            got=f"{float(values.abs().max()):.3g}",
+            do="model.audit() says where they begin; a router that diverges in training shows so.",
+        )
     return (values.double() * UNIT).round().long()
+
+
+def fixed_sums(values: Float[Tensor, "B S X"], what: str = "the router") -> Int[Tensor, "B X"]:
+    """Sums over the tokens of each row, in units of 2^-32.
+
+    Raises:
+        BadCheckpoint: a value is not finite, or a sum is too large to be kept.
+    """
+    units = fixed(values, what)
+    _check_held(values.double().sum(dim=1).abs().max().item() if values.numel() else 0.0)
+    return units.sum(dim=1)
+
+
+def add_fixed(
+    total: Int[np.ndarray, "N *rest"], documents: Int[np.ndarray, " B"], parts: Int[np.ndarray, "B *rest"]
+) -> None:
+    """Add parts in units of 2^-32 to the documents that they belong to.
+
+    Raises:
+        BadCheckpoint: a document's sum would be too large to be kept; nothing is added.
+    """
+    touched, place = np.unique(documents, return_inverse=True)
+    expected = total[touched].astype(float)
+    np.add.at(expected, place, parts.astype(float))
+    _check_held(np.abs(expected).max(initial=0.0) / UNIT)
+    np.add.at(total, documents, parts)
+
+
+def _check_held(largest: float) -> None:
+    if largest >= LIMIT:
+        raise BadCheckpoint(
+            "sums over a document are too large to be kept exactly",
+            expected=f"below 2^{LIMIT.bit_length() - 1}",
+            got=f"{largest:.3g}",
+            do="Router values explode (the z-loss grows with the square of logits): look at router_logits.",
+        )
 
 
 def flat_counts(index: Int[Tensor, "*any"], size: int) -> Int[np.ndarray, " _"]:

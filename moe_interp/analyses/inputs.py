@@ -78,6 +78,7 @@ def sample_inputs(
             drawn = np.sort(rng.permutation(len(real))[:per_document])
             for layer in layers:
                 columns, experts = real[torch.from_numpy(drawn)], model.spec.moe(layer).num_experts
+                columns = columns[run.routing[layer].mask[row, columns]]  # not those that skip its experts
                 found[layer].append((document, _at(run, layer, row, columns, document, experts)))
     return {layer: _joined(parts) for layer, parts in found.items()}, going.provenance
 

@@ -205,11 +205,12 @@ class LabelCounts(Exact):
         """Adds a run; row b belongs to document ``documents[b]``, whose tokens have ``labels[b]``."""
         groups, experts = self.tokens.shape[1], self.counts.shape[-1]
         for row, document in enumerate(documents.tolist()):
-            mask = run.mask[row].cpu()
-            label = torch.from_numpy(labels[row])[run.tokens.index[row].cpu()[mask]]
-            self.tokens[document] += flat_counts(label, groups)
+            mask, places = run.mask[row].cpu(), run.tokens.index[row].cpu()
+            own = torch.from_numpy(labels[row])
+            self.tokens[document] += flat_counts(own[places[mask]], groups)
             for index, layer in enumerate(self.layers):
-                codes = label[:, None] * experts + run.routing[layer].ids[row].cpu()[mask]
+                seen = mask & run.routing[layer].mask[row].cpu()
+                codes = own[places[seen]][:, None] * experts + run.routing[layer].ids[row].cpu()[seen]
                 self.counts[document, :, index] += flat_counts(codes, groups * experts).reshape(groups, experts)
 
     def result(

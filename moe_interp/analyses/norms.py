@@ -158,11 +158,17 @@ def _layer(model: MoEModel, layer: int, sample: Inputs, resamples: int, seed: in
     shuffled = np.random.default_rng([seed, layer]).permuted(score, axis=1)
     return {
         **_correlations(size, score, sample.documents, resamples, seed),
-        "rank_correlation_shuffled": stats.spearman(size, shuffled).mean(),
+        "rank_correlation_shuffled": _mean_of_defined(stats.spearman(size, shuffled)),
         "norm": size.mean(axis=0),
         "score": score.mean(axis=0),
         **_where_chosen(size, sample),
     }
+
+
+def _mean_of_defined(rho: Float[np.ndarray, " T"]) -> np.float64:
+    """Over tokens whose correlation is defined, as the estimate's mean is."""
+    there = rho[~np.isnan(rho)]
+    return there.mean() if there.size else np.float64(np.nan)
 
 
 def _correlations(

@@ -119,9 +119,17 @@ def _by_outputs(model: MoEModel, layer: int, sample: Inputs, seed: int) -> dict[
 
 
 def _other_tokens(documents: Int[np.ndarray, " T"], rng: np.random.Generator) -> Int[np.ndarray, " T"]:
-    """For each token another one, of another document where there are two."""
-    shift = len(documents) // 2 + int(rng.integers(0, max(1, len(documents) // 4)))
-    return np.roll(np.arange(len(documents)), shift)
+    """For each token one of another document, drawn at random; of its own where there is but one document."""
+    order = np.argsort(documents, kind="stable")
+    sizes = np.unique(documents, return_counts=True)[1]
+    starts = np.cumsum(sizes) - sizes
+    drawn = np.empty_like(order)
+    for start, size in zip(starts, sizes, strict=True):  # documents lie together: skip the own one, go round
+        others = len(order) - size if len(sizes) > 1 else size
+        drawn[start : start + size] = (start + size + rng.integers(others, size=size)) % len(order)
+    found = np.empty_like(order)
+    found[order] = order[drawn]
+    return found
 
 
 def _mean_cosine(
@@ -147,6 +155,8 @@ def _grams(outputs: Float[Tensor, "E T D"]) -> Float[np.ndarray, "E T T"]:
 def cka(grams: Float[np.ndarray, "E T T"]) -> Float[np.ndarray, "E E"]:
     """Debiased linear CKA of every pair, from Gram matrices with a zero diagonal; 1 for equal, 0 for independent."""
     tokens = grams.shape[1]
+    if tokens < 4:  # the unbiased estimate of HSIC needs four
+        return np.full((len(grams), len(grams)), np.nan)
     flat, rows = grams.reshape(len(grams), -1), grams.sum(axis=2)
     total = rows.sum(axis=1)
     products = flat @ flat.T

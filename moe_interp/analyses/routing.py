@@ -26,8 +26,8 @@ from torch import Tensor
 
 import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, collect
-from moe_interp.analyses.exact import UNIT, Exact, Provenance, Values, fixed
-from moe_interp.analyses.routing_values import LOAD, PER_TOKEN, dataset, from_counts, switch_loss
+from moe_interp.analyses.exact import UNIT, Exact, Provenance, Values, add_fixed, fixed, fixed_sums
+from moe_interp.analyses.routing_values import LOAD, PER_TOKEN, dataset, from_counts, switch_loss, taken
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
@@ -78,7 +78,10 @@ class RoutingCounts(Exact):
         np.add.at(self.tokens, documents, run.mask.sum(dim=1).cpu().numpy())
         for index, layer in enumerate(self.layers):
             for name, sums in _layer_sums(run.routing[layer], self.counts.shape[-1]).items():
-                np.add.at(getattr(self, name)[:, index], documents, sums.numpy())
+                if name == "counts":
+                    np.add.at(self.counts[:, index], documents, sums.numpy())
+                else:
+                    add_fixed(getattr(self, name)[:, index], documents, sums.numpy())
 
     def result(
         self,
@@ -117,8 +120,8 @@ def _layer_sums(routing: Routing, experts: int) -> dict[str, Int[Tensor, "B _"]]
     return {
         "counts": empty.scatter_add(1, ids.flatten(1), mask.expand_as(ids).flatten(1).long()),
         "weights": empty.scatter_add(1, ids.flatten(1), fixed(weights).flatten(1)),
-        "scores": fixed(scores[..., :experts]).sum(dim=1),  # a router may have a class that is no expert
-        "per_token": fixed(per_token).sum(dim=1),
+        "scores": fixed_sums(scores[..., :experts]),  # a router may have a class that is no expert
+        "per_token": fixed_sums(per_token),
     }
 
 
@@ -142,11 +145,11 @@ def _per_token(
 
 def _means(sums: RoutingCounts, groups: np.ndarray, domains: int, resamples: int, seed: int) -> Values:
     """Ratios of sums over documents with their intervals, per domain."""
-    weights = sums.weights / UNIT
+    weights, seen = sums.weights / UNIT, taken(sums.counts, sums.top_k)
     ratios = {
-        "specialization": (sums.counts, sums.tokens),
+        "specialization": (sums.counts, seen),
         "weight_share": (weights, weights.sum(axis=-1)),
-        "per_token": (sums.per_token / UNIT, sums.tokens),
+        "per_token": (sums.per_token / UNIT, seen),
     }
     values: Values = {}
     for name, (top, bottom) in ratios.items():
@@ -157,7 +160,7 @@ def _means(sums: RoutingCounts, groups: np.ndarray, domains: int, resamples: int
             for group, (part, total) in enumerate(own)
         ]
         values[f"{name}_interval"] = np.stack(ends, axis=1)
-    overall = stats.bootstrap_ratio(sums.counts, sums.tokens, strata=groups, resamples=resamples, seed=seed)
+    overall = stats.bootstrap_ratio(sums.counts, seen, strata=groups, resamples=resamples, seed=seed)
     values["utilisation_overall_interval"] = overall / sums.top_k
     values["utilisation_interval"] = values["specialization_interval"] / sums.top_k
     for suffix in ("", "_interval"):
@@ -167,9 +170,10 @@ def _means(sums: RoutingCounts, groups: np.ndarray, domains: int, resamples: int
 
 
 def _losses(sums: RoutingCounts) -> Values:
-    """Load-balance losses over all tokens."""
-    tokens = sums.tokens.sum()
-    chosen, score = sums.counts.sum(axis=0) / tokens, sums.scores.sum(axis=0) / UNIT / tokens
+    """Load-balance losses over all tokens that take experts."""
+    counts, score = sums.counts.sum(axis=0), sums.scores.sum(axis=0) / UNIT
+    seen = taken(counts, sums.top_k)
+    chosen, score = stats.ratio(counts, seen), stats.ratio(score, seen)
     return {
         "load_balance": switch_loss(chosen / sums.top_k, score),
         "load_balance_as_coded": switch_loss(chosen.mean(axis=0), score.mean(axis=0)),

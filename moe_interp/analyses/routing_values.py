@@ -53,10 +53,15 @@ LOAD: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str, str]] = {
 }
 
 
+def taken(counts: Int[np.ndarray, "*rest E"], top_k: int) -> Float[np.ndarray, "*rest"]:
+    """Tokens that took experts, K each: all real tokens, but for those that a router lets skip all experts."""
+    return counts.sum(axis=-1) / top_k
+
+
 def from_counts(counts: Int[np.ndarray, "D L E"], tokens: Int[np.ndarray, " D"], top_k: int) -> Values:
     """Every value that follows from counts alone, by the names of `dataset`."""
     experts = counts.shape[-1]
-    per_token = stats.ratio(counts, np.repeat(tokens[:, None], counts.shape[1], axis=1))
+    per_token = stats.ratio(counts, taken(counts, top_k))
     # Each expert's load under a uniform router, but for the faint correlation of draws without replacement.
     uniform = np.random.default_rng(0).binomial(tokens[:, None], top_k / experts, (200, len(tokens), experts))
     values = {
@@ -83,12 +88,16 @@ _DLE, _DL, _LE = ("domain", "layer", "expert"), ("domain", "layer"), ("layer", "
 _PLAIN: dict[str, tuple[tuple[str, ...], str, str]] = {
     "documents": (("domain",), "documents", "documents; 0 for recorded counts, which have none"),
     "tokens": (("domain",), "tokens", "real tokens, without padding"),
-    "counts": (_DLE, "tokens", "tokens of the domain that chose the expert; tokens * K in all"),
+    "counts": (_DLE, "tokens", "tokens of the domain that chose the expert; K for every token that takes experts"),
     "utilisation": (_DLE, "1", "share of the domain's decisions that go to the expert, 0 ... 1/K"),
     "utilisation_overall": (_LE, "1", "share of all decisions that go to the expert, 0 ... 1/K"),
     "utilisation_baseline": ((), "1", "utilisation under a uniform router, 1/E"),
     "weight_share": (_DLE, "1", "share of the domain's combine weight that goes to the expert; uniform: 1/E"),
-    "specialization": (_DLE, "1", "share of the domain's tokens that chose the expert, 0 ... 1"),
+    "specialization": (
+        _DLE,
+        "1",
+        "share of the domain's tokens that chose the expert, of those that take any, 0 ... 1",
+    ),
     "specialization_baseline": ((), "1", "specialization under a uniform router, K/E"),
     "specialization_p": (
         _DLE,

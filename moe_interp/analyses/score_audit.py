@@ -39,7 +39,7 @@ from moe_interp.restart import Variant
 from moe_interp.results import Description, described, labelled
 
 SCORES = {
-    "frequency": "share of tokens that chose the expert",
+    "frequency": "tokens that chose the expert over tokens scored (a text's last token chooses and is not scored)",
     "weight_sum": "sum of its combine weights",
     "output_norm": "mean norm of its output, where it was chosen",
     "saliency": "mean of weight times norm, where it was chosen (REAP)",
@@ -73,7 +73,7 @@ def score_audit(
         resamples: of documents, for intervals of effects.
         seed: of the random routers, the resamples, the control and the halves.
         max_tokens: documents are cut to so many.
-        batch_tokens: the most tokens in one pass.
+        batch_tokens: the most tokens in one pass; which draws the random routers make depends on it.
 
     Returns:
         ``effect`` (layer, expert), nats per scored token that taking the expert out adds, with ``_interval`` (bound)

@@ -183,7 +183,8 @@ def probed(trials: Mapping[str, Trials]) -> xr.Dataset:
     Returns:
         ``accuracy`` and ``information`` (a lower bound, nats) of the probe and its controls; ``routed``, the mutual
         information of class and expert; ``cap``, ln E, the most that a choice of one expert can tell; ``used``, routed
-        over the smaller of cap and the probe's information, 0 ... 1.
+        over the smaller of cap and the probe's information. As that is a lower bound, ``used`` is an upper one; NaN
+        where the probe finds nothing.
     """
     variables: dict[str, Variable] = {}
     for name, units in (("accuracy", "1"), ("information", "nats")):
@@ -195,10 +196,10 @@ def probed(trials: Mapping[str, Trials]) -> xr.Dataset:
     routed = [np.array([information(trial) for trial in some]) for some in trials.values()]
     there = [np.array([float(trial["probe_information"][0]) for trial in some]) for some in trials.values()]
     cap = log(next(iter(trials.values()))[0].sizes["expert"])
-    used = [one / np.minimum(other, cap) for one, other in zip(routed, there, strict=True)]
+    used = [one / np.where(other > 0, np.minimum(other, cap), np.nan) for one, other in zip(routed, there, strict=True)]
     for name, some, units, said in (
         ("routed", routed, "nats", "mutual information of class and expert"),
-        ("used", used, "1", "routed over the smaller of cap and the probe's information, 0 ... 1"),
+        ("used", used, "1", "routed over the smaller of cap and the probe's information: at most so much was used"),
     ):
         variables[name] = Variable(("trunk",), np.array([one.mean() for one in some]), units, said)
         variables[f"{name}_interval"] = Variable(

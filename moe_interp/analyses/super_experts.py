@@ -19,6 +19,7 @@ from moe_interp.analyses.collect import Options, Pass
 from moe_interp.analyses.norms import OutputSums, collect_outputs, document_means
 from moe_interp.analyses.perplexity import nll_sums
 from moe_interp.data import Corpus
+from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, ablate
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -97,9 +98,9 @@ def super_flags(
 
 
 def _alike(chosen: Int[np.ndarray, " E"], flags: Bool[np.ndarray, " E"], expert: int) -> int:
-    """The expert, no super expert, that is chosen most nearly as often."""
+    """The other expert that is chosen most nearly as often, no super expert where there is another."""
     distance = np.abs(chosen - chosen[expert]).astype(float)
-    distance[flags] = np.inf
+    distance[flags] += chosen.sum() + 1.0  # more than any difference
     distance[expert] = np.inf
     return int(distance.argmin())
 
@@ -147,7 +148,11 @@ def _removed(
 def nll_differences(
     model: MoEModel, corpus: Corpus, options: Options, edits: list[Intervention]
 ) -> tuple[Float[np.ndarray, "M N"], Int[np.ndarray, " N"]]:
-    """Nats that each edit adds to each document, and the tokens scored; a document's first token is not."""
+    """Nats that each edit adds to each document, and the tokens scored; a document's first token is not.
+
+    Raises:
+        BadInput: no document has two tokens.
+    """
     work = Pass(model, corpus, options).batches
     found, tokens = np.zeros((len(edits), len(corpus))), np.zeros(len(corpus), np.int64)
     with tqdm(total=len(corpus) * len(edits), desc="without an expert", unit="document") as progress:
@@ -159,6 +164,8 @@ def nll_differences(
                 edited = nll_sums(model.run(batch.inputs, edit=edit).logits, ids, mask)
                 found[number, batch.documents] = edited - plain
                 progress.update(len(batch.documents))
+    if edits and not tokens.any():
+        raise BadInput("nothing to score", expected="a document of two or more tokens", got="none")
     return found, tokens
 
 

@@ -63,13 +63,14 @@ class TokenCounts(Exact):
         if run.token_ids is None:
             raise BadInput("no token ids to count", expected="a run of token ids", got="embeddings")
         mask = run.mask.cpu().numpy()
-        document = np.broadcast_to(documents[:, None], mask.shape)[mask]
-        tokens = run.token_ids.cpu().numpy()[mask]
-        self.seen.add(document * self.vocabulary + tokens)
+        document = np.broadcast_to(documents[:, None], mask.shape)
+        tokens = run.token_ids.cpu().numpy()
+        self.seen.add(document[mask] * self.vocabulary + tokens[mask])
         for index, layer in enumerate(self.layers):
-            ids = run.routing[layer].ids.cpu().numpy()[mask]
-            fold = (document % self.folds) * len(self.layers) + index
-            self.routed.add((((fold * self.vocabulary + tokens)[:, None]) * self.experts + ids).ravel())
+            seen = mask & run.routing[layer].mask.cpu().numpy()
+            ids = run.routing[layer].ids.cpu().numpy()[seen]
+            fold = (document[seen] % self.folds) * len(self.layers) + index
+            self.routed.add((((fold * self.vocabulary + tokens[seen])[:, None]) * self.experts + ids).ravel())
 
     def table(self, index: int, fold: int) -> "csr_array":
         """[V, E], how often each id went to each expert at the layer number ``index``, in one fold."""

@@ -21,9 +21,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from moe_interp import stats
 from moe_interp.analyses.exact import UNIT
 from moe_interp.analyses.routing import RoutingCounts
-from moe_interp.analyses.routing_values import LOAD, PER_TOKEN, from_counts, switch_loss
+from moe_interp.analyses.routing_values import LOAD, PER_TOKEN, from_counts, switch_loss, taken
 from moe_interp.errors import BadInput
 from moe_interp.hosts.local import ATTRIBUTE
 from moe_interp.model import MoEModel
@@ -78,7 +79,8 @@ def routing_health(sums: RoutingCounts) -> xr.Dataset:
         raise BadInput("nothing was counted", expected="a batch with a real token", got="none")
     counts = sums.counts.sum(axis=0)
     whole = from_counts(counts[None], np.array([tokens]), sums.top_k)
-    score, chosen = sums.scores.sum(axis=0) / UNIT / tokens, counts / tokens
+    seen = taken(counts, sums.top_k)
+    score, chosen = stats.ratio(sums.scores.sum(axis=0) / UNIT, seen), stats.ratio(counts, seen)
     values: dict[str, Any] = {
         "tokens": tokens,
         "utilisation": chosen / sums.top_k,
@@ -88,7 +90,7 @@ def routing_health(sums: RoutingCounts) -> xr.Dataset:
     }
     for name in LOAD:
         values |= {name: whole[name][0], f"{name}_uniform": whole[f"{name}_uniform"][0]}
-    means = sums.per_token.sum(axis=0) / UNIT / tokens
+    means = stats.ratio(sums.per_token.sum(axis=0) / UNIT, seen)
     values |= dict(zip(PER_TOKEN, means.T, strict=True))
     coords: dict[str, ArrayLike] = {"layer": np.array(sums.layers), "expert": np.arange(counts.shape[-1])}
     return labelled(described(values, _VARIABLES), coords, analysis="routing_health", provenance={})
@@ -269,11 +271,11 @@ class RoutingWatch:
         whole = all((point, layer) in self._seen for point in _POINTS for layer in layers)
         if self._sums is None or tokens is None or not whole:  # outside a step, or the pass failed
             return
-        mask = tokens.mask
-        routing = {
-            layer: Routing(mask=mask, **{name: self._seen[point, layer] for point, name in _POINTS.items()})  # type: ignore[arg-type]
-            for layer in layers
-        }
+        mask, routing = tokens.mask, {}
+        for layer in layers:
+            seen = {name: self._seen[point, layer] for point, name in _POINTS.items()}
+            takes = (seen["weights"] != 0).any(dim=-1) if self.model.spec.moe(layer).skips else mask
+            routing[layer] = Routing(mask=mask & takes, **seen)  # type: ignore[arg-type]
         run = Run(torch.zeros(*mask.shape, 1), None, tokens, routing, {})
         self._sums.update(run, np.zeros(len(mask), np.int64))
         self._seen = {}

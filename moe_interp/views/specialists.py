@@ -208,9 +208,9 @@ def headlines(findings: Findings) -> list[Headline]:
         ),
         Headline(
             "How much of what it could see the router used",
-            f"{100 * float(probe['used']):.0f} %",
-            f"a probe finds {float(probe['information'][0]):.2f} nats, of which one of {count} experts can tell "
-            f"{float(findings.probed[count]['cap']):.2f}",
+            f"at most {100 * float(probe['used']):.0f} %",
+            f"a probe finds at least {float(probe['information'][0]):.2f} nats, of which one of {count} experts can "
+            f"tell {float(findings.probed[count]['cap']):.2f}",
         ),
     ]
 

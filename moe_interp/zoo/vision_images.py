@@ -3,8 +3,8 @@
 `read_images` takes
 
 - ``digits``: 1,797 pictures of 8 x 8 that scikit-learn brings along;
-- a folder with ``train*.parquet`` and ``test*.parquet``, in it or in ``data/``, as hubs lay out image data sets: a
-  column ``image`` or ``img`` of encoded pictures, a column ``label`` of numbers;
+- a folder with ``train*.parquet`` and ``test*.parquet``, in it, in ``data/`` or in ``plain_text/``, as hubs lay out
+  image data sets: a column ``image`` or ``img`` of encoded pictures, a column ``label`` of numbers;
 - a folder with ``train/CLASS/*`` and ``test/CLASS/*``, a picture a file;
 - a folder with ``cifar-10-batches-py``, which torchvision reads if it is installed.
 """
@@ -111,10 +111,10 @@ def _missing(package: str, what: str) -> BadInput:
 
 def _reader(folder: Path) -> Callable[[str], Rows]:
     """Reads a split of the first layout that a folder has."""
-    for place in (folder, folder / "data"):
+    for place in (folder, folder / "data", folder / "plain_text"):
         if all(any(place.glob(f"{split}*.parquet")) for split in ("train", "test")):
             return lambda split: _parquet(sorted(place.glob(f"{split}*.parquet")))
-    if all((folder / split / CIFAR10[0]).is_dir() for split in ("train", "test")):
+    if any((folder / split / CIFAR10[0]).is_dir() for split in ("train", "test")):
         return lambda split: _files(folder / split)
     if (folder / "cifar-10-batches-py").is_dir():
         return lambda split: _torchvision(folder, split)
@@ -142,6 +142,11 @@ def _parquet(paths: list[Path]) -> Rows:
 
 
 def _files(folder: Path) -> Rows:
+    empty = [name for name in CIFAR10 if not (folder / name).is_dir() or not any((folder / name).iterdir())]
+    if empty:
+        raise BadData(
+            f"cannot read pictures from {folder}", expected="a folder of pictures a class", got=f"none: {empty}"
+        )
     pictures = [(path, number) for number, name in enumerate(CIFAR10) for path in sorted((folder / name).iterdir())]
     return [path for path, _ in pictures], np.array([number for _, number in pictures])
 
@@ -151,7 +156,10 @@ def _torchvision(folder: Path, split: str) -> Rows:
         from torchvision.datasets import CIFAR10 as Dataset
     except ImportError as error:
         raise _missing("torchvision", f"{folder / 'cifar-10-batches-py'}") from error
-    found = Dataset(folder, train=split == "train", download=False)
+    try:
+        found = Dataset(folder, train=split == "train", download=False)
+    except RuntimeError as error:  # it compares checksums
+        raise BadData(f"cannot read {folder}", expected="the data set's own files", got=str(error)) from error
     return list(found.data), _labels(np.asarray(found.targets), folder)
 
 

@@ -8,23 +8,27 @@ output on every image (``model.experts``) then gives what each routing would hav
 - *learned*: as the router chose.
 - *random*: K distinct experts drawn uniformly, the learned weights' values kept. Not sampled: the mean over all ordered
   draws, or over 120 of them where there are more.
-- *permuted*: every expert in the place of another, the mean over the E - 1 cyclic shifts, which give each image every
-  wrong expert once. With K = 1 random routing is this in (E - 1) / E of the draws and the learned one in the others.
+- *permuted*: every expert in the place of another, the mean over the E - 1 cyclic shifts, which with K = 1 give each
+  image every wrong expert once; random routing is this in (E - 1) / E of the draws and the learned one in the others.
 - *fresh*: experts as before training, the floor. The mean over `FRESH` initialisations.
 
 The other reading of "random router" is a model that was trained with one: trials of their own, random-E below.
 
 Linear probes (softmax regression, ridge, by L-BFGS) of the mixture's input say how much of the class it tells: their
 accuracy, and H(class) minus their cross-entropy on the test images, a lower bound in nats on what the input tells
-(Barber & Agakov 2003). Controls: the same trunk before training, and permuted labels.
+(Barber & Agakov 2003). Controls: the same trunk before training (in eval mode: its batch norms do nothing), and
+permuted labels.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice, permutations
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
+from signal import SIG_IGN, SIGINT, signal
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +41,7 @@ from tqdm import tqdm
 
 from moe_interp.analyses.class_routing import class_routing, matched_trials
 from moe_interp.analyses.specialists import accuracies, depth, probed
-from moe_interp.errors import BadData
+from moe_interp.errors import BadData, BadInput
 from moe_interp.model import MoEModel
 from moe_interp.opening import wrap
 from moe_interp.results import Variable, labelled, load, provenance_of, save
@@ -59,7 +63,7 @@ class Study:
     Attributes:
         name: "full", or what the results must be called.
         experts: expert counts.
-        trials: of each kind and expert count, with seeds 0, 1, ...
+        trials: of each kind that `plans` names and each expert count, with seeds 0, 1, ...
         plan: of every trial, but for what differs.
         train, test: so many images (None: all).
     """
@@ -117,26 +121,32 @@ def run_study(
         The trials by kind and expert count ("base-3"), in the order of their seeds.
 
     Raises:
-        BadData: the folder holds a trial of another plan or other images.
+        BadData: the folder holds a trial of another plan or other images; nothing is trained then.
+        BadInput: no workers, or a worker that ended (out of memory, say).
         BadOutput: it cannot be written.
     """
+    if workers < 1:
+        raise BadInput("no study without workers", expected="at least one", got=str(workers))
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [_Job(name, plan, folder / f"{name}.nc", _identity(study, plan, images)) for name, plan in study.plans()]
-    steps = {job.path: job.plan.epochs * steps_per_epoch(len(images.train), job.plan) for job in jobs}
-    missing = [job for job in jobs if not job.path.exists()]
+    there = {job.name: _same(load(job.path), job.identity, job.path) for job in jobs if job.path.exists()}
+    missing = [job for job in jobs if job.name not in there]
+    steps = {job.name: job.plan.epochs * steps_per_epoch(len(images.train), job.plan) for job in jobs}
     with tqdm(total=sum(steps.values()), unit="step", smoothing=0.01, disable=quiet) as bar:
-        bar.update(sum(steps.values()) - sum(steps[job.path] for job in missing))
-        if workers == 1 or len(missing) < 2:
+        bar.update(sum(steps[name] for name in there))
+        if workers > 1 and len(missing) > 1:
+            for job in _made_by(workers, images, device, missing):
+                bar.update(steps[job.name])
+        elif missing:
             tensors = _tensors(images, device)
             for job in missing:
                 bar.set_description(job.name)
                 save(trial(images, tensors, job.plan, job.identity, bar), job.path)
-        else:
-            for job in _made_by(workers, images, device, missing):
-                bar.update(steps[job.path])
     found: dict[str, list[xr.Dataset]] = {}
     for job in jobs:
-        found.setdefault(job.name.rpartition("-")[0], []).append(_same(load(job.path), job.identity, job.path))
+        found.setdefault(job.name.rpartition("-")[0], []).append(
+            there[job.name] if job.name in there else load(job.path)
+        )
     return found
 
 
@@ -169,21 +179,47 @@ def _tensors(images: Images, device: torch.device | str) -> Tensors:
 
 
 def _made_by(workers: int, images: Images, device: torch.device | str, jobs: list[_Job]) -> Iterator[_Job]:
-    """Jobs as they are done, in processes that start afresh, as CUDA asks; those not begun are dropped at an error."""
-    given = (images, device, torch.get_num_threads())
+    """Jobs as they are done, in processes that start afresh, as CUDA asks. An error or interrupt ends them at once."""
+    before, waiting = set(active_children()), iter(jobs)
+    given = (_packed(images), device, torch.get_num_threads())
     pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _start_worker, given)
     try:
-        for done in as_completed([pool.submit(_work, job) for job in jobs]):
-            yield done.result()
+        running = {pool.submit(_work, job) for job in islice(waiting, workers)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from [one.result() for one in done]
+            running |= {pool.submit(_work, job) for job in islice(waiting, len(done))}
+    except BrokenProcessPool as error:
+        raise BadInput(
+            "a process of the study ended",
+            expected=f"memory for {workers} trials at a time, on the device too",
+            got=str(error),
+            do="Use fewer workers; the trials that are done are kept.",
+        ) from error
     finally:
+        for process in set(active_children()) - before:
+            process.terminate()
         pool.shutdown(cancel_futures=True)
+
+
+def _packed(images: Images) -> dict[str, Any]:
+    """As arrays: tensors would be handed over in shared memory, of which containers have little."""
+    values = {one.name: getattr(images, one.name) for one in fields(images)}
+    return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in values.items()}
+
+
+def _unpacked(packed: dict[str, Any]) -> Images:
+    arrays = {name: torch.from_numpy(value) for name, value in packed.items() if isinstance(value, np.ndarray)}
+    return Images(**packed | arrays)
 
 
 _worker: list[tuple[Images, Tensors]] = []
 
 
-def _start_worker(images: Images, device: torch.device | str, threads: int) -> None:
+def _start_worker(packed: dict[str, Any], device: torch.device | str, threads: int) -> None:
+    signal(SIGINT, SIG_IGN)  # who started it decides when it ends
     torch.set_num_threads(threads)
+    images = _unpacked(packed)
     _worker.append((images, _tensors(images, device)))
 
 
@@ -373,7 +409,8 @@ def _fresh_outputs(seen: Seen, plan: Plan, number: int) -> Float[Tensor, "N E D"
 def probes(hf: VisionMoE, before: VisionMoE, tensors: Tensors, seed: int) -> dict[str, Variable]:
     """What linear probes of the mixture's input tell about the class, with controls."""
     train_images, test_images, train_labels, test_labels = tensors
-    kept = slice(PROBED)
+    order = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(0))
+    kept = order[:PROBED].sort().values.to(train_images.device)  # files may be in the order of their classes
     shuffled = train_labels[torch.randperm(len(train_labels), generator=torch.Generator().manual_seed(seed))]
     inputs = [_features(hf, train_images[kept]), _features(hf, test_images)]
     untrained = [_features(before, train_images[kept]), _features(before, test_images)]
