@@ -37,7 +37,7 @@ wheel-check: .venv/dev  ## build the wheel, install it elsewhere, use it there
 	$(BIN)/python tests/check_wheel.py
 
 clean:  ## everything that was made here, .venv included
-	rm -rf .venv dist build report.html .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv dist build report.html causal_audit.html vision_moe.html vision_*/ .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The files .venv/core and .venv/dev say that the set-up was done, and with which dependencies.
