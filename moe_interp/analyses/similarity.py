@@ -8,7 +8,7 @@ y = sum c_j, residual r (resid_mid) and shared experts s:
    document; nothing. With r most of the cosine is r itself, so that of "none" is the one to compare with:
    `gain` is the difference, token by token.
 2. ||y_k - y|| / ||y|| and <y_k, y> / ||y||^2 for y_k, the sum of k slots: the heaviest, and random ones.
-3. Sums are kept per document, and intervals come from resampling documents.
+3. Sums are kept per document, and intervals come from resampling documents. All tokens count, special ones too.
 
 MoE-Lens published the cosine of c_1 with r, as 0.95 and without a control.
 """

@@ -3,7 +3,8 @@
 1. For token id x seen N_x times, max_e N_{x,e} / N_x (Muennighoff et al. 2024, arXiv 2409.02060, section 5.4), averaged
    over the ids seen at least m times, which weigh the same.
 2. The null: every occurrence draws K distinct experts by the layer's load, whatever the token. It is large: an id
-   seen once scores 1 whatever happens. `gain` is the difference at the same counts.
+   seen once scores 1 whatever happens. `gain` is the difference at the same counts. The load is that of the whole
+   corpus: where documents differ in load and in the ids that they hold, their topics count as gain.
 3. Intervals of the gain leave out folds of documents in turn and count and draw anew.
 """
 
@@ -132,7 +133,7 @@ _VARIABLES: dict[str, Description] = {
     "gain": (
         ("layer",),
         "1",
-        "specialization above its null at the same counts; 0 if ids say nothing",
+        "specialization above its null at the same counts; 0 if neither ids nor the topics they stand for say anything",
     ),
     "gain_interval": (("bound", "layer"), "1", "95 % interval over folds of documents: gain"),
     "expert": (_LX, "expert", "the expert that most of the id's tokens chose"),
