@@ -5,8 +5,8 @@
 2. From N_ij, N_i and the T tokens: the co-activation N_ij / N_i (Muennighoff et al. 2024, arXiv 2409.02060, section
    5.2), lift N_ij T / (N_i N_j) and nPMI.
 3. Controls: lift under a router that draws K of E equal experts, (K - 1) E / (K (E - 1)); and under draws of K distinct
-   experts with the layer's own loads and nothing else (`stats.draws`), which is below 1 for busy experts. Loads are those
-   of the whole corpus: experts that share a topic go together by it, too.
+   experts with the layer's own loads and nothing else (`stats.draws`), which is below 1 for busy experts. Loads are
+   those of the whole corpus: experts that share a topic go together by it, too.
 4. A table per document would be too large: tables are kept for blocks of documents, and intervals come from leaving
    out blocks. p: the blocks' excess over the null of own loads with signs flipped, adjusted for the pairs of a layer.
 """
@@ -164,8 +164,8 @@ _VARIABLES: dict[str, Description] = {
     "lift_p": (
         _LEO,
         "1",
-        "p that the two go together no more often than their loads over the corpus make them: signs of blocks of documents flipped, "
-        "one-sided, adjusted for the pairs of the layer by the maximum statistic",
+        "p that the two go together no more often than their loads over the corpus make them: signs of blocks of "
+        "documents flipped, one-sided, adjusted for the pairs of the layer by the maximum statistic",
     ),
     "npmi": (_LEO, "1", "normalised pointwise mutual information, -1 (never together) ... 1 (always)"),
 }
