@@ -95,7 +95,7 @@ class Study:
 STUDIES = {
     "full": Study(),
     "medium": Study("medium", trials=5, plan=Plan(width=16, neurons=64, epochs=8), train=10_000, test=5_000),
-    "small": Study("small", trials=3, plan=Plan(width=16, neurons=64, epochs=5), train=8_000, test=5_000),
+    "small": Study("small", trials=3, plan=Plan(width=16, neurons=64, epochs=4), train=8_000, test=5_000),
     "digits": Study("digits", trials=3, plan=Plan(width=12, neurons=48, epochs=4)),
 }
 
