@@ -26,11 +26,12 @@ from rich.table import Table as RichTable
 
 import moe_interp as moe
 from moe_interp.analyses.class_routing import best_assignment, class_correlation, class_counts
+from moe_interp.analyses.specialists import Findings
 from moe_interp.errors import BadInput
 from moe_interp.results import provenance_of
 from moe_interp.stats import shares, student_interval
 from moe_interp.views.page import check_writable, write
-from moe_interp.views.specialists import Findings, page
+from moe_interp.views.specialists import page
 from moe_interp.zoo.vision_images import VEHICLES, read_images
 from moe_interp.zoo.vision_study import STUDIES, Study, findings, run_study
 

@@ -1,7 +1,7 @@
 """A mixture-of-experts model whose inside can be read and edited."""
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from types import TracebackType
@@ -380,7 +380,7 @@ def listed(given: Any, kinds: Any) -> list[Any]:
     Raises:
         BadInput: something else.
     """
-    items = [given] if isinstance(given, kinds) else list(given)
+    items = list(given) if isinstance(given, Iterable) and not isinstance(given, kinds) else [given]
     for item in items:
         if not isinstance(item, kinds):
             raise BadInput(

@@ -18,10 +18,11 @@ import moe_interp as moe
 from moe_interp.adapters import FAMILIES, Scoring
 from moe_interp.errors import BadData, BadInput, UnknownName, UnsupportedModel
 from moe_interp.points import POINTS
-from moe_interp.zoo import vision, vision_study
+from moe_interp.zoo import vision, vision_study, vision_trial
 from moe_interp.zoo.vision import Plan, VisionMoE, balance_loss, describe, train
 from moe_interp.zoo.vision_images import read_images
-from moe_interp.zoo.vision_study import STUDIES, Study, look, probe, routes, run_study
+from moe_interp.zoo.vision_study import STUDIES, Study, run_study
+from moe_interp.zoo.vision_trial import look, probe, routes
 from tests.reference import vision as slow
 
 TOLERANCE = 1e-5
@@ -276,7 +277,7 @@ def test_conditions_are_what_edits_of_the_points_do(top_k):
             "random": np.mean([share(forced(model, MANY, draw)) for draw in draws]),
             "permuted": np.mean([share(forced(model, MANY, (ids + shift) % 3)) for shift in (1, 2)]),
         }
-    accuracy = dict(zip(vision_study.CONDITIONS, got, strict=True))
+    accuracy = dict(zip(vision_trial.CONDITIONS, got, strict=True))
     assert len({round(value, 6) for value in expected.values()}) == 3  # or the test could not tell them apart
     for name, value in expected.items():
         assert accuracy[name] == pytest.approx(value, abs=1e-6), name
@@ -289,7 +290,7 @@ def test_fresh_experts_are_other_experts_in_the_same_model():
     with moe.wrap(hf) as model:
         got = float(routes(model, MANY, labels, plan)["accuracy"].values[-1])
     hits = []
-    for number in range(vision_study.FRESH):
+    for number in range(vision_trial.FRESH):
         other = copy.deepcopy(hf)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1000 * (number + 1) + plan.seed)
@@ -314,16 +315,16 @@ def test_every_expert_alone_by_class():
 def test_images_are_looked_at_in_chunks_without_a_seam(monkeypatch):
     with moe.wrap(build()) as model:
         whole = look(model, IMAGES)
-        monkeypatch.setattr(vision_study, "CHUNK", 3)
+        monkeypatch.setattr(vision_trial, "CHUNK", 3)
         parts = look(model, IMAGES)
     for name in ("hidden", "outputs", "ids", "weights"):
         assert torch.allclose(getattr(whole, name), getattr(parts, name), atol=1e-6), name
 
 
 def test_many_draws_are_sampled_and_few_are_all():
-    assert vision_study._draws(5, 2) == list(permutations(range(5), 2))
-    many = vision_study._draws(9, 3)
-    assert len(many) == vision_study.DRAWS and all(len(set(draw)) == 3 for draw in many)
+    assert vision_trial._draws(5, 2) == list(permutations(range(5), 2))
+    many = vision_trial._draws(9, 3)
+    assert len(many) == vision_trial.DRAWS and all(len(set(draw)) == 3 for draw in many)
 
 
 def test_a_probe_is_ridge_regression_of_the_softmax():
@@ -335,7 +336,7 @@ def test_a_probe_is_ridge_regression_of_the_softmax():
     accuracy, information = probe(x[:300], y[:300], x[300:], y[300:])
     mean, std = inputs[:300].mean(0), inputs[:300].std(0, ddof=1)
     scaled = (inputs - mean) / std
-    fitted = linear.LogisticRegression(C=1 / (2 * vision_study.RIDGE * 300), tol=1e-8, max_iter=2000)
+    fitted = linear.LogisticRegression(C=1 / (2 * vision_trial.RIDGE * 300), tol=1e-8, max_iter=2000)
     fitted.fit(scaled[:300], labels[:300])
     assert accuracy == pytest.approx(fitted.score(scaled[300:], labels[300:]), abs=0.011)
     loss = -fitted.predict_log_proba(scaled[300:])[np.arange(100), labels[300:]].mean()
@@ -411,11 +412,11 @@ def test_a_worker_that_dies_is_told_of(digits, tmp_path, monkeypatch):
 
 
 def test_probes_are_fitted_on_all_classes_also_where_files_are_in_their_order(monkeypatch):
-    monkeypatch.setattr(vision_study, "PROBED", 20)
+    monkeypatch.setattr(vision_trial, "PROBED", 20)
     seen = []
-    monkeypatch.setattr(vision_study, "probe", lambda inputs, labels, *_: seen.append(labels) or (0.0, 0.0))
+    monkeypatch.setattr(vision_trial, "probe", lambda inputs, labels, *_: seen.append(labels) or (0.0, 0.0))
     labels = torch.arange(5).repeat_interleave(8)
-    vision_study.probes(build(), build(), (MANY, MANY, labels, labels), 0)
+    vision_trial.probes(build(), build(), (MANY, MANY, labels, labels), 0)
     assert len(seen) == 3 and all(len(one) == 20 and len(one.unique()) == 5 for one in seen)
 
 

@@ -10,11 +10,12 @@ are as there, and were classified under other routings too (`moe_interp.zoo.visi
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import log
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 from numpy.typing import ArrayLike
 from scipy.stats import ttest_ind
 
@@ -31,6 +32,25 @@ from moe_interp.analyses.class_routing import (
 from moe_interp.errors import BadInput
 from moe_interp.results import Variable, labelled
 from moe_interp.stats import shares, student_interval
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The results of one study, by number of experts, and pictures to show.
+
+    Attributes:
+        name: "full study", "small study", ...: it heads the page.
+        samples: test pictures [M, C, H, W] and the expert of each in the first trial, by number of experts.
+    """
+
+    name: str
+    accuracies: xr.Dataset
+    routing: Mapping[int, xr.Dataset]
+    short_routing: Mapping[int, xr.Dataset]
+    depth: Mapping[int, xr.Dataset]
+    probed: Mapping[int, xr.Dataset]
+    samples: Mapping[int, tuple[UInt8[np.ndarray, "M C H W"], Int[np.ndarray, " M"]]] = field(default_factory=dict)
+
 
 # 1. What the routing is worth
 

@@ -1,7 +1,6 @@
 """Do experts specialize? Figures of what `moe_interp.analyses.class_routing` and `.specialists` find; one page."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import xarray as xr
 from jaxtyping import Int, UInt8
 from plotly.subplots import make_subplots
 
+from moe_interp.analyses.specialists import Findings
 from moe_interp.results import provenance_of
 from moe_interp.views.figures import COLOURS, CONTROL, style
 from moe_interp.views.page import Headline, check_writable, render, write
@@ -26,24 +26,6 @@ FILLS = {
     "dense, one expert": COLOURS[1],
     "dense, total": "#e3a47f",
 }
-
-
-@dataclass(frozen=True)
-class Findings:
-    """The results of one study, by number of experts, and pictures to show.
-
-    Attributes:
-        name: "full study", "small study", ...: it heads the page.
-        samples: test pictures [M, C, H, W] and the expert of each in the first trial, by number of experts.
-    """
-
-    name: str
-    accuracies: xr.Dataset
-    routing: Mapping[int, xr.Dataset]
-    short_routing: Mapping[int, xr.Dataset]
-    depth: Mapping[int, xr.Dataset]
-    probed: Mapping[int, xr.Dataset]
-    samples: Mapping[int, tuple[UInt8[np.ndarray, "M C H W"], Int[np.ndarray, " M"]]] = field(default_factory=dict)
 
 
 def _bars(x: Any, y: np.ndarray, ends: np.ndarray, name: str, colour: str, **more: Any) -> go.Bar:

@@ -19,6 +19,7 @@ A dense model is one with a single expert.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,7 @@ from moe_interp.adapters.spec import ExpertsCall, Input, Output, RouterOutput, S
 from moe_interp.errors import BadInput
 
 Depth = Literal["base", "short"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Plan:
         balance: weight of the load-balance loss.
         renormalise: whether the weights of the chosen experts sum to 1; else they are their scores, as in Switch.
         random: a router that draws its experts anew for every image, in training and after it.
+        precision: of the trunk's products in training; everything else is in float32.
         seed: of the weights, of the order of images and of these draws.
     """
 
@@ -63,6 +66,7 @@ class Plan:
     balance: float = 1e-5
     renormalise: bool = True
     random: bool = False
+    precision: Precision = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,12 +105,9 @@ class Experts(nn.ModuleList):
     def forward(
         self, hidden: Float[Tensor, "T D"], ids: Int[Tensor, "T K"], weights: Float[Tensor, "T K"]
     ) -> Float[Tensor, "T D"]:
-        """The weighted sum of each row's experts."""
-        out = torch.zeros_like(hidden)
-        for number, expert in enumerate(self):
-            row, slot = (ids == number).nonzero(as_tuple=True)
-            out = out.index_add(0, row, weights[row, slot, None] * expert(hidden[row]))
-        return out
+        """The weighted sum of each row's experts. All run on all rows: small as they are, that is the faster way."""
+        weight = hidden.new_zeros(len(hidden), len(self)).scatter_add(1, ids, weights)
+        return torch.einsum("te,ted->td", weight, torch.stack([expert(hidden) for expert in self], dim=1))
 
 
 class RandomRouter(nn.Module):
@@ -226,18 +227,17 @@ register_adapter("VisionMoE", describe)
 
 def balance_loss(scores: Float[Tensor, "B E"], top_k: int) -> Float[Tensor, ""]:
     """Switch load-balance loss E sum_e f_e P_e: 1 when even, E when one expert gets everything."""
-    experts = scores.shape[-1]
-    load = scores.topk(top_k, dim=-1).indices.flatten().bincount(minlength=experts) / (len(scores) * top_k)
-    return experts * (load * scores.mean(dim=0)).sum()
+    chosen = torch.zeros_like(scores).scatter(1, scores.topk(top_k, dim=-1).indices, 1.0)
+    return scores.shape[-1] / top_k * (chosen.mean(dim=0) * scores.mean(dim=0)).sum()
 
 
-def batches(count: int, plan: Plan) -> Iterator[Int[Tensor, " B"]]:
+def batches(count: int, plan: Plan, device: torch.device | str = "cpu") -> Iterator[Int[Tensor, " B"]]:
     """Which images go into each step: every epoch all of them in a new order, the last few left out."""
     generator = torch.Generator().manual_seed(plan.seed)
     steps = steps_per_epoch(count, plan)
     for _ in range(plan.epochs):
         order = torch.randperm(count, generator=generator)
-        yield from order[: steps * min(plan.batch, count)].chunk(steps)
+        yield from order[: steps * min(plan.batch, count)].to(device).chunk(steps)
 
 
 def steps_per_epoch(count: int, plan: Plan) -> int:
@@ -260,25 +260,64 @@ def train(
     Returns:
         Mean cross-entropy in nats and mean load-balance loss (1 when even) over the last epoch.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
+    cuda = images.is_cuda
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=cuda or None
+    )
     steps = steps_per_epoch(len(images), plan)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, plan.learning_rate, total_steps=plan.epochs * steps)
     model.train()
     last = []
     with seeded(plan.seed, images.device):
-        for number, batch in enumerate(batches(len(images), plan)):
-            batch = batch.to(images.device)
-            hidden = model.trunk(images[batch])
-            # The router once more, a few thousand products, so that the mixture need not keep anything for the loss.
-            balance = balance_loss(model.moe.router(hidden).softmax(dim=-1), plan.top_k)
-            loss = functional.cross_entropy(model.head(model.moe(hidden)), labels[batch])
-            optimizer.zero_grad()
-            (loss + plan.balance * balance).backward()
+        gradients: Callable[[Tensor], Tensor] = partial(_gradients, model, images, labels, plan)
+        for number, batch in enumerate(batches(len(images), plan, images.device)):
+            if cuda and number == 0:
+                gradients = _recorded(gradients, batch)
+            losses = gradients(batch)
             optimizer.step()
             schedule.step()
             step_done()
             if number >= (plan.epochs - 1) * steps:
-                last.append(torch.stack([loss.detach(), balance.detach()]))
+                last.append(losses.clone())
     model.eval()
     means = torch.stack(last).mean(dim=0).tolist()
     return {"loss": means[0], "balance": means[1]}
+
+
+def _gradients(
+    model: VisionMoE, images: Tensor, labels: Tensor, plan: Plan, batch: Int[Tensor, " B"]
+) -> Float[Tensor, "2"]:
+    """Leave a step's gradients in the model, nothing of the step before; cross-entropy and load-balance loss."""
+    model.zero_grad()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"):
+        hidden = model.trunk(images[batch])
+    hidden = hidden.float()
+    # The router once more, a few thousand products, so that the mixture need not keep anything for the loss.
+    balance = balance_loss(model.moe.router(hidden).softmax(dim=-1), plan.top_k)
+    loss = functional.cross_entropy(model.head(model.moe(hidden)), labels[batch])
+    (loss + plan.balance * balance).backward()
+    return torch.stack([loss.detach(), balance.detach()])
+
+
+def _recorded(step: Callable[[Tensor], Tensor], batch: Tensor) -> Callable[[Tensor], Tensor]:
+    """A step as one CUDA graph: it is some hundred small kernels, and to launch each takes longer than to run it.
+
+    What the step leaves is written to the same memory every time. Batch norm counts three batches more than there are,
+    which its running means forget.
+    """
+    given, graph, stream = batch.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream(batch.device)
+    stream.wait_stream(torch.cuda.current_stream(batch.device))
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # convolutions by the fastest of their kernels,
+        with torch.cuda.stream(stream):  # which are tried before anything is recorded
+            for _ in range(3):
+                step(given)
+        with torch.cuda.graph(graph, stream=stream):
+            left = step(given)
+    torch.cuda.current_stream(batch.device).wait_stream(stream)
+
+    def replay(batch: Tensor) -> Tensor:
+        given.copy_(batch)
+        graph.replay()
+        return left
+
+    return replay
