@@ -3,7 +3,7 @@
     python examples/vision_moe.py                               # scikit-learn's digits: under two minutes on two cores
     python examples/vision_moe.py --data DIR --study small --workers 2     # CIFAR-10, narrow, few images: half an hour
     python examples/vision_moe.py --data DIR --study medium --workers 2    # the same longer: two hours on two cores
-    python examples/vision_moe.py --data DIR --study full --workers 8      # the paper's study: a GPU's work
+    python examples/vision_moe.py --data DIR --study full --workers 8      # the paper's study: 20 minutes of an H100
 
 DIR holds CIFAR-10 as parquet (the hub's layout), as a folder a class, or as torchvision has it. Every trial is a file
 in the work directory; a second start goes on where the first stopped. On CIFAR-10 the tables set the paper's figures
@@ -308,10 +308,11 @@ def load_table(found: dict[str, list[xr.Dataset]], experts: tuple[int, ...]) -> 
             trials = found[f"{kind}-{count}"]
             busiest = [float(shares(class_counts(one).sum(axis=0)).max()) for one in trials]
             learned = [float(one["accuracy"][0]) for one in trials]
-            listed = ", ".join(f"{100 * value:.0f}" for value in busiest)
             balance = np.mean([float(one["balance"]) for one in trials])
-            rows.append([str(count), name, listed, f"{balance:.2f}", f"{100 * np.mean(learned):.1f}"])
-    columns = ["experts", "weight of the expert", "busiest expert, % of images, by trial", "E Σ f P", "accuracy, %"]
+            listed = (", ".join(f"{100 * value:.0f}" for value in values) for values in (busiest, learned))
+            rows.append([str(count), name, f"{balance:.2f}", *listed])
+    columns = ["experts", "weight of the expert", "E Σ f P"]
+    columns += ["busiest expert, % of images, by trial", "accuracy, %, by trial"]
     note = (
         "E Σ f P, over the last epoch's batches, is 1 when loads are even and E when one expert gets everything. The "
         "loads of the paper's tables 2 and 3 are even: 50 and 50 %, 34, 32 and 33 %."
@@ -326,8 +327,9 @@ def claims_table(results: Findings) -> Table:
     """What tables 1 to 3 and figures 2 to 6 say, and whether it comes out."""
     columns = ["the paper", "verdict", "ours"]
     note = (
-        "Criteria in brackets are ours, written down before the medium study was run, but for those marked LATER. What "
-        "we have of the paper says what figures 2 to 6 show, not every number in them, so that claims stand for them."
+        "Criteria in brackets are ours, written down before the medium study was run; those marked LATER after it and "
+        "before the full one. What we have of the paper says what figures 2 to 6 show, not every number in them, so "
+        "that claims stand for them."
     )
     return Table("Claims", columns, [list(claim) for claim in claims(results)], note)
 

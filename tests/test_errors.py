@@ -130,9 +130,10 @@ def test_empty_texts():
                 opened.run(text)
 
 
-def test_what_is_neither_a_read_nor_an_edit():
+@pytest.mark.parametrize("given", [["ablate"], None, 3])
+def test_what_is_neither_a_read_nor_an_edit(given):
     with pytest.raises(errors.BadInput, match="interventions such as moe.ablate"):
-        listed(["ablate"], moe.Intervention)
+        listed(given, moe.Intervention)
 
 
 def test_a_run_says_what_it_holds(model):

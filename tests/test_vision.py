@@ -175,7 +175,11 @@ def test_the_papers_sizes_are_the_defaults():
     short = VisionMoE(3, 32, 10, replace(plan, depth="short"))
     pools = [module.kernel_size for module in short.trunk if isinstance(module, torch.nn.MaxPool2d)]
     assert pools == [8] and short.moe.router.in_features == 512
-    assert STUDIES["full"] == Study() and Study().experts == (2, 3, 5) and Study().trials == 10
+    full = STUDIES["full"]
+    assert full == Study(plan=Plan(precision="bfloat16")) and full.experts == (2, 3, 5) and full.trials == 10
+    kinds = [name.rpartition("-")[0] for name, _ in full.plans()]
+    assert len(kinds) == 10 * (1 + 3 * 4) + 3 * 3
+    assert (kinds.count("base-5"), kinds.count("dense-1"), kinds.count("scored-5")) == (10, 10, 3)
 
 
 # Training
@@ -236,6 +240,25 @@ def test_a_random_router_draws_anew_and_a_seed_decides_how():
         drawn = [model.run({"images": images}).routing[0].ids.flatten() for _ in range(2)]
     assert (drawn[0] == drawn[1]).float().mean() == pytest.approx(1 / 3, abs=0.05)
     assert (drawn[0].bincount(minlength=3) / 3000 - 1 / 3).abs().max() < 0.05
+
+
+def test_products_in_bfloat16_train_as_well_and_leave_all_else_in_float32():
+    plan = replace(TINY, epochs=6)
+    hf, last = trained(replace(plan, precision="bfloat16"))
+    assert {value.dtype for value in hf.parameters()} == {torch.float32}
+    other, whole = trained(plan)
+    assert last["loss"] < 0.2 and last["loss"] != whole["loss"]
+    assert 1e-4 < error(hf.trunk[0].weight, other.trunk[0].weight)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="steps are recorded on a GPU")
+def test_recorded_steps_are_the_plain_ones(monkeypatch):
+    images, labels = (one.cuda() for one in pictures())
+    losses = []
+    for record in (vision._recorded, lambda step, batch: step):
+        monkeypatch.setattr(vision, "_recorded", record)
+        losses.append(train(VisionMoE(1, 8, 2, TINY).cuda(), images, labels, TINY)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def test_every_epoch_takes_every_image_once_in_whole_batches():

@@ -2,7 +2,7 @@
 
 A trial is one model trained from its own seed, and the unit of every interval: a labelled result with ``label`` [image]
 and ``expert_id`` [image, slot] on the same test images, and ``group`` [class], a split of the classes in two
-(`moe_interp.zoo.vision_study` writes such). From "Do Experts Specialize?" (Poetzscher).
+(`moe_interp.zoo.vision_trial` makes such). From "Do Experts Specialize?" (Poetzscher).
 
 The numbers of experts mean nothing across trials. Either tables are matched, by the assignment of experts that brings
 them closest (Kuhn 1955), or reduced to what numbers do not enter: correlation and covariance of classes over all

@@ -1,7 +1,7 @@
 """Is it worth anything that experts specialize? Trials of one classifier in, labelled results with intervals out.
 
 The experiments of "Do Experts Specialize?" (Poetzscher) around the table of `moe_interp.analyses.class_routing`; trials
-are as there, and were classified under other routings too (`moe_interp.zoo.vision_study`).
+are as there, and were classified under other routings too (`moe_interp.zoo.vision_trial`).
 
 1. `accuracies`: the learned routing against random, permuted and fresh experts, and against models of other kinds.
 2. `depth`: a short trunk against the base, by class covariance, whose scale depends on the load, and by mutual

@@ -227,7 +227,7 @@ def _about(findings: Findings, provenance: Mapping[str, Any]) -> str:
         f"Convolutions, a mixture of {counts} experts (K = {top_k}), linear head: {trials} trials each, "
         f"{provenance['train_images']:,} training and {provenance['test_images']:,} test images, "
         f"{provenance['epochs']} epochs, {provenance['width']} filters in the first convolution (the paper: 10 trials, "
-        "50,000 images, 10 epochs, 128 filters)."
+        f"50,000 images, 10 epochs, 128 filters), {provenance['precision']} products in the trunk."
     )
 
 

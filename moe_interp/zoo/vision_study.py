@@ -69,7 +69,7 @@ class Study:
 
 
 STUDIES = {
-    "full": Study(),
+    "full": Study(plan=Plan(precision="bfloat16")),
     "medium": Study("medium", trials=5, plan=Plan(width=16, neurons=64, epochs=8), train=10_000, test=5_000),
     "small": Study("small", trials=3, plan=Plan(width=16, neurons=64, epochs=4), train=8_000, test=5_000),
     "digits": Study("digits", trials=3, plan=Plan(width=12, neurons=48, epochs=4)),
@@ -90,7 +90,7 @@ def run_study(
     Args:
         images: what to train on; see `read_images`, which is to be given the study's counts.
         folder: one netCDF file a trial, written whole; made if missing.
-        workers: so many trials at a time, in processes of their own.
+        workers: so many trials at a time, in processes of their own, each with as many threads as torch has here.
         quiet: no progress bar.
 
     Returns:
@@ -153,7 +153,7 @@ def _tensors(images: Images, device: torch.device | str) -> Tensors:
 def _made_by(workers: int, images: Images, device: torch.device | str, jobs: list[_Job]) -> Iterator[_Job]:
     """Jobs as they are done, in processes that start afresh, as CUDA asks. An error or interrupt ends them at once."""
     before, waiting = set(active_children()), iter(jobs)
-    given = (_packed(images), device, max(1, torch.get_num_threads() // workers))
+    given = (_packed(images), device, torch.get_num_threads())
     pool = ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _start_worker, given)
     try:
         running = {pool.submit(_work, job) for job in islice(waiting, workers)}
