@@ -26,7 +26,8 @@ from tqdm import tqdm
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import moe_interp as moe
-from moe_interp.analyses.lens import CHUNK, decode_top, expert_lens, part_terms
+from moe_interp.analyses.decoding import CHUNK, decode_top
+from moe_interp.analyses.lens import expert_lens, part_terms
 
 BARE = "bare product"
 CHUNKS = (64, 256, 512, 1024, 2048)

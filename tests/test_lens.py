@@ -11,9 +11,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import moe_interp as moe
-from moe_interp.analyses import lens
+from moe_interp.analyses import decoding
 from moe_interp.analyses.attribution import logit_attribution
-from moe_interp.analyses.lens import decode_top, expert_lens
+from moe_interp.analyses.decoding import decode_top
+from moe_interp.analyses.lens import expert_lens
 from moe_interp.errors import BadInput, UnknownName, UnsupportedModel
 from moe_interp.results import load, save
 from tests.reference import lens as reference
@@ -194,7 +195,7 @@ def test_the_chunk_bounds_what_is_decoded_at_once_and_changes_nothing(chunk, mon
         return hidden @ unembed.T
 
     whole = decode_top(lambda hidden: hidden @ unembed.T, rows, final, targets, top=3, chunk=180)
-    monkeypatch.setattr(lens, "TILE", 1500)
+    monkeypatch.setattr(decoding, "TILE", 1500)
     got = decode_top(decode, rows, final, targets, top=3, chunk=chunk)
     assert max(sizes) <= chunk and sum(sizes) == 180
     assert max(sizes) > chunk / 2 or len(sizes) == 1

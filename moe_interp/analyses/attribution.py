@@ -15,17 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moe_interp.adapters.family import bare
-from moe_interp.analyses.lens import (
-    At,
-    by_rank,
+from moe_interp.analyses.one_text import At, by_rank, expert_terms, run_text, token_texts
+from moe_interp.analyses.plain import (
     check_adds_up,
-    expert_terms,
+    check_plain_model,
+    check_writes_text,
     final_modules,
-    run_text,
-    token_texts,
     tolerance,
 )
-from moe_interp.analyses.plain import check_plain_model, check_writes_text
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel

@@ -14,54 +14,30 @@ Through a tuned lens (`moe_interp.analyses.tuned_lens`) a part is translated bef
 translator of the stream into the layer; everything that holds r, and resid_post, by that of the stream out of it, so
 that all parts together still are resid_post; what stands without r (c_j, f_j, s) by the linear part of the latter, for
 that is what it adds to the translated stream. Out of the last layer nothing is translated.
-
-`decode_top` takes rows some at a time and keeps only what is reported of them, so that memory grows with the
-chunk times the vocabulary and never with parts or positions times the vocabulary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional
 
-from moe_interp.analyses.plain import check_plain, check_writes_text
+from moe_interp.analyses.decoding import CHUNK, Decode, Decoded, decode_top, describe
+from moe_interp.analyses.one_text import At, by_rank, expert_terms, next_ids, run_text, token_texts
+from moe_interp.analyses.plain import check_adds_up, check_plain, check_writes_text, final_modules
 from moe_interp.analyses.tuned_lens import TunedLens
-from moe_interp.encode import Inputs, encode, token_text
-from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.encode import Inputs
+from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
-from moe_interp.run import Indices, Read, Run, positions_of
+from moe_interp.run import Indices, Run, positions_of
 
 Definition = Literal["paper", "as_coded"]
-Decode = Callable[[Tensor], Tensor]
-
-# Rows decoded at a time: enough for the matrix product to run at full speed.
-CHUNK = 1024
-# Logits described at a time on a CPU: few enough to stay in its caches while they are passed over again and again.
-TILE = 2**20
-
-
-class Decoded(NamedTuple):
-    """What is kept of decoded rows, N positions of P parts each.
-
-    Attributes:
-        ids, probabilities: [N, P, top], the most probable tokens.
-        true_rank: [N, P], rank of the true next token, 1 for the first, NaN where there is none.
-        final_rank: [N, P], rank of the model's own prediction.
-        kl: [N, P], KL(final || row) in nats.
-    """
-
-    ids: Int[Tensor, "N P top"]
-    probabilities: Float[Tensor, "N P top"]
-    true_rank: Float[Tensor, "N P"]
-    final_rank: Int[Tensor, "N P"]
-    kl: Float[Tensor, "N P"]
 
 
 @torch.no_grad()
@@ -126,7 +102,7 @@ def expert_lens(
     shared = "shared_out" in model.spec.layer(chosen[0]).sites
     parts = part_terms(slots, shared and definition == "paper", definition)
     run, at = run_text(model, text, _points(shared, definition), chosen, positions_of(positions))
-    targets = _following(run)[at.numbers]
+    targets = next_ids(run)[at.numbers]
     final = run.logits[0, at.columns].log_softmax(-1, dtype=torch.float32)
     decode = model.decode if definition == "paper" else _unit_decode(model)
     decoded = [
@@ -142,7 +118,7 @@ def expert_lens(
         "rank": list(range(1, slots + 1)),
     }
     return labelled(
-        variables | _text_variables(model, run, at, _describe(final[:, None], final, targets, top)),
+        variables | _text_variables(model, run, at, describe(final[:, None], final, targets, top)),
         coords,
         analysis="expert_lens",
         provenance={**run.provenance, "definition": definition, "lens": "plain" if lens is None else "tuned"},
@@ -170,111 +146,9 @@ def part_terms(slots: int, shared: bool, definition: Definition = "paper") -> di
     return {"resid_pre": ("resid_pre",), **parts, "resid_post": ("resid_post",)}
 
 
-def decode_top(
-    decode: Decode,
-    rows: Float[Tensor, "N P D"],
-    final: Float[Tensor, "N V"],
-    targets: Int[Tensor, " N"],
-    *,
-    top: int = 5,
-    chunk: int = CHUNK,
-) -> Decoded:
-    """Decode rows, ``chunk`` at a time, and keep what a lens reports of them.
-
-    Args:
-        decode: from [n, p, D] to logits [n, p, V], such as ``model.decode``.
-        rows: N positions of P parts each.
-        final: log-probabilities of the model's own output at each position, in float32.
-        targets: the true next token at each position, -1 where there is none.
-        top: how many of the most probable tokens to keep.
-        chunk: at most so many rows are decoded at a time.
-    """
-    parts = rows.shape[1]
-    positions = max(1, chunk // parts)
-    blocks = zip(rows.split(positions), final.split(positions), targets.split(positions), strict=True)
-    return _joined(
-        [
-            _joined([_decode(decode, some, own, true, top) for some in block.split(min(chunk, parts), 1)], dim=1)
-            for block, own, true in blocks
-        ]
-    )
-
-
-def _decode(decode: Decode, rows: Tensor, final: Tensor, targets: Tensor, top: int) -> Decoded:
-    logits = decode(rows).to(rows.device)
-    positions = max(1, TILE // logits[0].numel()) if logits.device.type == "cpu" else len(logits)
-    tiles = zip(logits.split(positions), final.split(positions), targets.split(positions), strict=True)
-    return _joined([_describe(tile.log_softmax(-1, dtype=torch.float32), own, true, top) for tile, own, true in tiles])
-
-
-def _describe(
-    log_p: Float[Tensor, "N P V"], final: Float[Tensor, "N V"], targets: Int[Tensor, " N"], top: int
-) -> Decoded:
-    best = log_p.topk(top, dim=-1)
-    scratch = torch.empty_like(log_p)
-    true_rank = _rank(log_p, targets.clamp(min=0), scratch)
-    p = final.exp()
-    cross = torch.mul(log_p, p[:, None], out=scratch).sum(-1)
-    return Decoded(
-        ids=best.indices,
-        probabilities=best.values.exp(),
-        true_rank=true_rank.where(targets[:, None] >= 0, torch.nan),
-        final_rank=_rank(log_p, final.argmax(-1), scratch).long(),
-        # Rounding can leave a distribution that equals the final one just below zero.
-        kl=((final * p).sum(-1, keepdim=True) - cross).clamp(min=0.0),
-    )
-
-
-def _rank(log_p: Tensor, ids: Tensor, scratch: Tensor) -> Tensor:
-    """1 + how many tokens are more probable."""
-    threshold = log_p.gather(-1, ids[:, None, None].expand(-1, log_p.shape[1], 1))
-    # Counted in floats, exact up to 2^24 tokens: summing booleans takes three to ten times as long on a CPU.
-    return torch.gt(log_p, threshold, out=scratch).sum(-1) + 1
-
-
-def _joined(pieces: Sequence[Decoded], dim: int = 0) -> Decoded:
-    return Decoded(*(torch.cat(values, dim) for values in zip(*pieces, strict=True)))
-
-
 def _unit_decode(model: MoEModel) -> Decode:
     unembed = model.hf.get_submodule(final_modules(model)[1])
     return lambda hidden: unembed(functional.rms_norm(hidden, hidden.shape[-1:], eps=1e-6))
-
-
-class At(NamedTuple):
-    """The positions looked at.
-
-    Attributes:
-        numbers: [N], counted in real tokens.
-        columns: [N], where they are in the padded text.
-        only: whether the points were read at these positions only.
-    """
-
-    numbers: Tensor
-    columns: Tensor
-    only: bool
-
-    def of(self, values: Tensor, only: bool = False) -> Tensor:
-        """[N, ...] of [1, S, ...], or of [1, N, ...] if ``only`` these were read."""
-        there = values[0].to(self.columns.device)
-        return there if only else there[self.columns]
-
-
-def run_text(
-    model: MoEModel,
-    text: Inputs,
-    points: Sequence[str],
-    layers: tuple[int, ...] | None,
-    positions: tuple[int, ...] | None,
-) -> tuple[Run, At]:
-    """One forward pass over one text that reads ``points`` at the selected positions."""
-    inputs = encode(text, model.tokenizer, model.spec, model.device)
-    if "input_ids" not in inputs or len(inputs["input_ids"]) != 1:
-        got = f"{len(inputs['input_ids'])} texts" if "input_ids" in inputs else ", ".join(inputs)
-        raise BadInput("the lens looks at one text", expected="a text or its token ids", got=got)
-    run = model.run(inputs, read=[Read(point, layers, positions) for point in points])
-    columns = run.mask[0].nonzero().flatten() if positions is None else run.tokens.columns(positions)[0]
-    return run, At(run.tokens.index[0, columns], columns, positions is not None)
 
 
 def _points(shared: bool, definition: Definition) -> list[str]:
@@ -312,40 +186,6 @@ def _translated(
     return torch.stack([translate(rows[:, number]) for number, translate in enumerate(taken)], dim=1)
 
 
-def expert_terms(run: Run, layer: int, at: At) -> tuple[Float[Tensor, "N K D"], Float[Tensor, "N K D"]]:
-    """Unweighted outputs and contributions, heaviest first, in float32."""
-    _, weights, order = by_rank(run, layer, at)
-    outputs = at.of(run["expert_out", layer], at.only).float()
-    outputs = outputs.gather(1, order[..., None].expand_as(outputs))
-    return outputs, outputs * weights[..., None]
-
-
-def by_rank(run: Run, layer: int, at: At) -> tuple[Int[Tensor, "N K"], Float[Tensor, "N K"], Int[Tensor, "N K"]]:
-    """Expert ids, weights and slots, heaviest first."""
-    routing = run.routing[layer]
-    order = at.of(routing.by_rank())
-    return at.of(routing.ids).gather(1, order), at.of(routing.weights).gather(1, order).float(), order
-
-
-def _following(run: Run) -> Int[Tensor, " S"]:
-    """The true next token of every real token, -1 for the last."""
-    real = run.token_ids[0][run.mask[0]]  # type: ignore[index]
-    return torch.cat([real[1:], real.new_tensor([-1])])
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """How far, relative to the largest value, a sum of parts may be from what was added up in ``dtype``."""
-    return max(1e-4, 8 * torch.finfo(dtype).eps)
-
-
-def check_adds_up(what: str, expected: str, parts: Tensor, whole: Tensor, dtype: torch.dtype) -> None:
-    error = ((parts - whole).abs().max() / whole.abs().max()).item()
-    if not error <= tolerance(dtype):
-        raise UnsupportedModel(
-            f"{what} is not the sum of its parts", expected=expected, got=f"a relative error of {error:.2g}"
-        )
-
-
 def _layers(model: MoEModel, layers: Indices) -> tuple[int, ...]:
     given = positions_of(layers)
     chosen = model.layers if given is None else given
@@ -379,27 +219,6 @@ def _check_lens(model: MoEModel, lens: TunedLens, definition: str) -> None:
             got=repr(definition),
         )
     lens.check(model)
-
-
-def final_modules(model: MoEModel) -> tuple[str, str]:
-    """Paths of the final norm and the unembedding.
-
-    Raises:
-        UnsupportedModel: a model without a head, or one where more than a norm stands before it.
-    """
-    if model.spec.unembed is None or model.spec.final_norm is None:
-        raise UnsupportedModel(
-            f"cannot decode the residual of {model.spec.model_type}",
-            expected="a final norm and an unembedding, and nothing between",
-            got="no head" if model.spec.unembed is None else "another way to the logits",
-        )
-    return model.spec.final_norm, model.spec.unembed
-
-
-def token_texts(model: MoEModel, ids: Tensor) -> np.ndarray:
-    """Readable strings of token ids, in their shape; the id itself where nothing decodes it."""
-    unique, inverse = np.unique(ids.cpu().numpy(), return_inverse=True)
-    return np.array([token_text(model.tokenizer, int(token)) for token in unique])[inverse.reshape(ids.shape)]
 
 
 def _part_variables(parts: Mapping[str, Sequence[str]]) -> dict[str, Variable]:
@@ -445,7 +264,7 @@ def _expert_variables(run: Run, layers: Sequence[int], at: At) -> dict[str, Vari
 
 
 def _text_variables(model: MoEModel, run: Run, at: At, final: Decoded) -> dict[str, Variable]:
-    ids, following = at.of(run.token_ids).cpu(), _following(run)[at.numbers].cpu()  # type: ignore[arg-type]
+    ids, following = at.of(run.token_ids).cpu(), next_ids(run)[at.numbers].cpu()  # type: ignore[arg-type]
     best_ids, best, true_rank = (
         final.ids[:, 0].cpu(),
         final.probabilities[:, 0].cpu(),

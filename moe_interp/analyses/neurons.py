@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_interp.analyses.lens import token_texts
+from moe_interp.analyses.one_text import token_texts
 from moe_interp.analyses.plain import check_plain, check_writes_text
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel

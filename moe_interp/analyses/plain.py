@@ -6,6 +6,9 @@ a learned gate, a projection or several streams come between, its numbers would 
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from moe_interp.adapters.sums import change_nothing
 from moe_interp.errors import UnsupportedModel
 from moe_interp.model import MoEModel
@@ -77,6 +80,39 @@ def check_decodes_stream(model: MoEModel) -> None:
             expected="one stream, whose last value alone gives the logits",
             got="logits that use earlier ones too" if model.spec.final is None else f"{model.spec.streams} streams",
         )
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far, relative to the largest value, a sum of parts may be from what was added up in ``dtype``."""
+    return max(1e-4, 8 * torch.finfo(dtype).eps)
+
+
+def check_adds_up(what: str, expected: str, parts: Tensor, whole: Tensor, dtype: torch.dtype) -> None:
+    """Refuse a whole that its parts do not add up to.
+
+    Raises:
+        UnsupportedModel: naming what and the error.
+    """
+    error = ((parts - whole).abs().max() / whole.abs().max()).item()
+    if not error <= tolerance(dtype):
+        raise UnsupportedModel(
+            f"{what} is not the sum of its parts", expected=expected, got=f"a relative error of {error:.2g}"
+        )
+
+
+def final_modules(model: MoEModel) -> tuple[str, str]:
+    """Paths of the final norm and the unembedding.
+
+    Raises:
+        UnsupportedModel: a model without a head, or one where more than a norm stands before it.
+    """
+    if model.spec.unembed is None or model.spec.final_norm is None:
+        raise UnsupportedModel(
+            f"cannot decode the residual of {model.spec.model_type}",
+            expected="a final norm and an unembedding, and nothing between",
+            got="no head" if model.spec.unembed is None else "another way to the logits",
+        )
+    return model.spec.final_norm, model.spec.unembed
 
 
 def _refusal(model: MoEModel, what: str, expected: str) -> UnsupportedModel:
