@@ -5,10 +5,10 @@ import pytest
 import xarray as xr
 
 from moe_interp.analyses import class_routing as routing
-from moe_interp.analyses.specialists import accuracies, depth, probed
+from moe_interp.analyses.specialists import accuracies, attainable_information, depth, probed
 from moe_interp.errors import BadInput
 from moe_interp.results import Variable, labelled
-from moe_interp.stats import student_interval
+from moe_interp.stats import jackknife_interval, student_interval
 from tests.reference import vision as slow
 
 CLASSES, EXPERTS, IMAGES = 6, 3, 240
@@ -29,13 +29,18 @@ def trial(seed: int, *, slots: int = 1, order=None, structure: float = 4.0, expe
     variables = {
         "label": given(("image",), labels),
         "expert_id": given(("image", "slot"), ids),
-        "alone": given(("expert", "class"), np.zeros((experts, CLASSES))),
+        "predicted": given(("image",), np.where(rng.random(IMAGES) < 0.8, labels, (labels + 2) % CLASSES)),
         "group": given(("class",), GROUPS),
         "accuracy": given(("condition",), 0.9 - 0.1 * np.arange(2) + 0.02 * rng.random(2)),
         "probe_accuracy": given(("probed",), 0.7 + 0.1 * rng.random(2)),
         "probe_information": given(("probed",), 0.8 + 0.6 * rng.random(2)),
     }
-    coords = {"class": list("abcdef"), "condition": ["learned", "random"], "probed": ["input", "none"]}
+    coords = {
+        "class": list("abcdef"),
+        "expert": np.arange(experts),
+        "condition": ["learned", "random"],
+        "probed": ["input", "none"],
+    }
     return labelled(variables, coords, analysis="trial", provenance={"model": "made up", "seed": seed})
 
 
@@ -60,7 +65,8 @@ def test_the_table_is_that_of_each_trial_with_experts_matched(trials):
         assert np.allclose(slow.closest(plain, result["share"].values.tolist()), matched, atol=1e-12)
     assert np.allclose(result["share"], result["share_trials"].mean("trial"))
     first = result["share_trials"].values[:, 2, 0]
-    assert np.allclose(result["share_interval"].values[:, 2, 0], slow.interval(first.tolist()), atol=1e-5)
+    ends = np.clip(slow.interval(first.tolist()), 0, 1)
+    assert np.allclose(result["share_interval"].values[:, 2, 0], ends, atol=1e-5)
     evens = result["share"].values[::2].mean(axis=0)
     assert (np.diff(evens) <= 0).all()  # the first expert has most of the first class's group
 
@@ -80,6 +86,21 @@ def test_matching_is_the_best_of_all_assignments():
     for _ in range(20):
         one, other = rng.random((5, 4)), rng.random((5, 4))
         assert np.allclose(one[:, routing.best_assignment(one, other)], slow.closest(one.tolist(), other.tolist()))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_trials_that_hardly_agree_are_matched_as_well_as_can_be_in_whatever_order_they_come(seed):
+    rng = np.random.default_rng(seed)
+    tables = rng.dirichlet([1.0] * 3, size=(4, 5)) + 0.3 * rng.dirichlet([1.0] * 3, size=5)
+
+    def scatter(tables):
+        matched = np.stack([table[:, order] for table, order in zip(tables, routing.match(tables), strict=True)])
+        return ((matched - matched.mean(axis=0)) ** 2).sum()
+
+    least = slow.least_scatter(tables.tolist())
+    assert scatter(tables) == pytest.approx(least)
+    for _ in range(5):
+        assert scatter(tables[rng.permutation(4)]) == pytest.approx(least)
 
 
 def test_correlation_and_covariance_of_classes(trials):
@@ -160,7 +181,7 @@ def test_information_is_debiased_and_bounded(trials):
         bias = distinct * ((counts > 0).sum() - CLASSES - EXPERTS + 1) / (2 * IMAGES)
         assert float(result["information_trials"][number]) == pytest.approx(plain - bias, abs=1e-12)
     assert float(result["information"]) > 3 * float(result["information_null"])
-    assert float(result["information_cap"]) == pytest.approx(np.log(3))
+    assert float(result["information_cap"]) == pytest.approx(np.log(3 / trials[0].sizes["slot"]))
     perfect = np.diag([40, 40, 40])
     assert routing.debiased_information(perfect, 120) == pytest.approx(np.log(3), abs=0.01)
 
@@ -245,17 +266,60 @@ def test_depth_compares_trunks_with_welchs_interval():
     middle = np.mean(one) - np.mean(other)
     assert np.allclose(result["information_difference_interval"].sel(trunk="short"), [middle - half, middle + half])
     assert (result["information_difference_interval"].sel(trunk="short") < 0).all()
+    learned = [float(one["accuracy"][0]) for one in base]
+    assert float(result["accuracy"].sel(trunk="base")) == pytest.approx(np.mean(learned))
 
 
-def test_probed_sets_what_was_used_beside_what_was_there():
-    trials = [trial(seed) for seed in range(3)]
+@pytest.mark.parametrize("slots", [1, 2])
+def test_probed_sets_what_was_used_between_its_bounds(slots):
+    trials = [trial(seed, slots=slots, experts=4) for seed in range(3)]
     result = probed({"base": trials})
-    there = [min(float(one["probe_information"][0]), np.log(3)) for one in trials]
-    used = [routing.information(one) / most for one, most in zip(trials, there, strict=True)]
-    assert float(result["used"][0]) == pytest.approx(np.mean(used))
-    assert np.allclose(result["used_interval"][0], slow.interval(used), atol=1e-5)
+    routed = [routing.information(one) for one in trials]
+    could = [
+        slow.merged_information(one["label"].values.tolist(), one["predicted"].values.tolist(), CLASSES, 4 // slots)
+        for one in trials
+    ]
+    cap = np.log(4 / slots)
+    assert float(result["cap"]) == pytest.approx(cap) and float(result["routed"][0]) == pytest.approx(np.mean(routed))
+    assert float(result["attainable"][0]) == pytest.approx(np.mean(could), rel=0.03)  # merged two by two, not all ways
+    assert float(result["attainable"][0]) <= np.mean(could) + 1e-12
+    assert float(result["used_least"][0]) == pytest.approx(np.mean(routed) / cap)
+    assert np.allclose(result["used_least_interval"][0], slow.interval([one / cap for one in routed]), atol=1e-5)
+    most = [one / attainable_information(two) for one, two in zip(routed, trials, strict=True)]
+    assert float(result["used_most"][0]) == pytest.approx(np.mean(most))
     accuracy = [float(one["probe_accuracy"][1]) for one in trials]
     assert float(result["accuracy"].sel(trunk="base", probed="none")) == pytest.approx(np.mean(accuracy))
+
+
+def test_the_class_itself_is_the_most_that_many_experts_can_tell():
+    trials = [trial(seed, experts=12) for seed in range(2)]
+    share = np.bincount(trials[0]["label"].values) / IMAGES
+    assert float(probed({"base": trials})["cap"]) == pytest.approx(-(share * np.log(share)).sum())
+
+
+def test_intervals_over_pairs_of_trials_are_the_jackknifes(trials):
+    result = routing.class_routing(trials, permutations=9)
+    tables = raw(trials)
+    whole, without = slow.consistency(tables), [slow.consistency(tables[:n] + tables[n + 1 :]) for n in range(4)]
+    ends = slow.interval([4 * whole - 3 * one for one in without])
+    assert np.allclose(result["consistency_interval"], np.clip(ends, -1, 1), atol=1e-5)
+    ids = routing.matched_trials(trials)[1]
+    alike = lambda kept: np.mean([  # noqa: E731
+        len(set(ids[a, n]) & set(ids[b, n])) / ids.shape[2] for a in kept for b in kept if a < b for n in range(IMAGES)
+    ])  # fmt: skip
+    pseudo = [4 * alike(range(4)) - 3 * alike([a for a in range(4) if a != n]) for n in range(4)]
+    assert np.allclose(result["agreement_interval"], np.clip(slow.interval(pseudo), 0, 1), atol=1e-5)
+    assert np.isnan(routing.class_routing(trials[:2], permutations=9)["agreement_interval"]).all()
+
+
+def test_a_jackknife_interval_of_a_variance_covers():
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(1500):
+        sample = rng.uniform(size=10)
+        low, high = jackknife_interval(lambda kept, sample=sample: float(sample[kept].var(ddof=1)), 10)
+        inside += low <= 1 / 12 <= high
+    assert 0.93 < inside / 1500 < 0.97
+    assert np.isnan(jackknife_interval(lambda kept: 1.0, 1)).all()
 
 
 def test_trials_that_cannot_be_compared_are_refused():
@@ -265,6 +329,10 @@ def test_trials_that_cannot_be_compared_are_refused():
     other["label"].values[0] += 1 if other["label"].values[0] == 0 else -1
     with pytest.raises(BadInput, match="the same classes and test images"):
         routing.class_routing([trial(0), other])
+    for compared in (lambda: depth({"base": [trial(0)], "short": [other]}), lambda: probed({"a": [trial(0), other]}),
+                     lambda: accuracies({3: [trial(0)]}, dense_one=[other])):  # fmt: skip
+        with pytest.raises(BadInput, match="the same classes and test images"):
+            compared()
     with pytest.raises(BadInput, match="3 experts in all"):
         routing.class_routing([trial(0), trial(1, experts=4)])
 

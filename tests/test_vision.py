@@ -3,24 +3,31 @@
 import copy
 import inspect
 import io
+import json
+import multiprocessing
 import os
 import sys
+import threading
+import time
 import types
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch.nn import functional
 
 import moe_interp as moe
 from moe_interp.adapters import FAMILIES, Scoring
-from moe_interp.errors import BadData, BadInput, UnknownName, UnsupportedModel
+from moe_interp.errors import BadData, BadInput, BadOutput, UnknownName, UnsupportedModel
 from moe_interp.points import POINTS
+from moe_interp.results import load, provenance_of, save
 from moe_interp.zoo import vision, vision_study, vision_trial
 from moe_interp.zoo.vision import Plan, VisionMoE, balance_loss, describe, train
-from moe_interp.zoo.vision_images import read_images
+from moe_interp.zoo.vision_images import Images, read_images
 from moe_interp.zoo.vision_study import STUDIES, Study, run_study
 from moe_interp.zoo.vision_trial import look, probe, routes
 from tests.reference import vision as slow
@@ -367,6 +374,64 @@ def test_a_probe_is_ridge_regression_of_the_softmax():
     assert information == pytest.approx(-(shares * np.log(shares)).sum() - loss, abs=0.01)
 
 
+def contradicting() -> Images:
+    """Bright and dark pictures, of which a test set calls the bright ones dark; a third class is never seen."""
+    images, labels = pictures(96)
+    bright = (60 * images + 128).clamp(0, 255).to(torch.uint8)
+    return Images("bright and dark", bright, labels, bright[:40], 1 - labels[:40], ("dark", "bright"), ("one", "two"))
+
+
+def test_a_trial_is_trained_on_the_training_images_and_measured_on_the_others():
+    images = contradicting()
+    tensors = (*images.normalised(), images.train_labels, images.test_labels)
+    found = vision_trial.trial(images, tensors, replace(TINY, epochs=6), {"study": "made up"})
+    assert float(found["accuracy"].sel(condition="learned")) < 0.1 and float(found["loss"]) < 0.2
+    assert (found["predicted"].values == 1 - found["label"].values).mean() > 0.9
+    probed = found["probe_accuracy"].sel(probed=list(vision_trial.PROBES)).values
+    assert probed[0] < 0.1  # fitted on the training labels, too
+    assert found["expert"].values.tolist() == [0, 1, 2] and found["class"].values.tolist() == ["dark", "bright"]
+
+
+def test_probes_read_the_trained_and_the_untrained_trunk_and_permuted_labels(monkeypatch):
+    given = []
+    monkeypatch.setattr(vision_trial, "probe", lambda *some: given.append(some) or (0.0, 0.0))
+    trained, before = build(), VisionMoE(3, 16, 5, TINY).eval()
+    labels, tests = torch.arange(40) % 5, torch.arange(7) % 5
+    vision_trial.probes(trained, before, (MANY, IMAGES, labels, tests), 3)
+    with torch.no_grad():
+        for (inputs, _, others, held_out), hf in zip(given, (trained, before, trained), strict=True):
+            assert torch.allclose(inputs, hf.trunk(MANY)) and torch.allclose(others, hf.trunk(IMAGES))
+            assert torch.equal(held_out, tests)
+    assert torch.equal(given[0][1], labels) and torch.equal(given[1][1], labels)
+    assert not torch.equal(given[2][1], labels) and torch.equal(given[2][1].sort().values, labels.sort().values)
+
+
+def test_the_untrained_trunk_of_a_trial_is_the_one_before_training(monkeypatch):
+    images, seen = contradicting(), []
+    monkeypatch.setattr(vision_trial, "probes", lambda hf, before, *_: seen.append((hf, before)) or {})
+    tensors = (*images.normalised(), images.train_labels, images.test_labels)
+    vision_trial.trial(images, tensors, TINY, {})
+    ((hf, before),) = seen
+    assert torch.equal(before.trunk[0].weight, VisionMoE(1, 8, 2, TINY).trunk[0].weight) and not before.training
+    assert not torch.equal(hf.trunk[0].weight, before.trunk[0].weight)
+
+
+def test_accuracy_by_class_averages_to_the_accuracy_of_its_condition():
+    with moe.wrap(build()) as model:
+        labels = model.run({"images": MANY}).logits.argmax(dim=-1)
+        labels[:10] = torch.arange(10) % 5
+        found = routes(model, MANY, labels, TINY)
+    sizes = torch.bincount(labels, minlength=5).numpy() / len(labels)
+    assert np.allclose(found["class_accuracy"].values @ sizes, found["accuracy"].values, atol=1e-6)
+    assert len(set(found["accuracy"].values.round(4))) > 2  # or conditions could stand in another order
+
+
+def test_weights_decay():
+    plan = replace(TINY, epochs=4)
+    free, decayed = (trained(replace(plan, weight_decay=decay))[0].head.weight.norm() for decay in (0.0, 20.0))
+    assert decayed < 0.5 * free  # of 12 steps at a learning rate up to 0.01, with a mean of about 0.005: exp(-1.2)
+
+
 # The study
 
 
@@ -452,6 +517,93 @@ def test_a_folder_of_another_study_is_refused(digits, tmp_path):
     with pytest.raises(BadData, match="is a trial of another study"):
         run_study(other, digits, tmp_path, quiet=True)
     assert not list(tmp_path.glob("base-2*"))
+
+
+def test_trials_of_other_images_and_files_that_are_no_trials_are_refused(digits, tmp_path):
+    study = replace(SMALL, trials=1)
+    run_study(study, digits, tmp_path, quiet=True)
+    darker = replace(digits, train=digits.train // 2)
+    with pytest.raises(BadData, match="images_sha256"):
+        run_study(study, darker, tmp_path, quiet=True)
+    path = tmp_path / "base-2-00.nc"
+    old = load(path)  # as files were before they said which images they saw
+    provenance = {key: value for key, value in provenance_of(old).items() if key != "images_sha256"}
+    save(old.assign_attrs(provenance=json.dumps(provenance)), path)
+    assert run_study(study, digits, tmp_path, quiet=True)["base-2"][0].equals(old)
+    others = replace(digits, test_labels=digits.test_labels.flip(0))
+    with pytest.raises(BadData, match="expected the labels of these test images, in this order, got other labels"):
+        vision_study._finished(vision_study._Job("", TINY, path, provenance | {"images_sha256": "any"}), others)
+    for wrong in (b"", path.read_bytes()[:5000]):
+        path.write_bytes(wrong)
+        with pytest.raises(BadData, match=r"base-2-00.nc is no trial of a study.*Remove it"):
+            run_study(study, digits, tmp_path, quiet=True)
+    xr.Dataset({"a": 1}).to_netcdf(path, engine="h5netcdf")
+    with pytest.raises(BadData, match="is no trial of a study"):
+        run_study(study, digits, tmp_path, quiet=True)
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(BadOutput, match="cannot make"):
+        run_study(study, digits, tmp_path / "file", quiet=True)
+
+
+def test_a_study_is_read_back_without_its_images(digits, tmp_path):
+    found = run_study(SMALL, digits, tmp_path, quiet=True)
+    (tmp_path / "base-2-07.nc").write_bytes((tmp_path / "base-2-00.nc").read_bytes())  # of a seed that was cut short
+    again = vision_study.read_study(tmp_path)
+    assert again.keys() == found.keys()
+    for kind, trials in found.items():
+        assert all(one.equals(other) for one, other in zip(trials, again[kind], strict=True)), kind
+    results = vision_study.findings(again)
+    assert results.name == "test study" and not results.samples and list(results.routing) == [2]
+    del again["random-2"]
+    with pytest.raises(BadInput, match=r"none of \['random-2'\]"):
+        vision_study.findings(again)
+    with pytest.raises(BadData, match="no study in"):
+        vision_study.read_study(tmp_path / "empty")
+
+
+def test_studies_and_devices_that_cannot_be_are_refused(digits, tmp_path):
+    for changes in ({"trials": 0}, {"experts": (1,)}, {"experts": (2, 2)}, {"experts": ()}):
+        with pytest.raises(BadInput, match="not a study"):
+            replace(SMALL, **changes)
+    for device in ("nonsense", "cuda:77"):
+        with pytest.raises(BadInput, match="no such device"):
+            run_study(SMALL, digits, tmp_path, device, quiet=True)
+
+
+def _parent(pipe):
+    """Starts a worker, says which, and is then in no state to end it."""
+    worker = multiprocessing.get_context("spawn").Process(target=_orphan, args=(pipe,))
+    worker.start()
+    time.sleep(60)
+
+
+def _orphan(pipe):
+    threading.Thread(target=vision_study._end_with_parent, daemon=True).start()
+    pipe.send(os.getpid())
+    time.sleep(60)
+
+
+def test_workers_end_with_a_parent_that_is_killed():
+    here, there = multiprocessing.Pipe()
+    parent = multiprocessing.get_context("spawn").Process(target=_parent, args=(there,))
+    parent.start()
+    pid = here.recv()
+    assert _runs(pid)
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + 20
+    while _runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")  # ended, not collected
 
 
 def test_plans_differ_in_what_their_names_say():

@@ -1,12 +1,13 @@
 """Where do the classes go, which of them go together, and do trials agree? A table of class and expert, over trials.
 
 A trial is one model trained from its own seed, and the unit of every interval: a labelled result with ``label`` [image]
-and ``expert_id`` [image, slot] on the same test images, and ``group`` [class], a split of the classes in two
-(`moe_interp.zoo.vision_trial` makes such). From "Do Experts Specialize?" (Poetzscher).
+and ``expert_id`` [image, slot] on the same test images, ``group`` [class], a split of the classes in two, and a
+dimension ``expert`` (`moe_interp.zoo.vision_trial` makes such). From "Do Experts Specialize?" (Poetzscher).
 
 The numbers of experts mean nothing across trials. Either tables are matched, by the assignment of experts that brings
 them closest (Kuhn 1955), or reduced to what numbers do not enter: correlation and covariance of classes over all
-experts of all trials, and the mutual information of class and expert.
+experts of all trials, and the mutual information of class and expert. Where trials differ much, nearly as good
+assignments give other tables: what is said of matched tables holds given how they were matched.
 """
 
 from collections.abc import Sequence
@@ -16,19 +17,21 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from moe_interp.errors import BadInput
 from moe_interp.results import Variable, labelled, provenance_of
-from moe_interp.stats import mutual_information, ratio, shares, student_interval
+from moe_interp.stats import jackknife_interval, mutual_information, ratio, shares, student_interval
 
 Trials = Sequence[xr.Dataset]
 PERMUTATIONS = 999
 SPLITS = 10_000
-INTERVAL = "95 % interval over trials (Student's t); NaN for one trial"
+STARTS = 100  # random ones of the matching of experts
+INTERVAL = "95 % interval over trials (Student's t, cut off at the ends of the range); NaN for one trial"
+JACKKNIFE = "95 % interval over trials (jackknife, cut off at the ends of the range); NaN for fewer than three"
 
 
 def class_routing(trials: Trials, *, permutations: int = PERMUTATIONS, seed: int = 0) -> xr.Dataset:
@@ -45,6 +48,7 @@ def class_routing(trials: Trials, *, permutations: int = PERMUTATIONS, seed: int
       over pairs of trials. Null: permuted classes, matched anew, for a best assignment agrees somewhat with anything.
     - ``agreement``: share of test images that go to the same (matched) expert in two trials, mean over pairs.
       Controls: what it would be if the class alone decided, and if nothing did.
+      Both have a jackknife interval over trials.
     - ``information``: mutual information of class and expert, less its bias (Miller 1955). Null: permuted labels.
 
     Args:
@@ -69,13 +73,20 @@ def class_routing(trials: Trials, *, permutations: int = PERMUTATIONS, seed: int
     return labelled(variables, coords, analysis="class routing", provenance=provenance)
 
 
-def check_trials(trials: Trials) -> None:
+def check_images(trials: Trials) -> None:
+    """Refuse trials, of whatever models, that were not measured on the same test images."""
     if not len(trials):
         raise BadInput("no trials", expected="at least one", got="none")
+    for trial in trials:
+        if not all(np.array_equal(trial[name].values, trials[0][name].values) for name in ("class", "label")):
+            raise BadInput("trials cannot be compared", expected="the same classes and test images", got="others")
+
+
+def check_trials(trials: Trials) -> None:
+    """Refuse trials that are not of one kind, or not on the same test images."""
+    check_images(trials)
     first = trials[0]
     for trial in trials:
-        if not all(np.array_equal(trial[name].values, first[name].values) for name in ("class", "label")):
-            raise BadInput("trials cannot be compared", expected="the same classes and test images", got="others")
         for name, what in (("expert", "experts"), ("slot", "experts an image")):
             if trial.sizes[name] != first.sizes[name]:
                 raise BadInput(
@@ -99,17 +110,36 @@ def best_assignment(table: Float[np.ndarray, "C E"], reference: Float[np.ndarray
 
 
 def match(tables: Float[np.ndarray, "trials C E"]) -> Int[np.ndarray, "trials E"]:
-    """An order of the columns of each table in which all tables come close to their mean.
+    """An order of the columns of each table in which all tables come closest to their mean, by squared distance.
 
-    The first table is the first reference, then the mean of the tables as they were matched, until nothing changes.
+    One after the other each table is matched to the sum of the others, until nothing changes. That stops at a local
+    optimum, so it is done from every table as the first reference and from `STARTS` random orders, and the best is
+    kept. The optimum is not proven; how tables are listed does not enter but through ties and the random starts.
     """
-    reference, before = tables[0], None
-    for _ in range(20):
-        orders = np.stack([best_assignment(table, reference) for table in tables])
-        if before is not None and np.array_equal(orders, before):
-            break
-        reference = np.mean([table[:, order] for table, order in zip(tables, orders, strict=True)], axis=0)
-        before = orders
+    rng, count = np.random.default_rng(0), tables.shape[2]
+    starts = [np.stack([best_assignment(table, reference) for table in tables]) for reference in tables]
+    starts += [np.stack([rng.permutation(count) for _ in tables]) for _ in range(STARTS if len(tables) > 1 else 0)]
+    return max((_refined(tables, start) for start in starts), key=lambda orders: _closeness(tables, orders))
+
+
+def _ordered(tables: np.ndarray, orders: np.ndarray) -> Num[np.ndarray, "trials C E"]:
+    return np.take_along_axis(tables, orders[:, None, :], axis=2)
+
+
+def _closeness(tables: np.ndarray, orders: np.ndarray) -> float:
+    """The larger, the less tables scatter about their mean: the squares of all and of their sum differ by that."""
+    return float((_ordered(tables, orders).sum(axis=0) ** 2).sum())
+
+
+def _refined(tables: np.ndarray, orders: np.ndarray) -> Int[np.ndarray, "trials E"]:
+    orders, closest = orders.copy(), -1.0
+    while (now := _closeness(tables, orders)) > closest * (1 + 1e-12):
+        closest = now
+        total = _ordered(tables, orders).sum(axis=0)
+        for trial, table in enumerate(tables):
+            others = total - table[:, orders[trial]]
+            orders[trial] = best_assignment(table, others)
+            total = others + table[:, orders[trial]]
     return orders
 
 
@@ -117,7 +147,7 @@ def matched_trials(trials: Trials) -> tuple[Int[np.ndarray, "trials C E"], Int[n
     """Counts and expert ids of every trial, experts numbered alike."""
     counts = np.stack([class_counts(trial) for trial in trials])
     orders = match(shares(counts))
-    matched = np.stack([table[:, order] for table, order in zip(counts, orders, strict=True)])
+    matched = _ordered(counts, orders)
     groups = trials[0]["group"].values
     first = np.argsort(-shares(matched).mean(axis=0)[groups == groups[0]].mean(axis=0), kind="stable")
     orders, matched = orders[:, first], matched[:, :, first]
@@ -131,12 +161,12 @@ def _shares_of(counts: Int[np.ndarray, "trials C E"]) -> dict[str, Variable]:
     tables, load = shares(counts), shares(counts.sum(axis=1))
     return {
         "share": Variable(("class", "expert"), tables.mean(0), "1", "share of a class's decisions, 0 ... 1"),
-        "share_interval": Variable(("bound", "class", "expert"), student_interval(tables), "1", INTERVAL),
+        "share_interval": Variable(("bound", "class", "expert"), student_interval(tables).clip(0, 1), "1", INTERVAL),
         "share_trials": Variable(("trial", "class", "expert"), tables, "1", "the same by trial, experts matched"),
         "expert_load": Variable(
             ("expert",), load.mean(0), "1", "share of all decisions, the null of share; even is 1/E"
         ),
-        "expert_load_interval": Variable(("bound", "expert"), student_interval(load), "1", INTERVAL),
+        "expert_load_interval": Variable(("bound", "expert"), student_interval(load).clip(0, 1), "1", INTERVAL),
     }
 
 
@@ -220,9 +250,31 @@ def table_agreement(tables: Float[np.ndarray, "trials C E"]) -> float:
 
     A trial whose router treats all classes alike agrees with no other: 0. NaN if all do, and for one trial.
     """
+    return mean_of_pairs(_agreements(tables))
+
+
+def _agreements(tables: Float[np.ndarray, "trials C E"]) -> Float[np.ndarray, "trials trials"]:
+    """Of each pair of trials; NaN if no pair has one."""
     excess = tables - tables.mean(axis=1, keepdims=True)
-    values = np.array([_pearson(one, other[:, best_assignment(other, one)]) for one, other in combinations(excess, 2)])
-    return float(np.nan_to_num(values).mean()) if np.isfinite(values).any() else np.nan
+    values = np.full((len(tables), len(tables)), np.nan)
+    for a, b in combinations(range(len(tables)), 2):
+        one, other = excess[a], excess[b]
+        values[a, b] = values[b, a] = _pearson(one, other[:, best_assignment(other, one)])
+    return np.nan_to_num(values) if np.isfinite(values).any() else values
+
+
+def mean_of_pairs(values: Float[np.ndarray, "trials trials"]) -> float:
+    """Over pairs of different trials; NaN for one trial."""
+    pairs = values[np.triu_indices(len(values), 1)]
+    return float(pairs.mean()) if len(pairs) else np.nan
+
+
+def pairs_interval(values: Float[np.ndarray, "trials trials"]) -> Float[np.ndarray, " 2"]:
+    """Of a mean over pairs of trials: Student's of the jackknife's pseudo-values (Arvesen 1969); from three trials."""
+    count = len(values)
+    if count < 3:
+        return np.full(2, np.nan)
+    return jackknife_interval(lambda kept: mean_of_pairs(values[np.ix_(kept, kept)]), count)
 
 
 def _pearson(one: np.ndarray, other: np.ndarray) -> float:
@@ -232,13 +284,15 @@ def _pearson(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _consistency(tables: np.ndarray, permutations: int, rng: np.random.Generator) -> dict[str, Variable]:
-    observed = table_agreement(tables)
+    pairs = _agreements(tables)
+    observed = mean_of_pairs(pairs)
     null = np.array(
         [table_agreement(np.stack([rng.permutation(table) for table in tables])) for _ in range(permutations)]
     )
     p = (1 + (null >= observed - 1e-12).sum()) / (1 + permutations) if np.isfinite(observed) else np.nan
     return {
         "consistency": _number(observed, "1", "correlation of trials' matched tables, mean over pairs, -1 ... 1"),
+        "consistency_interval": Variable(("bound",), pairs_interval(pairs).clip(-1, 1), "1", JACKKNIFE),
         "consistency_null": _number(null.mean(), "1", "its mean with permuted classes, matched anew"),
         "consistency_p": _number(p, "1", "of the permutation test"),
     }
@@ -248,26 +302,35 @@ def _agreement(ids: Int[np.ndarray, "trials N K"], labels: np.ndarray, experts: 
     """How often an image's experts are the same in two trials; by class and by load alone."""
     used = np.zeros((len(ids), ids.shape[1], experts))
     np.put_along_axis(used, ids, 1.0, axis=2)
-    used /= ids.shape[2]
-    by_class = np.stack([used[:, labels == label].mean(axis=1) for label in np.unique(labels)], axis=1)
-    sizes = np.bincount(labels)[np.unique(labels)] / len(labels)
+    present, counts = np.unique(labels, return_counts=True)
+    by_class = np.stack([used[:, labels == label].mean(axis=1) for label in present], axis=1)
+    weights = (counts / len(labels))[:, None]
     values = {
-        "agreement": lambda a, b: (used[a] * used[b]).sum(-1).mean() * ids.shape[2],
-        "agreement_class": lambda a, b: sizes @ (by_class[a] * by_class[b]).sum(-1) * ids.shape[2],
-        "agreement_load": lambda a, b: (used[a].mean(0) * used[b].mean(0)).sum() * ids.shape[2],
+        "agreement": _overlaps(used, np.full((len(labels), 1), 1 / len(labels))),
+        "agreement_class": _overlaps(by_class, weights),
+        "agreement_load": _overlaps((by_class * weights).sum(axis=1, keepdims=True), np.ones((1, 1))),
     }
     said = {
         "agreement": "share of an image's experts that are the same in two trials, mean over pairs, 0 ... 1",
         "agreement_class": "the same if the class alone decided",
         "agreement_load": "the same if nothing but the experts' loads did",
     }
-    pairs = list(combinations(range(len(ids)), 2))
-    means = {name: float(np.mean([of(*pair) for pair in pairs])) if pairs else np.nan for name, of in values.items()}
-    return {name: _number(mean, "1", said[name]) for name, mean in means.items()}
+    slots = ids.shape[2]
+    variables = {name: _number(mean_of_pairs(some) / slots, "1", said[name]) for name, some in values.items()}
+    ends = (pairs_interval(values["agreement"]) / slots).clip(0, 1)
+    return variables | {"agreement_interval": Variable(("bound",), ends, "1", JACKKNIFE)}
+
+
+def _overlaps(
+    used: Float[np.ndarray, "trials R E"], weights: Float[np.ndarray, "R 1"]
+) -> Float[np.ndarray, "trials trials"]:
+    """How many experts two trials have in common, mean over rows."""
+    flat = (used * np.sqrt(weights)).reshape(len(used), -1)
+    return flat @ flat.T
 
 
 def debiased_information(counts: Int[np.ndarray, "C E"], images: int) -> float:
-    """Of class and expert in nats, less the bias of the plug-in estimate: about 0 ... min(ln E, H(class)).
+    """Of class and expert in nats, less the bias of the plug-in estimate: about 0 ... min(ln E/K, H(class)).
 
     Miller's correction, (cells - rows - columns + 1) / 2N with those that occur, N images. The K experts of an image
     are distinct, which leaves (E - K) / K (E - 1) of it where loads are even: nothing when every image takes all.
@@ -283,6 +346,11 @@ def information(trial: xr.Dataset) -> float:
     return debiased_information(class_counts(trial), trial.sizes["image"])
 
 
+def information_cap(trial: xr.Dataset) -> float:
+    """The most that one decision can tell: ln E/K nats, because the K experts of an image are distinct."""
+    return log(trial.sizes["expert"] / trial.sizes["slot"])
+
+
 def _informations(trials: Trials, permutations: int, rng: np.random.Generator) -> dict[str, Variable]:
     values = np.array([information(trial) for trial in trials])
     shuffled = [
@@ -290,7 +358,7 @@ def _informations(trials: Trials, permutations: int, rng: np.random.Generator) -
         for trial in trials
         for _ in range(-(-permutations // len(trials)))
     ]
-    said = "mutual information of class and expert, less its bias; at most ln E"
+    said = "mutual information of class and expert, less its bias; at most ln E/K"
     return {
         "information": _number(values.mean(), "nats", said),
         "information_interval": Variable(("bound",), student_interval(values), "nats", INTERVAL),
@@ -298,7 +366,7 @@ def _informations(trials: Trials, permutations: int, rng: np.random.Generator) -
             float(np.quantile(shuffled, 0.95)) if shuffled else np.nan, "nats", "95 % of permuted labels give less"
         ),
         "information_trials": Variable(("trial",), values, "nats", "in every trial"),
-        "information_cap": _number(log(trials[0].sizes["expert"]), "nats", "ln E"),
+        "information_cap": _number(information_cap(trials[0]), "nats", "ln E/K"),
     }
 
 

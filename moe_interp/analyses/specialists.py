@@ -6,12 +6,12 @@ are as there, and were classified under other routings too (`moe_interp.zoo.visi
 1. `accuracies`: the learned routing against random, permuted and fresh experts, and against models of other kinds.
 2. `depth`: a short trunk against the base, by class covariance, whose scale depends on the load, and by mutual
    information, whose does not.
-3. `probed`: how much of the class the router could have seen, and how much of that it used.
+3. `probed`: how much of the class the router could have seen, and how much of what it could tell it told.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import log
+from itertools import combinations
 
 import numpy as np
 import xarray as xr
@@ -22,16 +22,18 @@ from scipy.stats import ttest_ind
 from moe_interp.analyses.class_routing import (
     INTERVAL,
     Trials,
+    check_images,
     check_trials,
     class_counts,
     class_covariance,
     common_provenance,
     excess_shares,
     information,
+    information_cap,
 )
 from moe_interp.errors import BadInput
 from moe_interp.results import Variable, labelled
-from moe_interp.stats import shares, student_interval
+from moe_interp.stats import mutual_information, shares, student_interval
 
 
 @dataclass(frozen=True)
@@ -75,38 +77,37 @@ def accuracies(
         ``accuracy_trials``, every trial's. Shares of test images, 0 ... 1, chance 1 / classes.
 
     Raises:
-        BadInput: no trials, or different numbers of them.
+        BadInput: no trials, different numbers of them, or other test images in some.
     """
-    every = [
-        *mixtures.values(),
-        *(trained_random or {}).values(),
-        *([dense_one] if dense_one else []),
-        *(dense_total or {}).values(),
-    ]
-    counts = sorted({len(trials) for trials in every})
-    if len(counts) != 1 or counts == [0]:
-        raise BadInput("trials cannot be compared", expected="as many of every kind", got=str(counts))
-    conditions = [str(name) for name in next(iter(mixtures.values()))[0]["condition"].values]
     others = {"trained at random": trained_random, "dense, one expert": dense_one, "dense, total": dense_total}
-    names = [*conditions, *(name for name, some in others.items() if some)]
+    groups = [*mixtures.values()]
+    for some in others.values():
+        groups += some.values() if isinstance(some, Mapping) else [some] if some else []
+    if len(counts := sorted({len(trials) for trials in groups})) != 1 or counts == [0]:
+        raise BadInput("trials cannot be compared", expected="as many of every kind", got=str(counts))
+    everything = [trial for trials in groups for trial in trials]
+    check_images(everything)
     table = np.stack(
         [_accuracies(count, mixtures[count], [some for some in others.values() if some]) for count in mixtures]
     )
-    gap = table[:, :1] - table
-    chance = 1 / mixtures[next(iter(mixtures))][0].sizes["class"]
-    dims = ("experts", "condition")
-    variables = {
+    first = next(iter(mixtures.values()))[0]
+    names = [*map(str, first["condition"].values), *(name for name, some in others.items() if some)]
+    coords: dict[str, ArrayLike] = {"experts": np.array(list(mixtures)), "condition": names, "bound": ["low", "high"]}
+    coords["trial"] = np.arange(table.shape[-1])
+    variables = _accuracy_variables(table, chance=1 / first.sizes["class"])
+    return labelled(variables, coords, analysis="accuracies", provenance=common_provenance(everything))
+
+
+def _accuracy_variables(table: Float[np.ndarray, "experts conditions trials"], chance: float) -> dict[str, Variable]:
+    gap, dims = table[:, :1] - table, ("experts", "condition")
+    return {
         "accuracy": Variable(dims, table.mean(-1), "1", f"share of test images classified right, chance {chance:.3g}"),
-        "accuracy_interval": Variable((*dims, "bound"), _ends(table), "1", INTERVAL),
+        "accuracy_interval": Variable((*dims, "bound"), _ends(table).clip(0, 1), "1", INTERVAL),
         "gap": Variable(dims, gap.mean(-1), "1", "accuracy of learned routing less this one, paired by trial"),
         "gap_interval": Variable((*dims, "bound"), _ends(gap), "1", INTERVAL),
         "accuracy_trials": Variable((*dims, "trial"), table, "1", "the accuracy of every trial"),
         "chance": Variable((), np.asarray(chance), "1", "accuracy of a guess"),
     }
-    coords: dict[str, ArrayLike] = {"experts": np.array(list(mixtures)), "condition": names, "bound": ["low", "high"]}
-    coords["trial"] = np.arange(table.shape[-1])
-    everything = [trial for trials in every for trial in trials]
-    return labelled(variables, coords, analysis="accuracies", provenance=common_provenance(everything))
 
 
 def _accuracies(
@@ -145,15 +146,18 @@ def depth(trials: Mapping[str, Trials]) -> xr.Dataset:
         "variance": ("1", "mean over classes of the variance of a class's shares over experts, 0 ... 1/4"),
         "covariance": ("1", "mean absolute covariance of two classes' shares over experts, 0 ... 1/4"),
         "covariance_excess": ("1", "the same, experts' loads taken off"),
-        "information": ("nats", "mutual information of class and expert, 0 ... ln E"),
+        "information": ("nats", "mutual information of class and expert, 0 ... ln E/K"),
         "accuracy": ("1", "share of test images classified right, 0 ... 1"),
     }
     values = [_depth_values(some) for some in trials.values()]
+    everything = [trial for some in trials.values() for trial in some]
+    check_images(everything)
     variables: dict[str, Variable] = {}
     for name, (units, meaning) in said.items():
         variables |= _compared(name, [some[name] for some in values], units, meaning)
+    cap = np.asarray(information_cap(everything[0]))
+    variables["information_cap"] = Variable((), cap, "nats", "ln E/K, the most that information can be")
     coords = {"trunk": list(trials), "bound": ["low", "high"]}
-    everything = [trial for some in trials.values() for trial in some]
     return labelled(variables, coords, analysis="depth", provenance=common_provenance(everything))
 
 
@@ -168,13 +172,13 @@ def _depth_values(trials: Trials) -> dict[str, Float[np.ndarray, " trials"]]:
         "covariance": np.abs(covariance[:, ~diagonal]).mean(1),
         "covariance_excess": np.abs(excess[:, ~diagonal]).mean(1),
         "information": np.array([information(trial) for trial in trials]),
-        "accuracy": np.array([float(trial["accuracy"][0]) for trial in trials]),
+        "accuracy": np.array([float(trial["accuracy"].sel(condition="learned")) for trial in trials]),
     }
 
 
 def _compared(name: str, values: list[np.ndarray], units: str, meaning: str) -> dict[str, Variable]:
     ends = np.stack([student_interval(some) for some in values])
-    differences = np.stack([_welch(some, values[0]) for some in values])
+    differences = np.stack([welch_interval(some, values[0]) for some in values])
     return {
         name: Variable(("trunk",), np.array([some.mean() for some in values]), units, meaning),
         f"{name}_interval": Variable(("trunk", "bound"), ends, units, INTERVAL),
@@ -185,7 +189,8 @@ def _compared(name: str, values: list[np.ndarray], units: str, meaning: str) -> 
     }
 
 
-def _welch(one: np.ndarray, other: np.ndarray) -> Float[np.ndarray, " 2"]:
+def welch_interval(one: Float[np.ndarray, " trials"], other: Float[np.ndarray, " trials2"]) -> Float[np.ndarray, " 2"]:
+    """95 % interval of the difference of two means (Welch's t); zero for a sample and itself, NaN for one trial."""
     if one is other:
         return np.zeros(2)
     if min(len(one), len(other)) < 2:
@@ -200,33 +205,72 @@ def _welch(one: np.ndarray, other: np.ndarray) -> Float[np.ndarray, " 2"]:
 def probed(trials: Mapping[str, Trials]) -> xr.Dataset:
     """Linear probes of the mixture's input beside what routing tells of the class, by trunk.
 
+    What is there is known between bounds alone. The choice of an expert can tell at most ``cap``, ln E/K nats or the
+    class's entropy. A router could tell at least ``attainable``: the model's own predictions, which are made of the
+    mixture's input, merged into E/K groups.
+
     Returns:
         ``accuracy`` and ``information`` (a lower bound, nats) of the probe and its controls; ``routed``, the mutual
-        information of class and expert; ``cap``, ln E, the most that a choice of one expert can tell; ``used``, routed
-        over the smaller of cap and the probe's information. As that is a lower bound, ``used`` is an upper one; NaN
-        where the probe finds nothing.
+        information of class and expert; ``cap`` and ``attainable``; ``used_least``, routed over cap, and
+        ``used_most``, routed over attainable (NaN where that is 0). Each by trial, with intervals over trials.
+
+    Raises:
+        BadInput: no trials, or other test images in some.
     """
+    everything = [trial for some in trials.values() for trial in some]
+    check_images(everything)
     variables: dict[str, Variable] = {}
     for name, units in (("accuracy", "1"), ("information", "nats")):
         probes = [np.stack([trial[f"probe_{name}"].values for trial in some]) for some in trials.values()]
         meaning = f"{name} of a linear probe of the mixture's input on test images"
-        means, ends = [some.mean(0) for some in probes], [student_interval(some) for some in probes]
-        variables[name] = Variable(("trunk", "probed"), np.stack(means), units, meaning)
+        averages, ends = np.stack([some.mean(0) for some in probes]), [student_interval(some) for some in probes]
+        variables[name] = Variable(("trunk", "probed"), averages, units, meaning)
         variables[f"{name}_interval"] = Variable(("trunk", "bound", "probed"), np.stack(ends), units, INTERVAL)
-    routed = [np.array([information(trial) for trial in some]) for some in trials.values()]
-    there = [np.array([float(trial["probe_information"][0]) for trial in some]) for some in trials.values()]
-    cap = log(next(iter(trials.values()))[0].sizes["expert"])
-    used = [one / np.where(other > 0, np.minimum(other, cap), np.nan) for one, other in zip(routed, there, strict=True)]
-    for name, some, units, said in (
-        ("routed", routed, "nats", "mutual information of class and expert"),
-        ("used", used, "1", "routed over the smaller of cap and the probe's information: at most so much was used"),
+    cap = min(information_cap(everything[0]), _class_entropy(everything[0]))
+    found = [_used(some, cap) for some in trials.values()]
+    for name, units, said in (
+        ("routed", "nats", "mutual information of class and expert"),
+        ("attainable", "nats", "what the model's predictions, merged into E/K groups, tell of the class"),
+        ("used_least", "1", "routed over cap: at least so much of what a choice could tell was used"),
+        ("used_most", "1", "routed over attainable: at most so much was used"),
     ):
-        variables[name] = Variable(("trunk",), np.array([one.mean() for one in some]), units, said)
-        variables[f"{name}_interval"] = Variable(
-            ("trunk", "bound"), np.stack([student_interval(one) for one in some]), units, INTERVAL
-        )
-    variables["cap"] = Variable((), np.asarray(cap), "nats", "ln E, the most that the choice of one expert can tell")
-    first = next(iter(trials.values()))[0]
-    coords: dict[str, ArrayLike] = {"trunk": list(trials), "probed": first["probed"].values, "bound": ["low", "high"]}
-    everything = [trial for some in trials.values() for trial in some]
+        means, ends = np.array([some[name].mean() for some in found]), [student_interval(some[name]) for some in found]
+        variables[name] = Variable(("trunk",), means, units, said)
+        variables[f"{name}_interval"] = Variable(("trunk", "bound"), np.stack(ends), units, INTERVAL)
+    variables["cap"] = Variable((), np.asarray(cap), "nats", "ln E/K or H(class): the most that a choice can tell")
+    names = everything[0]["probed"].values
+    coords: dict[str, ArrayLike] = {"trunk": list(trials), "probed": names, "bound": ["low", "high"]}
     return labelled(variables, coords, analysis="probed", provenance=common_provenance(everything))
+
+
+def _used(trials: Trials, cap: float) -> dict[str, Float[np.ndarray, " trials"]]:
+    routed = np.array([information(trial) for trial in trials])
+    attainable = np.array([attainable_information(trial) for trial in trials])
+    most = np.divide(routed, attainable, out=np.full(len(routed), np.nan), where=attainable > 1e-12)
+    return {"routed": routed, "attainable": attainable, "used_least": routed / cap, "used_most": most}
+
+
+def _class_entropy(trial: xr.Dataset) -> float:
+    share = np.bincount(trial["label"].values) / trial.sizes["image"]
+    return float(-(share[share > 0] * np.log(share[share > 0])).sum())
+
+
+def attainable_information(trial: xr.Dataset) -> float:
+    """What a router could tell of the class, in nats, at least: its own model's predictions in as many groups.
+
+    K experts an image leave E // K groups of experts to tell apart. Of all predicted classes the two whose merging
+    loses least go together, until so many are left (Slonim & Tishby 1999, "Agglomerative Information Bottleneck").
+    """
+    classes = trial.sizes["class"]
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts, (trial["label"].values, trial["predicted"].values), 1)
+    while counts.shape[1] > trial.sizes["expert"] // trial.sizes["slot"]:
+        merged = [_merged(counts, *pair) for pair in combinations(range(counts.shape[1]), 2)]
+        counts = max(merged, key=mutual_information)
+    return float(mutual_information(counts))
+
+
+def _merged(counts: Int[np.ndarray, "C G"], one: int, other: int) -> Int[np.ndarray, "C H"]:
+    found = np.delete(counts, other, axis=1)
+    found[:, one] += counts[:, other]
+    return found

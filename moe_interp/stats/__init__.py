@@ -33,6 +33,7 @@ from moe_interp.stats.resampling import (
     bootstrap_ratio,
     group_totals,
     jackknife,
+    jackknife_interval,
     resampling_weights,
     student_interval,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "group_totals",
     "inclusion_weights",
     "jackknife",
+    "jackknife_interval",
     "jensen_shannon",
     "largest_share_null",
     "lift",

@@ -1,7 +1,7 @@
 """Intervals and debiasing by resampling documents.
 
 1. `bootstrap_ratio`, `bootstrap_mean`: studentised intervals of sum/sum and of means, stratified by domain
-   (Efron & Tibshirani 1993, sec. 12.5; Hall 1988, Ann. Stat. 16, 927). Resampling is a matrix of draw counts times
+   (Efron & Tibshirani 1993, sec. 12.5; Hall 1988, Ann. Stat. 16, 927); Student's with few documents. Resampling is a matrix of draw counts times
    per-document sums and products, so that a thousand resamples, and their standard errors, are a few products.
 2. `jackknife`, `bootstrap_debias`: plug-in statistics of counts are biased, and intervals around
    them miss; these take the estimated bias off. The jackknife (ibid. ch. 11) is the better one where the
@@ -12,6 +12,7 @@
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Int, Num
@@ -22,6 +23,7 @@ from moe_interp.stats.measures import ratio
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Totals [..., G, E] of the groups at one layer -> a value per group, [..., G]."""
 
+FEW = 5  # documents, below which resamples are too alike to say how far the truth may be
 _CHUNK = 1024  # documents left out at once: bounds the jackknife's memory
 
 
@@ -60,6 +62,10 @@ def bootstrap_ratio(
     standard error (of the linearised ratio, Cochran 1977, eq. 6.13). So it knows skewness and few documents, of which
     plain percentiles know nothing. No mean of documents leaves their range: the interval is cut there.
 
+    With fewer than five documents in all resamples are too alike: cut at their range, two documents held the truth in
+    half of all cases. There it is Student's interval with N - strata degrees of freedom and the same standard error,
+    which may leave the ratio's range.
+
     Args:
         numerator: per document.
         denominator: per document, 0 or more; its further axes are the numerator's first ones, the others are shared.
@@ -76,12 +82,16 @@ def bootstrap_ratio(
     ends = np.full((2, *numerator.shape[1:]), np.nan)
     if len(strata) == 0 or np.unique(strata, return_counts=True)[1].min() < 2:
         return ends
-    weights = resampling_weights(strata, resamples, seed)
+    interval = (
+        partial(_student, strata=strata, level=level)
+        if len(strata) < FEW
+        else partial(_studentised, resampling_weights(strata, resamples, seed), strata=strata, level=level)
+    )
     if numerator.ndim == 1:
-        return _studentised(weights, numerator, denominator, strata, level)
+        return interval(top=numerator, bottom=denominator)
     for layer in range(numerator.shape[1]):  # one at a time: memory is resamples x experts
         bottom = denominator if denominator.ndim == 1 else denominator[:, layer]
-        ends[:, layer] = _studentised(weights, numerator[:, layer], bottom, strata, level)
+        ends[:, layer] = interval(top=numerator[:, layer], bottom=bottom)
     return ends
 
 
@@ -92,18 +102,44 @@ def _studentised(
     strata: Int[np.ndarray, " N"],
     level: float,
 ) -> Float[np.ndarray, "2 *rest"]:
-    under = bottom.astype(float).reshape(bottom.shape + (1,) * (top.ndim - bottom.ndim))
-    whole = ratio(top.sum(axis=0), bottom.sum(axis=0))
-    residual = top - whole * under  # sums to 0, and small: nothing cancels in the squares below
+    whole, residual, under = _linearised(top, bottom)
     drawn = np.tensordot(weights, under, 1)
     shift = ratio(np.tensordot(weights, residual, 1), drawn)
     squares = _spread(weights, residual, under, strata, shift)
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample without spread is infinitely far away
         t = np.where(shift == 0, 0.0, shift * drawn / np.sqrt(squares))
-        error = np.sqrt(_spread(np.ones((1, len(top))), residual, under, strata, np.zeros(1))[0]) / under.sum(axis=0)
         own = np.where(under > 0, top / under, np.nan)
-        ends = whole - _outer(t, level) * error
+        ends = whole - _outer(t, level) * _error(residual, under, strata)
     return np.clip(ends, np.fmin.reduce(own, axis=0), np.fmax.reduce(own, axis=0))
+
+
+def _student(
+    top: Num[np.ndarray, "N *rest"],
+    bottom: Num[np.ndarray, "N *shared"],
+    strata: Int[np.ndarray, " N"],
+    level: float,
+) -> Float[np.ndarray, "2 *rest"]:
+    from scipy.stats import t
+
+    whole, residual, under = _linearised(top, bottom)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        half = t.ppf((1 + level) / 2, len(top) - len(np.unique(strata))) * _error(residual, under, strata)
+    return np.stack([whole - half, whole + half])
+
+
+def _linearised(
+    top: Num[np.ndarray, "N *rest"], bottom: Num[np.ndarray, "N *shared"]
+) -> tuple[Float[np.ndarray, "*rest"], Float[np.ndarray, "N *rest"], Float[np.ndarray, "N *ones"]]:
+    """The ratio, each document's residual of it, and the denominators, broadcast."""
+    under = bottom.astype(float).reshape(bottom.shape + (1,) * (top.ndim - bottom.ndim))
+    whole = ratio(top.sum(axis=0), bottom.sum(axis=0))
+    return whole, top - whole * under, under  # residuals sum to 0, and are small: nothing cancels in their squares
+
+
+def _error(residual: np.ndarray, under: np.ndarray, strata: np.ndarray) -> Float[np.ndarray, "*rest"]:
+    """Standard error of the linearised ratio (Cochran 1977, eq. 6.13)."""
+    squares = _spread(np.ones((1, len(residual))), residual, under, strata, np.zeros(1))[0]
+    return np.sqrt(squares) / under.sum(axis=0)
 
 
 def _outer(t: Float[np.ndarray, "R *rest"], level: float) -> Float[np.ndarray, "2 *rest"]:
@@ -155,6 +191,28 @@ def student_interval(values: Num[np.ndarray, "N *rest"], *, level: float = 0.95)
         return np.full((2, *values.shape[1:]), np.nan)
     half = t.ppf((1 + level) / 2, len(values) - 1) * values.std(axis=0, ddof=1) / np.sqrt(len(values))
     return np.stack([values.mean(axis=0) - half, values.mean(axis=0) + half])
+
+
+def jackknife_interval(
+    statistic: Callable[[Int[np.ndarray, " M"]], float], count: int, *, level: float = 0.95
+) -> Float[np.ndarray, " 2"]:
+    """Student's interval of the pseudo-values of a smooth statistic of a few trials (Tukey 1958, Arvesen 1969).
+
+    Pseudo-value i is N theta - (N - 1) theta without trial i. Where the statistic hardly depends on any one trial, as
+    the correlation of two classes over two experts, which is 1 or -1, the interval is too narrow.
+
+    Args:
+        statistic: of the trials that are kept, given by number.
+        count: N trials.
+
+    Returns:
+        Lower and upper end; NaN for fewer than two trials.
+    """
+    if count < 2:
+        return np.full(2, np.nan)
+    every = np.arange(count)
+    without = np.array([statistic(np.delete(every, one)) for one in every])
+    return student_interval(count * statistic(every) - (count - 1) * without, level=level)
 
 
 # Bias

@@ -107,7 +107,7 @@ def _pair(matrices: list[xr.DataArray], titles: list[str], largest: float, what:
 
 
 def depth(results: Mapping[int, xr.Dataset]) -> go.Figure:
-    """Class covariance and mutual information by trunk and number of experts; ln E is dashed."""
+    """Class covariance and mutual information by trunk and number of experts; the most that it can be is dashed."""
     figure = make_subplots(1, 2, subplot_titles=["covariance of classes", "information about the class, nats"])
     names = [f"{count} experts" for count in results]
     for column, name in enumerate(("covariance", "information"), start=1):
@@ -116,7 +116,8 @@ def depth(results: Mapping[int, xr.Dataset]) -> go.Figure:
             ends = np.stack([one[f"{name}_interval"].sel(trunk=trunk).values for one in results.values()])
             bars = _bars(names, values, ends, f"{trunk} trunk", COLOURS[number])
             figure.add_trace(bars.update(legendgroup=trunk, showlegend=column == 1), row=1, col=column)
-    cap = go.Scatter(x=names, y=np.log(list(results)), name="ln E", line={"color": CONTROL, "dash": "dash"})
+    caps = [float(one["information_cap"]) for one in results.values()]
+    cap = go.Scatter(x=names, y=caps, name="ln E/K", line={"color": CONTROL, "dash": "dash"})
     figure.add_trace(cap, row=1, col=2)
     return style(figure, barmode="group", yaxis_rangemode="tozero")
 
@@ -139,7 +140,8 @@ def probed(results: Mapping[int, xr.Dataset]) -> go.Figure:
         bars = _bars(names, values, ends, "choice of the expert", COLOURS[0], showlegend=column == 1)
         figure.add_trace(bars, row=1, col=column)
         line = {"color": CONTROL, "dash": "dash"}
-        cap = go.Scatter(x=names, y=np.log(list(results)), name="ln E", line=line, showlegend=column == 1)
+        caps = [float(one["cap"]) for one in here]
+        cap = go.Scatter(x=names, y=caps, name="the most that it can be", line=line, showlegend=column == 1)
         figure.add_trace(cap, row=1, col=column)
     figure.update_yaxes(title="nats", row=1, col=1)
     return style(figure, barmode="group")
@@ -189,10 +191,11 @@ def headlines(findings: Findings) -> list[Headline]:
             f"{float(findings.depth[count]['information'][0]):.2f} nats of the base trunk, ln {count} at most",
         ),
         Headline(
-            "How much of what it could see the router used",
-            f"at most {100 * float(probe['used']):.0f} %",
-            f"a probe finds at least {float(probe['information'][0]):.2f} nats, of which one of {count} experts can "
-            f"tell {float(findings.probed[count]['cap']):.2f}",
+            "How much of what it could tell the router told",
+            f"{100 * float(probe['used_least']):.0f} to {100 * float(probe['used_most']):.0f} %",
+            f"{float(probe['routed']):.2f} nats, where a choice among {count} experts could tell "
+            f"{float(probe['attainable']):.2f} to {float(findings.probed[count]['cap']):.2f}; a probe finds at least "
+            f"{float(probe['information'][0]):.2f} there",
         ),
     ]
 
@@ -237,9 +240,15 @@ def _said(result: xr.Dataset) -> str:
         f"Trials agree on the table with correlation {number['consistency']:.2f} (permuted classes: "
         f"{number['consistency_null']:.2f}) and send {100 * number['agreement']:.0f} % of images to the same expert "
         f"({100 * number['agreement_class']:.0f} % if the class alone decided). The two groups' silhouette is "
-        f"{number['silhouette']:.2f}, p = {number['silhouette_p']:.3f} over all splits; the expert tells "
+        f"{number['silhouette']:.2f}, p = {number['silhouette_p']:.3f} over all splits; without being told, clustering "
+        f"parts {_clusters(result)}. The expert tells "
         f"{number['information']:.2f} nats about the class, of {number['information_cap']:.2f} at most."
     )
+
+
+def _clusters(result: xr.Dataset) -> str:
+    cluster, names = result["cluster"].values, result["class"].values
+    return " from ".join(", ".join(map(str, names[cluster == one])) for one in np.unique(cluster))
 
 
 def _figures(findings: Findings) -> dict[str, go.Figure]:

@@ -4,14 +4,16 @@
 make results of them.
 """
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from moe_interp.analyses.class_routing import class_routing, matched_trials
 from moe_interp.analyses.specialists import Findings, accuracies, depth, probed
-from moe_interp.errors import BadData, BadInput
+from moe_interp.errors import BadData, BadInput, BadOutput
 from moe_interp.results import load, provenance_of, save
 from moe_interp.zoo.vision import Plan, steps_per_epoch
 from moe_interp.zoo.vision_images import Images
@@ -49,6 +51,14 @@ class Study:
     plan: Plan = field(default_factory=Plan)
     train: int | None = None
     test: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.trials < 1 or not self.experts or min(self.experts) < 2 or len(set(self.experts)) < len(self.experts):
+            raise BadInput(
+                "not a study",
+                expected="at least one trial, and different counts of two experts or more",
+                got=f"{self.trials} trials, {self.experts} experts",
+            )
 
     def plans(self) -> Iterator[tuple[str, Plan]]:
         """Every trial by name, a seed after the other, so that a study cut short has all kinds.
@@ -97,15 +107,17 @@ def run_study(
         The trials by kind and expert count ("base-3"), in the order of their seeds.
 
     Raises:
-        BadData: the folder holds a trial of another plan or other images; nothing is trained then.
-        BadInput: no workers, or a worker that ended (out of memory, say).
+        BadData: the folder holds a trial of another plan or other images, or a file that is none; nothing is trained
+            then.
+        BadInput: no workers, no such device, or a worker that ended (out of memory, say).
         BadOutput: it cannot be written.
     """
     if workers < 1:
         raise BadInput("no study without workers", expected="at least one", got=str(workers))
-    folder.mkdir(parents=True, exist_ok=True)
+    check_device(device)
+    _make(folder)
     jobs = [_Job(name, plan, folder / f"{name}.nc", _identity(study, plan, images)) for name, plan in study.plans()]
-    there = {job.name: _same(load(job.path), job.identity, job.path) for job in jobs if job.path.exists()}
+    there = {job.name: _finished(job, images) for job in jobs if job.path.exists()}
     missing = [job for job in jobs if job.name not in there]
     steps = {job.name: job.plan.epochs * steps_per_epoch(len(images.train), job.plan) for job in jobs}
     with tqdm(total=sum(steps.values()), unit="step", smoothing=0.01, disable=quiet) as bar:
@@ -140,7 +152,31 @@ def _identity(study: Study, plan: Plan, images: Images) -> Identity:
         "images": images.name,
         "train_images": len(images.train),
         "test_images": len(images.test),
+        "images_sha256": images.digest,
     }
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadOutput(
+            f"cannot make {folder}", expected="a folder, or a place to make one", got=error.strerror or str(error)
+        ) from error
+
+
+def check_device(device: torch.device | str) -> None:
+    """Refuse a device that torch cannot use here.
+
+    Raises:
+        BadInput: it is not there, or torch does not know it.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BadInput(
+            "no such device", expected="cpu, or cuda where torch has it", got=f"{device} ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _tensors(images: Images, device: torch.device | str) -> Tensors:
@@ -189,10 +225,18 @@ _worker: list[tuple[Images, Tensors]] = []
 
 
 def _start_worker(packed: dict[str, Any], device: torch.device | str, threads: int) -> None:
-    signal(SIGINT, SIG_IGN)  # who started it decides when it ends
+    signal(SIGINT, SIG_IGN)  # who started it decides when it ends,
+    Thread(target=_end_with_parent, daemon=True).start()  # also by being killed
     torch.set_num_threads(threads)
     images = _unpacked(packed)
     _worker.append((images, _tensors(images, device)))
+
+
+def _end_with_parent() -> None:
+    """Trials are written whole, so that a worker may end at any time; left alone, it would wait for work for ever."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(job: _Job) -> _Job:
@@ -201,34 +245,91 @@ def _work(job: _Job) -> _Job:
     return job
 
 
-def _same(found: xr.Dataset, identity: Identity, path: Path) -> xr.Dataset:
+def _finished(job: _Job, images: Images) -> xr.Dataset:
+    """The trial in a job's file, if that is what it is."""
+    found = _read(job.path)
     there = provenance_of(found)
-    if other := {key: there.get(key) for key, value in identity.items() if there.get(key) != value}:
+    if "images_sha256" not in there:  # from before digests were kept: its labels are held to these images all the same
+        there["images_sha256"] = job.identity["images_sha256"]
+    if other := {key: there.get(key) for key, value in job.identity.items() if there.get(key) != value}:
+        expected, got = str({key: job.identity[key] for key in other}), str(other)
+    elif not np.array_equal(found["label"].values, images.test_labels):
+        expected, got = "the labels of these test images, in this order", "other labels"
+    else:
+        return found
+    raise BadData(
+        f"{job.path} is a trial of another study",
+        expected=expected,
+        got=got,
+        do="Name another folder, or remove the file.",
+    )
+
+
+def read_study(folder: Path) -> dict[str, list[xr.Dataset]]:
+    """The trials in a folder as `run_study` returns them, with no need of the images they were made from.
+
+    A study that was cut short gives the seeds that all kinds have, but for the kind scored-E, of which there are fewer.
+
+    Raises:
+        BadData: no whole trial of a study there, or a file that is none.
+    """
+    found: dict[str, list[xr.Dataset]] = {}
+    for path in sorted(folder.glob("*-*-*.nc")):
+        found.setdefault(path.stem.rpartition("-")[0], []).append(_read(path))
+    counts = [len(trials) for kind, trials in found.items() if not kind.startswith("scored")]
+    if not counts or not _expert_counts(found):
         raise BadData(
-            f"{path} is a trial of another study",
-            expected=str({key: identity[key] for key in other}),
-            got=str(other),
-            do="Name another folder, or remove the file.",
+            f"no study in {folder}", expected="a file a trial (base-2-00.nc, ...)", got=f"trials of {sorted(found)}"
         )
+    return {kind: trials[: min(counts)] for kind, trials in found.items()}
+
+
+def _read(path: Path) -> xr.Dataset:
+    try:
+        found = load(path)
+        provenance_of(found), found["label"]
+    except (BadData, KeyError) as error:
+        raise BadData(
+            f"{path} is no trial of a study",
+            expected="one that was written whole",
+            got=str(error),
+            do="Remove it: it is made again.",
+        ) from error
     return found
 
 
-def findings(study: Study, found: dict[str, list[xr.Dataset]], images: Images) -> Findings:
-    """All experiments on the trials of a study, and test images by the expert that took them in the first trial."""
-    base, short = ({count: found[f"{trunk}-{count}"] for count in study.experts} for trunk in ("base", "short"))
-    pictures = images.test.numpy() if images.test.shape[1] == 3 else images.test.numpy().repeat(3, axis=1)
-    by_trunk = {count: {"base": base[count], "short": short[count]} for count in study.experts}
+def _expert_counts(found: dict[str, list[xr.Dataset]]) -> list[int]:
+    return sorted(int(kind.removeprefix("base-")) for kind in found if kind.startswith("base-"))
+
+
+def findings(found: dict[str, list[xr.Dataset]], images: Images | None = None) -> Findings:
+    """All experiments on the trials of a study; with images, test images by the expert they went to in the first trial.
+
+    Raises:
+        BadInput: trials of some kind are missing, or there are more of one kind than of another.
+    """
+    experts = _expert_counts(found)
+    kinds = ["dense-1", *(f"{kind}-{count}" for count in experts for kind in ("base", "short", "dense", "random"))]
+    if missing := [kind for kind in kinds if kind not in found]:
+        raise BadInput("a study lacks trials", expected=f"trials of {', '.join(kinds)}", got=f"none of {missing}")
+    base, short = ({count: found[f"{trunk}-{count}"] for count in experts} for trunk in ("base", "short"))
+    by_trunk = {count: {"base": base[count], "short": short[count]} for count in experts}
     return Findings(
-        name=f"{study.name} study",
+        name=f"{provenance_of(found['dense-1'][0])['study']} study",
         accuracies=accuracies(
             base,
-            trained_random={count: found[f"random-{count}"] for count in study.experts},
+            trained_random={count: found[f"random-{count}"] for count in experts},
             dense_one=found["dense-1"],
-            dense_total={count: found[f"dense-{count}"] for count in study.experts},
+            dense_total={count: found[f"dense-{count}"] for count in experts},
         ),
         routing={count: class_routing(trials) for count, trials in base.items()},
         short_routing={count: class_routing(trials) for count, trials in short.items()},
         depth={count: depth(trials) for count, trials in by_trunk.items()},
         probed={count: probed(trials) for count, trials in by_trunk.items()},
-        samples={count: (pictures, matched_trials(trials)[1][0, :, 0]) for count, trials in base.items()},
+        samples={} if images is None else _samples(images, base),
     )
+
+
+def _samples(images: Images, base: dict[int, list[xr.Dataset]]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    pictures = images.test.numpy() if images.test.shape[1] == 3 else images.test.numpy().repeat(3, axis=1)
+    return {count: (pictures, matched_trials(trials)[1][0, :, 0]) for count, trials in base.items()}

@@ -14,8 +14,8 @@ The other reading of "random router" is a model that was trained with one: trial
 
 Linear probes (softmax regression, ridge, by L-BFGS) of the mixture's input say how much of the class it tells: their
 accuracy, and H(class) minus their cross-entropy on the test images, a lower bound in nats on what the input tells
-(Barber & Agakov 2003). Controls: the same trunk before training (in eval mode: its batch norms do nothing), and
-permuted labels.
+(Barber & Agakov 2003), and from `PROBED` training images alone. Controls: the same trunk before training (in eval mode:
+its batch norms do nothing), and permuted labels.
 """
 
 from collections.abc import Callable, Iterator
@@ -79,6 +79,7 @@ def trial(
         "class": list(images.classes),
         "condition": list(CONDITIONS if plan.experts > 1 else CONDITIONS[:1]),
         "probed": list(PROBES),
+        "expert": np.arange(plan.experts),
     }
     variables["group"] = Variable(("class",), list(images.groups), "1", "a split that experts may follow")
     return labelled(variables, coords, analysis="vision trial", provenance=provenance)

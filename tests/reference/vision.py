@@ -4,7 +4,7 @@ Tables are lists of trials, each [class][expert]; ids are [image][slot].
 """
 
 import math
-from itertools import combinations, permutations
+from itertools import combinations, permutations, product
 
 import torch
 from torch import Tensor
@@ -113,6 +113,27 @@ def closest(one: list[list[float]], other: list[list[float]]) -> list[list[float
         ),
     )
     return [[row[expert] for expert in best] for row in one]
+
+
+def least_scatter(tables) -> float:
+    """Sum of squared distances to the mean table, experts numbered as brings it lowest: all joint orders tried."""
+    experts, best = range(len(tables[0][0])), math.inf
+    for orders in product(permutations(experts), repeat=len(tables) - 1):
+        named = [tables[0], *([[r[e] for e in o] for r in t] for t, o in zip(tables[1:], orders, strict=True))]
+        total = 0.0
+        for c in range(len(tables[0])):
+            for e in experts:
+                values = [t[c][e] for t in named]
+                mean = sum(values) / len(values)
+                total += sum((value - mean) ** 2 for value in values)
+        best = min(best, total)
+    return best
+
+
+def merged_information(labels, predicted, classes: int, groups: int) -> float:
+    """The most that predicted classes in so many groups tell of the class, in nats: all ways of grouping tried."""
+    ways = (way for way in product(range(groups), repeat=classes) if way[0] == 0)
+    return max(plug_in_information(labels, [[way[one]] for one in predicted], classes, groups) for way in ways)
 
 
 def covariance(tables, a: int, b: int) -> float:
