@@ -1,8 +1,9 @@
 """Intervals and debiasing by resampling documents.
 
 1. `bootstrap_ratio`, `bootstrap_mean`: studentised intervals of sum/sum and of means, stratified by domain
-   (Efron & Tibshirani 1993, sec. 12.5; Hall 1988, Ann. Stat. 16, 927); Student's with few documents. Resampling is a matrix of draw counts times
-   per-document sums and products, so that a thousand resamples, and their standard errors, are a few products.
+   (Efron & Tibshirani 1993, sec. 12.5; Hall 1988, Ann. Stat. 16, 927); Student's with few documents. Resampling is a
+   matrix of draw counts times per-document sums and products, so that a thousand resamples, and their standard
+   errors, are a few products.
 2. `jackknife`, `bootstrap_debias`: plug-in statistics of counts are biased, and intervals around
    them miss; these take the estimated bias off. The jackknife (ibid. ch. 11) is the better one where the
    statistic is smooth, such as a divergence. Order statistics jump: there it scatters by several times the
