@@ -50,7 +50,7 @@ def ensemble_similarity(
     max_tokens: int | None = None,
     batch_tokens: int = 4096,
 ) -> xr.Dataset:
-    """One expert against the ensemble, over the tokens of a corpus, per domain and MoE layer.
+    """One expert against the ensemble, over all tokens of a corpus, special ones too, per domain and MoE layer.
 
     ``definition="paper"`` takes every token, its contributions and resid_mid. ``"as_coded"`` is what the
     released MoE-Lens notebook computes, once per document: for each expert that the last token chose, the

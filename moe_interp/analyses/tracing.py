@@ -74,7 +74,8 @@ def causal_trace(
         Dims sample, layer, expert, point (of the controls: "routed_out", "moe_out", "resid_post"), position (of the
         prompt's tokens), bound (low, high). What is restored has the dim position with ``at="each"`` alone.
 
-        ``clean``, ``corrupted`` (sample): the answer's probability, 0 ... 1; ``total`` (sample): their difference.
+        ``clean`` (one number), ``corrupted`` (sample): the answer's probability, 0 ... 1; ``total`` (sample): their
+        difference.
         ``effect`` (sample, layer, expert): its probability with the expert restored less that of the corrupted run with
         the same noise, -1 ... 1; 0 exactly where there is nothing to restore. ``control`` (sample, layer, point):
         likewise. Each with ``_mean`` over samples and ``_interval``: 95 %, Student's over samples, NaN for one.
