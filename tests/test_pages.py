@@ -1,11 +1,14 @@
-"""The examples of the pages about nnsight and servers run as they stand, on a tiny model in place of the checkpoint."""
+"""The examples of pages run as they stand and print what the page says; a tiny model stands in for checkpoints."""
 
+import contextlib
+import io
 import linecache
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nnsight.modeling import huggingface
@@ -17,6 +20,8 @@ from tests.served import saved
 
 DOCS = Path(__file__).parent.parent / "docs"
 CHECKPOINT = "allenai/OLMoE-1B-7B-0924"
+BLOCK = re.compile(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", re.DOTALL | re.MULTILINE)
+DECIMAL = re.compile(r"-?\d+\.\d+")
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +34,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def page(folder: str) -> Callable[..., dict[str, Any]]:
-    """Runs the python blocks of a page one after the other; gives the names that they bind."""
+    """Runs the python blocks of a page one after the other, beside what it says that they print; gives the names."""
 
     def run(name: str, **names: Any) -> dict[str, Any]:
         text = (DOCS / name).read_text("utf-8").replace(CHECKPOINT, folder)
-        for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)):
+        for number, (block, said) in enumerate(BLOCK.findall(text)):
             file = f"<{name} {number}>"  # nnsight reads the source of a trace
             linecache.cache[file] = (len(block), None, block.splitlines(keepends=True), file)
-            exec(compile(block, file, "exec"), names)
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compile(block, file, "exec"), names)
+            if said:
+                assert_same(said, printed.getvalue())
         return names
 
     return run
+
+
+def assert_same(said: str, printed: str) -> None:
+    """Word for word, but for decimals, of which another machine may round the last digit otherwise."""
+    assert DECIMAL.sub("#", printed).split() == DECIMAL.sub("#", said).split(), printed
+    shown, found = (np.array([float(one) for one in DECIMAL.findall(text)]) for text in (said, printed))
+    assert np.allclose(found, shown, rtol=0.02, atol=0.011), printed
 
 
 def test_the_page_about_nnsight(page):
@@ -77,3 +92,19 @@ def test_the_page_about_coming_from_elsewhere(page):
     assert torch.equal(names["mlp"], run["moe_out", 2]) and torch.equal(names["residual"], run["resid_post", 2])
     assert torch.equal(names["attention"], run["attn_out", 3]) and torch.equal(names["weights"], run.routing[3].weights)
     assert torch.equal(names["output"], run.expert(3, 5)[0])
+
+
+def test_the_page_about_training(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, told = page("training.md"), {}
+    with moe.RoutingWatch(names["model"], every=1, to=lambda step, values: told.update(values)) as watch, watch.step(0):
+        names["model"](input_ids=names["batches"][0])
+    listed = re.findall(r"^\| `(routing/\S+)`", (DOCS / "training.md").read_text("utf-8"), re.MULTILINE)
+    assert listed == [name for name in told if "layer_1" not in name]
+
+
+def test_what_a_page_says_is_held_to_what_is_printed():
+    assert_same("expert 3: 0.50 [0.4, 0.6]\n", "expert 3:  0.505 [0.4, 0.6]\n")
+    for printed in ("expert 4: 0.50 [0.4, 0.6]", "expert 3: 0.53 [0.4, 0.6]", "expert 3: 0.50 [0.4, nan]"):
+        with pytest.raises(AssertionError):
+            assert_same("expert 3: 0.50 [0.4, 0.6]", printed)
