@@ -94,6 +94,13 @@ def test_the_page_about_coming_from_elsewhere(page):
     assert torch.equal(names["output"], run.expert(3, 5)[0])
 
 
+@pytest.mark.slow
+def test_the_page_about_results(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page("results.md")
+    assert [file.name for file in tmp_path.iterdir()] == ["routes.nc"]
+
+
 def test_the_page_about_training(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names, told = page("training.md"), {}
