@@ -187,6 +187,32 @@ def test_what_the_experts_were_called_with_is_read_late_and_not_edited(door):
         points.layers[layer].expert_ids.save()
 
 
+@both_doors
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda scores: scores.__setitem__(slice(None), 0),
+        lambda scores: scores[0, -1].zero_(),
+        lambda scores: scores.transpose(1, 2).mul_(2.0),
+        lambda scores: scores.__iadd__(1.0),
+    ],
+)
+def test_scores_are_read_and_an_edit_in_place_is_refused(door, edit):
+    lm, options = door("qwen3_moe")
+    points = trace_points(lm)
+    refused = pytest.raises(Exception, match="a point that cannot be edited.*on router_scores.*Edit router_logits")
+    with refused, lm.trace(TEXTS[0], use_cache=False, **options):
+        edit(points.layers[2].router_scores)
+    with lm.trace(TEXTS[0], use_cache=False, **options):
+        scores = points.layers[2].router_scores.save()
+        copy = points.layers[2].router_scores.clone().zero_().save()
+        logits = points.layers[3].router_logits.save()
+    with moe.wrap(tiny.build("qwen3_moe"), tokenizer()) as model:
+        run = model.run(TEXTS[0], read=["router_scores", "router_logits"])
+    assert (scores - run["router_scores", 2]).abs().max() < 1e-6 and not copy.any()
+    assert (logits - run["router_logits", 3]).abs().max() < 1e-5
+
+
 @each_family
 def test_gradients_are_those_of_autograd(family):
     hf = tiny.build(family)

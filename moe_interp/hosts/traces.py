@@ -107,24 +107,58 @@ def _version(value: Tensor) -> int | None:
     return None if value.is_inference() else value._version
 
 
-class Passed(Tensor):
-    """A value that the model has gone on with: it can be read and no longer edited."""
+class ReadOnly(Tensor):
+    """A value that can be read and not edited: edits of it in place, or of a view of it, are refused."""
+
+    @classmethod
+    def refused(cls, edit: str) -> BadInput:
+        """Why."""
+        raise NotImplementedError
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         written = name == "__setitem__" or re.fullmatch(r"__i(?!nt|nvert|ndex)\w+__|\w*[a-z0-9]_", name)
-        if written and isinstance(args[0], Passed):
-            raise BadInput(
-                "a value has passed",
-                expected="edits of expert_ids and gate_weights before expert_act, expert_out and routed_out",
-                got=f"{name} on one that the experts have been called with",
-            )
+        if written and isinstance(args[0], ReadOnly):
+            raise args[0].refused(name)
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            found = func(*args, **(kwargs or {}))
+            own = isinstance(found, Tensor) and args and isinstance(args[0], ReadOnly) and _is_view(found, args[0])
+            return found.as_subclass(type(args[0])) if own else found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _is_view(value: Tensor, of: Tensor) -> bool:
+    return value._base is not None and value._base is (of if of._base is None else of._base)
+
+
+class Passed(ReadOnly):
+    """A value that the model has gone on with."""
+
+    @classmethod
+    def refused(cls, edit: str) -> BadInput:
+        """The experts have been called with it."""
+        return BadInput(
+            "a value has passed",
+            expected="edits of expert_ids and gate_weights before expert_act, expert_out and routed_out",
+            got=f"{edit} on one that the experts have been called with",
+        )
+
+
+class Derived(ReadOnly):
+    """A value that the model does not go on with."""
+
+    @classmethod
+    def refused(cls, edit: str) -> BadInput:
+        """It is derived from router logits."""
+        return BadInput(
+            "a point that cannot be edited",
+            expected="a point that the forward pass uses",
+            got=f"{edit} on router_scores, derived from router_logits",
+            do="Edit router_logits instead; .clone() gives a copy to work on.",
+        )
 
 
 def _point_property(name: str) -> property:
@@ -133,7 +167,10 @@ def _point_property(name: str) -> property:
 
     def read(self: "LayerPoints") -> Tensor:
         late = self.points.reach.late(name, self.index) if name in CALLED_WITH and self.moe else None
-        return take(self.points.reach.spot(name, self.index), name) if late is None else late.as_subclass(Passed)
+        if late is not None:
+            return late.as_subclass(Passed)
+        value = take(self.points.reach.spot(name, self.index), name)
+        return value if found.editable else value.as_subclass(Derived)
 
     def write(self: "LayerPoints", value: Tensor) -> None:
         editable(name)
