@@ -162,12 +162,14 @@ class Context:
         """[B, S], the real tokens that the layer's mixture sees."""
         return self.tokens.mask if self.rows is None else self.tokens.mask & self.rows
 
-    def slots_of(self, experts: Sequence[int]) -> Bool[Tensor, "B S K"]:
-        """[B, S, K], True where a slot of a token that the mixture sees holds one of these experts."""
+    def slots_of(self, experts: Sequence[int] | None) -> Bool[Tensor, "B S K"]:
+        """[B, S, K], True where a slot of a token that the mixture sees holds one of these experts (None: any)."""
         if self.ids is None:
             raise BadInput(
                 "no experts chosen yet at this point", expected="a point after expert_ids", got="an earlier one"
             )
+        if experts is None:
+            return self.seen[..., None].expand_as(self.ids)
         return torch.isin(self.ids, torch.tensor(experts, device=self.ids.device)) & self.seen[..., None]
 
 

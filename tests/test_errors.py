@@ -76,7 +76,7 @@ def test_reads_that_cannot_be(model, read, message):
         (lambda: moe.ablate(layer=1, expert=0), r"layer 1 has no experts: expected one of the MoE layers \[0, 2, 3\]"),
         (lambda: moe.ablate(layer=7, expert=0), "unknown layer 7"),
         (lambda: moe.top_k(0), "cannot keep fewer than one expert"),
-        (lambda: moe.top_k(9), "unknown expert 8"),
+        (lambda: moe.top_k(9), "cannot keep 9 experts at layer 0: expected k up to 8, got k = 9"),
         (lambda: moe.apply("moe_out", torch.neg, positions=[0, 50]), r"can never touch anything.*got positions \[50\]"),
         (lambda: moe.apply("moe_out", torch.neg, layers=[]), "no layers or positions: expected at least one"),
         (lambda: moe.apply("router_scores", torch.neg), "point 'router_scores' cannot be edited.*Edit 'router_logits'"),
@@ -95,6 +95,13 @@ def test_edits_that_cannot_be(model, edit, message):
     with pytest.raises(moe.MoEError, match=message):
         model.run(IDS, edit=edit())
     assert torch.equal(model.run(IDS).logits, clean)
+
+
+def test_values_of_two_texts_are_not_patched_into_one(model):
+    run = model.run(IDS, read="moe_out")
+    message = "values of other texts: expected values of one text, got values of 2. Take them from a run of one text"
+    with pytest.raises(errors.BadInput, match=message):
+        model.run(IDS[:1], edit=moe.patch(run, layer=2, point="moe_out"))
 
 
 @pytest.mark.parametrize(

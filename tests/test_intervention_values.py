@@ -165,6 +165,54 @@ def test_an_intervention_does_what_the_reference_computes(family, case):
     assert run.touched[0] > 0
 
 
+ALL = {
+    "zero": lambda where, run: moe.ablate(**where, positions=[1, -1]),
+    "scale": lambda where, run: moe.scale(**where, by=-1.5),
+    "bias": lambda where, run: moe.bias(**where, by=0.25),
+    "bias of logits": lambda where, run: moe.bias(**where, by=0.25, on="logits", positions=2),
+}
+ALL_LAYERS = {
+    "forbid": lambda layer, run: moe.ablate(layer=layer, expert=3, how="forbid"),
+    "mask of logits": lambda layer, run: moe.mask(layer=layer, expert=[3, 5], on="logits"),
+    "replace": lambda layer, run: moe.replace(VECTOR, layer=layer, expert=[3, 5]),
+    "steer": lambda layer, run: moe.steer(VECTOR, layer=layer, expert=[0, 3, 5]),
+    "patch": lambda layer, run: moe.patch(run, layer=layer, expert=[3, 5]),
+    "force": lambda layer, run: moe.force([3, 5], layer=layer),
+    "swap": lambda layer, run: moe.swap(layer=layer, experts=(3, 5)),
+}
+
+
+@pytest.mark.parametrize("case", [*ALL, *ALL_LAYERS])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen3_moe"])
+def test_none_is_all_layers_and_all_experts(family, case):
+    run = other_run(family)
+    with moe.wrap(tiny(family)) as model:
+        layers, experts = model.layers, range(model.spec.num_experts)
+        if case in ALL:
+            pairs = [(layers, experts), (None, experts), (layers, None), (None, None)]
+            edits = [ALL[case]({"layer": layer, "expert": expert}, run) for layer, expert in pairs]
+        else:
+            edits = [ALL_LAYERS[case](layer, run) for layer in (layers, None)]
+        runs = [model.run(IDS, edit=edit) for edit in edits]
+        clean_logits = model.run(IDS).logits
+    assert case.startswith("bias") or not torch.equal(runs[0].logits, clean_logits)
+    assert runs[0].touched[0] > 0
+    for one in runs[1:]:
+        assert torch.equal(one.logits, runs[0].logits) and one.touched == runs[0].touched
+
+
+def test_all_experts_are_also_those_that_another_intervention_speaks_for():
+    run = other_run("mixtral")
+    patch = moe.patch(run, layer=LAYER, expert=[3, 5])
+    every = [moe.scale(layer=LAYER, expert=expert, by=2.0) for expert in (range(8), None)]
+    with moe.wrap(tiny("mixtral")) as model:
+        named, all_of_them = (model.run(IDS, edit=[patch, one], read="moe_out") for one in every)
+        plain = model.run(IDS, edit=patch, read="moe_out")
+    assert torch.equal(named["moe_out", LAYER], all_of_them["moe_out", LAYER])
+    double = 2.0 * plain["moe_out", LAYER]
+    assert (all_of_them["moe_out", LAYER] - double).abs().max() < 1e-5 * double.abs().max()
+
+
 @pytest.mark.parametrize("marked", [False, True])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen2_moe"])

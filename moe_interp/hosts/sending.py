@@ -39,6 +39,7 @@ SENT = (
     "interventions.outputs",
     "interventions.places",
     "interventions.routes",
+    "interventions.widths",
     "hosts.program",
     "hosts.modes",
     "hosts.sandbox",

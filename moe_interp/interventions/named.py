@@ -1,6 +1,5 @@
 """The interventions by name: functions that take what a user has at hand and return plain data."""
 
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, SupportsIndex
 
@@ -8,36 +7,15 @@ import torch
 from torch import Tensor
 
 from moe_interp.errors import BadInput
+from moe_interp.interventions.arguments import Marks, layers_of, some, where, whole
 from moe_interp.interventions.base import Intervention
 from moe_interp.interventions.outputs import AddToOutput, Mean, Patch, Resample, Scale, SetOutput
 from moe_interp.interventions.places import AddToPoint, Apply, Noise, SetPoint
-from moe_interp.interventions.routes import Bias, Force, Mask, Randomize, Share, Swap, SwapLayers, TopK
+from moe_interp.interventions.routes import Bias, Force, Mask, Randomize, Swap, SwapLayers
 from moe_interp.interventions.values import ByToken, Values
+from moe_interp.interventions.widths import Share, TopK
 from moe_interp.points import editable
 from moe_interp.run import Indices, Run, positions_of
-
-Marks = Tensor | ByToken | None
-"""Tokens as they may be given: booleans [B, S] (or [S]), a mark for each real token of each text, or None for all."""
-
-
-def _whole(number: Any) -> int:
-    try:
-        return operator.index(number)
-    except TypeError as error:
-        raise BadInput("not a layer, expert or k", expected="a whole number", got=repr(number)) from error
-
-
-def _some(numbers: Indices, what: str) -> tuple[int, ...]:
-    found = positions_of(numbers)
-    if found is None:
-        raise BadInput(f"no {what}", expected=f"one {what} or several", got="None")
-    return found
-
-
-def _where(layer: Indices, positions: Indices, tokens: Marks) -> dict[str, Any]:
-    marks = None if tokens is None else ByToken.of(tokens, what="marks of tokens")
-    return {"layers": positions_of(layer), "positions": positions_of(positions), "tokens": marks}
-
 
 # ---- what experts put out ----------------------------------------------------------------------------------
 
@@ -56,7 +34,8 @@ def ablate(
     """Take experts out. What takes their place is a choice, and the answers differ.
 
     Args:
-        layer, expert: one or several; every expert at every layer.
+        layer, expert: one or several, every expert at every layer; None: all, where ``how`` is "zero". Experts that are
+            forbidden, or get another contribution, must be named, and the layers of means.
         how: "zero": their contribution is zero, the others keep their weights, nothing is re-routed. "mean": it is its
             mean over tokens that route to the expert. "resample": it is the one to a random such token of another run.
             "forbid": they cannot be chosen, and the next best run (`mask`).
@@ -69,29 +48,32 @@ def ablate(
     Raises:
         BadInput: what ``how`` needs is missing, or ``run`` never used an expert.
     """
-    layers, experts = _some(layer, "layer"), _some(expert, "expert")
-    where = _where(layers, positions, tokens)
-    pairs = [(one, other) for one in layers for other in experts]
     match how:
         case "zero":
-            return Scale(experts=experts, by=0.0, **where)
+            return scale(layer=layer, expert=expert, by=0.0, positions=positions, tokens=tokens)
         case "forbid":
-            return Mask(experts=experts, **where)
+            return mask(layer=layer, expert=expert, positions=positions, tokens=tokens)
         case "mean" if mean is not None:
-            return Mean(experts=experts, means=Values.of(torch.stack([mean[pair] for pair in pairs])), **where)
+            layers, experts = some(layer, "layer", _WRITTEN), some(expert, "expert", _WRITTEN)
+            means = Values.of(torch.stack([mean[one, other] for one in layers for other in experts]))
+            return Mean(experts=experts, means=means, **where(layers, positions, tokens))
         case "resample" if run is not None:
-            pools = [_used(run, *pair) for pair in pairs]
+            layers, experts = layers_of(run, layer), some(expert, "expert", _WRITTEN)
+            pools = [_used(run, one, other) for one in layers for other in experts]
             return Resample(
                 experts=experts,
                 means=Values.of(torch.cat(pools)),
                 counts=tuple(map(len, pools)),
-                seed=_whole(seed),
-                **where,
+                seed=whole(seed),
+                **where(layers, positions, tokens),
             )
     if how not in ("mean", "resample"):
         raise BadInput("unknown ablation", expected="how = 'zero', 'mean', 'resample' or 'forbid'", got=repr(how))
     needed = "mean=moe.mean_contributions(model, corpus)" if how == "mean" else "run=model.run(..., read='expert_out')"
     raise BadInput(f"ablation by {how} needs more", expected=needed, got="None")
+
+
+_WRITTEN = "Name them: each has a contribution of its own."
 
 
 def _used(run: Run, layer: int, expert: int) -> Tensor:
@@ -108,8 +90,8 @@ def _used(run: Run, layer: int, expert: int) -> Tensor:
 
 
 def scale(*, layer: Indices, expert: Indices, by: float, positions: Indices = None, tokens: Marks = None) -> Scale:
-    """Multiply experts' outputs by a factor (at these tokens)."""
-    return Scale(experts=_some(expert, "expert"), by=float(by), **_where(layer, positions, tokens))
+    """Multiply the outputs of experts (None: of all) by a factor, at these tokens."""
+    return Scale(experts=positions_of(expert), by=float(by), **where(layer, positions, tokens))
 
 
 def replace(
@@ -130,12 +112,14 @@ def replace(
         point: or which point.
         positions, tokens: as in `ablate`.
     """
-    stored = _values(values)
-    where = _where(layer, positions, tokens)
+    stored, here = _values(values), where(layer, positions, tokens)
     if point is None:
-        return SetOutput(experts=_some(expert, "expert"), values=stored, **where)
+        return SetOutput(experts=some(expert, "expert", _OR_POINT), values=stored, **here)
     _refuse_both(point, expert)
-    return SetPoint(point=editable(point).name, values=stored, **where)
+    return SetPoint(point=editable(point).name, values=stored, **here)
+
+
+_OR_POINT = "Name experts, or a point."
 
 
 def _values(given: Any) -> Values | ByToken:
@@ -169,11 +153,11 @@ def steer(
         layer, expert, point, positions, tokens: as in `replace`.
         by: a factor for the vector.
     """
-    stored, where = Values.of(vector, "a vector"), _where(layer, positions, tokens)
+    stored, here = Values.of(vector, "a vector"), where(layer, positions, tokens)
     if point is None:
-        return AddToOutput(experts=_some(expert, "expert"), vector=stored, by=float(by), **where)
+        return AddToOutput(experts=some(expert, "expert", _OR_POINT), vector=stored, by=float(by), **here)
     _refuse_both(point, expert)
-    return AddToPoint(point=editable(point).name, vector=stored, by=float(by), **where)
+    return AddToPoint(point=editable(point).name, vector=stored, by=float(by), **here)
 
 
 def noise(
@@ -186,7 +170,7 @@ def noise(
     tokens: Marks = None,
 ) -> Noise:
     """Add Gaussian noise to a point: the corruption of causal tracing (Meng et al. 2022, arXiv 2202.05262)."""
-    return Noise(point=editable(point).name, std=float(std), seed=_whole(seed), **_where(layer, positions, tokens))
+    return Noise(point=editable(point).name, std=float(std), seed=whole(seed), **where(layer, positions, tokens))
 
 
 def patch(
@@ -203,7 +187,7 @@ def patch(
     Args:
         run: of as many texts (or of one). For experts it must have read ``expert_out`` at these layers, for a point
             that point, at all positions.
-        layer: one or several.
+        layer: one or several (None: all MoE layers, or a point of the whole model).
         expert: whose contributions (weight times output; 0 at tokens that did not use the expert, in either run). Slots
             do not matter, and routes stay: `patch_route` is the other half.
         point: or which point; one layer.
@@ -212,15 +196,14 @@ def patch(
     Raises:
         UnknownName: the run did not read what is needed.
     """
-    where = _where(layer, positions, tokens)
     if point is None:
-        layers, experts = _some(layer, "layer"), _some(expert, "expert")
+        layers, experts = layers_of(run, layer), some(expert, "expert", _OR_POINT)
         found = [run.contribution(one, other) for one in layers for other in experts]
         return Patch(
             experts=experts,
             outputs=tuple(ByToken.of(outputs, run.tokens) for outputs, _, _ in found),
             weights=tuple(ByToken.of(weights, run.tokens) for _, weights, _ in found),
-            **where,
+            **where(layers, positions, tokens),
         )
     _refuse_both(point, expert)
     given = positions_of(layer)
@@ -229,7 +212,7 @@ def patch(
     value = run[editable(point).name] if given is None else run[editable(point).name, given[0]]
     if value.shape[:2] != run.mask.shape:
         raise BadInput(f"{point!r} was read in part", expected="a read at all positions", got=str(tuple(value.shape)))
-    return SetPoint(point=point, values=ByToken.of(value, run.tokens), **where)
+    return SetPoint(point=point, values=ByToken.of(value, run.tokens), **where(layer, positions, tokens))
 
 
 # ---- who is chosen -----------------------------------------------------------------------------------------
@@ -237,12 +220,12 @@ def patch(
 
 def patch_route(run: Run, *, layer: SupportsIndex, positions: Indices = None, tokens: Marks = None) -> Force:
     """Put another run's experts and weights in place of this one's, token by token; outputs are computed anew."""
-    at = _whole(layer)
+    at = whole(layer)
     if at not in run.routing:
         raise BadInput(f"the run has no routing at layer {at}", expected=f"one of {list(run.routing)}", got=str(at))
     routing = run.routing[at]
     ids, weights = (ByToken.of(value, run.tokens) for value in (routing.ids, routing.weights))
-    return Force(experts=ids, weights=weights, **_where(at, positions, tokens))
+    return Force(experts=ids, weights=weights, **where(at, positions, tokens))
 
 
 def force(
@@ -264,12 +247,15 @@ def force(
         positions, tokens: as in `ablate`.
     """
     each = isinstance(experts, Tensor) and experts.dim() > 1
-    ids = ByToken.of(experts if experts.dim() > 2 else experts[None]) if each else _some(experts, "expert")
+    ids = ByToken.of(experts if experts.dim() > 2 else experts[None]) if each else some(experts, "expert")
     if isinstance(weights, Tensor) and weights.dim() > 1:
         weights = ByToken.of(weights if weights.dim() > 2 else weights[None])
     elif not isinstance(weights, str | ByToken):
         weights = tuple(float(weight) for weight in ([weights] if isinstance(weights, int | float) else weights))
-    return Force(experts=ids, weights=weights, **_where(layer, positions, tokens))
+    return Force(experts=ids, weights=weights, **where(layer, positions, tokens))
+
+
+_NOT_ALL = "A router must choose; to have none contribute: moe.ablate(layer=..., expert=None)."
 
 
 def mask(
@@ -280,13 +266,13 @@ def mask(
     positions: Indices = None,
     tokens: Marks = None,
 ) -> Mask:
-    """Forbid experts.
+    """Forbid experts, which must be named (``layer`` None: at all MoE layers).
 
     ``on`` the selection, after any selection bias and choice of groups: the next best run, with the weights that the
     router's recipe gives them on its scores as they were. On the logits: they are minus infinity, which changes the
     weights of the others where these come from a softmax over all, and does not forbid where a bias is added later.
     """
-    return Mask(experts=_some(expert, "expert"), on=on, **_where(layer, positions, tokens))
+    return Mask(experts=some(expert, "expert", _NOT_ALL), on=on, **where(layer, positions, tokens))
 
 
 def bias(
@@ -298,12 +284,12 @@ def bias(
     positions: Indices = None,
     tokens: Marks = None,
 ) -> Bias:
-    """Push experts (or hold them back) by a number added to their selection scores, or to their logits.
+    """Push experts (or hold them back; None: all) by a number added to their selection scores, or to their logits.
 
     Selection scores are what the router's top-k looks at: probabilities in most models, logits in some; a push on them
     changes no weight of an expert that was chosen anyhow.
     """
-    return Bias(experts=_some(expert, "expert"), by=float(by), on=on, **_where(layer, positions, tokens))
+    return Bias(experts=positions_of(expert), by=float(by), on=on, **where(layer, positions, tokens))
 
 
 def randomize(
@@ -319,7 +305,7 @@ def randomize(
     The weights are those that the router gave its own choice, slot by slot, or fresh ones by its recipe. A token's draw
     depends on the seed, the layer, and the text and number of the token alone.
     """
-    return Randomize(weights=weights, seed=_whole(seed), **_where(layer, positions, tokens))
+    return Randomize(weights=weights, seed=whole(seed), **where(layer, positions, tokens))
 
 
 def swap(
@@ -330,8 +316,8 @@ def swap(
     if (layers is None) == (experts is None):
         raise BadInput("what to swap", expected="layer and two experts, or two layers", got="both or neither")
     if experts is None:
-        return SwapLayers(**_where(layers, positions, tokens))
-    return Swap(experts=_some(tuple(experts), "expert"), **_where(layer, positions, tokens))
+        return SwapLayers(**where(layers, positions, tokens))
+    return Swap(experts=some(tuple(experts), "expert"), **where(layer, positions, tokens))
 
 
 def top_k(
@@ -348,9 +334,9 @@ def top_k(
     weights to the total that K experts would have; off, as in MoE-Lens, the dropped weight is lost.
 
     Raises:
-        BadInput: k below 1.
+        BadInput: k below 1, or (when run) above the number of experts.
     """
-    return TopK(k=_whole(k), renormalise=renormalise, **_where(layers, positions, tokens))
+    return TopK(k=whole(k), renormalise=renormalise, **where(layers, positions, tokens))
 
 
 def share(
@@ -366,7 +352,7 @@ def share(
     Raises:
         BadInput: a share that is not above 0 and up to 1.
     """
-    return Share(share=float(of_weight), renormalise=renormalise, **_where(layers, positions, tokens))
+    return Share(share=float(of_weight), renormalise=renormalise, **where(layers, positions, tokens))
 
 
 # ---- anything ----------------------------------------------------------------------------------------------
@@ -389,4 +375,4 @@ def apply(
         UnknownName: no such point or layer in the model.
         BadInput: the point is read-only, or ``fn`` returned another shape or dtype.
     """
-    return Apply(point=point, fn=fn, **_where(layers, positions, tokens))
+    return Apply(point=point, fn=fn, **where(layers, positions, tokens))

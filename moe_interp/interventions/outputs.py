@@ -24,22 +24,33 @@ from moe_interp.run import Context, positions_of
 
 @dataclass(frozen=True, kw_only=True)
 class OfExperts(Placed, abstract=True):
-    """An intervention on the outputs of some experts of some layers."""
+    """An intervention on the outputs of some experts of some layers.
 
-    experts: tuple[int, ...]
+    Attributes:
+        experts: whose; None: all, where ``all_at_once``.
+        all_at_once: whether it may act on all experts without their names.
+    """
+
+    all_at_once: ClassVar[bool] = True
+    experts: tuple[int, ...] | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         experts = positions_of(self.experts)
-        if experts is None:
+        if experts is None and not self.all_at_once:
             raise BadInput("no experts", expected="the ids of experts", got="None")
-        object.__setattr__(self, "experts", tuple(dict.fromkeys(experts)))
+        object.__setattr__(self, "experts", None if experts is None else tuple(dict.fromkeys(experts)))
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """The experts that it names."""
+        return self.experts or ()
 
     def edits(self, spec: ModelSpec) -> list[Edit]:
         """One edit of ``expert_out`` at each layer."""
         layers = moe_layers_at(spec, self.layers)
         for layer in layers:
-            for expert in self.experts:
+            for expert in self.named:
                 spec.check_runs(layer, expert)
         return [Edit("expert_out", layer, self.changed) for layer in layers]
 
@@ -61,7 +72,7 @@ class Scale(OfExperts):
     def changed(self, outputs: Float[Tensor, "B S K D"], context: Context) -> Change:
         """Outputs times the factor."""
         slots, here = self.slots(context), self.here(context)[..., None]
-        for expert in {*self.experts} & context.added.keys():
+        for expert in [one for one in context.added if self.experts is None or one in self.experts]:
             context.added[expert] = torch.where(here, context.added[expert] * self.by, context.added[expert])
         return Change(torch.where(slots[..., None], outputs * self.by, outputs), int(slots.sum()))
 
@@ -102,6 +113,7 @@ class _Contribution(OfExperts, abstract=True):
     """An intervention that sets contributions, layer by layer and expert by expert."""
 
     adds: ClassVar[bool] = True
+    all_at_once: ClassVar[bool] = False
 
     def edits(self, spec: ModelSpec) -> list[Edit]:
         """One edit of ``expert_out`` at each layer."""
@@ -112,7 +124,7 @@ class _Contribution(OfExperts, abstract=True):
     def changed(self, outputs: Float[Tensor, "B S K D"], context: Context) -> Change:
         """Outputs that give these contributions."""
         touched = 0
-        for number, expert in enumerate(self.experts):
+        for number, expert in enumerate(self.named):
             vectors, weights, where = self.new(context, expert, self._place(context.layer, number))
             outputs, count = contribute(outputs, context, expert, vectors, weights, where)
             touched += count
@@ -120,7 +132,7 @@ class _Contribution(OfExperts, abstract=True):
 
     def _place(self, layer: int | None, number: int) -> int:
         """Where a layer's and an expert's part lies among those that are held."""
-        return (self.layers or ()).index(layer or 0) * len(self.experts) + number
+        return (self.layers or ()).index(layer or 0) * len(self.named) + number
 
     def new(self, context: Context, expert: int, place: int) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors [B, S, D] and weights [B, S], whose product is the contribution, and where it is set [B, S]."""

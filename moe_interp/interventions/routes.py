@@ -47,14 +47,14 @@ class _OfScores(OfExperts, abstract=True):
         point = SCORES if self.on == "selection" else "router_logits"
         layers = [layer for layer in layers_at(spec, point, self.layers) if layer is not None]
         for layer in layers:
-            for expert in self.experts:
+            for expert in self.named:
                 spec.check_runs(layer, expert)
         return [Edit(point, layer, self.changed) for layer in layers]
 
     def columns(self, scores: Tensor, context: Context) -> Bool[Tensor, "B S E"]:
         """[B, S, E], the scores that change."""
-        columns = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
-        columns[list(self.experts)] = True
+        columns = torch.full(scores.shape[-1:], self.experts is None, dtype=torch.bool, device=scores.device)
+        columns[list(self.named)] = True
         return columns & self.seen(context)[..., None]
 
 
@@ -62,17 +62,19 @@ class _OfScores(OfExperts, abstract=True):
 class Mask(_OfScores):
     """Forbid experts: the next best run."""
 
+    all_at_once: ClassVar[bool] = False
+
     def forbids(self, spec: ModelSpec) -> Mapping[int, frozenset[int]]:
         """The experts, at each of its layers."""
         layers = moe_layers_at(spec, self.layers) if self.on == "selection" else ()
-        return dict.fromkeys(layers, frozenset(self.experts))
+        return dict.fromkeys(layers, frozenset(self.named))
 
     def changed(self, scores: Float[Tensor, "B S E"], context: Context) -> Change:
         """Scores that lose against all others, also against those of groups that were not chosen."""
         columns = self.columns(scores, context)
         if self.on == "selection":
             scores = scores.clamp(min=torch.finfo(scores.dtype).min)
-        return Change(scores.masked_fill(columns, -torch.inf), int(columns[..., self.experts[0]].sum()))
+        return Change(scores.masked_fill(columns, -torch.inf), int(columns.any(dim=-1).sum()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ class Bias(_OfScores):
     def changed(self, scores: Float[Tensor, "B S E"], context: Context) -> Change:
         """Scores plus the number."""
         columns = self.columns(scores, context)
-        return Change(torch.where(columns, scores + self.by, scores), int(columns[..., self.experts[0]].sum()))
+        return Change(torch.where(columns, scores + self.by, scores), int(columns.any(dim=-1).sum()))
 
 
 # ---- whole routes ------------------------------------------------------------------------------------------
@@ -259,9 +261,11 @@ class Randomize(Placed):
 class Swap(OfExperts):
     """Two experts of a layer change places: wherever one was chosen the other runs, with the same weight."""
 
+    all_at_once: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.experts) != 2:
+        if len(self.named) != 2:
             raise BadInput("not two experts to swap", expected="two different ids", got=str(self.experts))
 
     def edits(self, spec: ModelSpec) -> list[Edit]:
@@ -270,7 +274,7 @@ class Swap(OfExperts):
 
     def changed(self, ids: Int[Tensor, "B S K"], context: Context) -> Change:
         """The other's id at both."""
-        first, second = self.experts
+        first, second = self.named
         here = self.seen(context)[..., None]
         one, other = (ids == first) & here, (ids == second) & here
         return Change(ids.masked_fill(one, second).masked_fill(other, first), int((one | other).sum()))
@@ -304,111 +308,3 @@ class SwapLayers(Placed):
         """None: the experts themselves are exchanged."""
         self.exchanges(spec)
         return []
-
-
-# ---- fewer or more experts ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class TopK(Placed):
-    """Keep only the k heaviest experts of each token."""
-
-    drops: ClassVar[bool] = True
-    k: int
-    renormalise: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.k, int) or self.k < 1:
-            raise BadInput("cannot keep fewer than one expert", expected="k >= 1", got=f"k = {self.k}")
-
-    def widths(self, spec: ModelSpec) -> Mapping[int, int]:
-        """Routers that must choose more experts than they do on their own."""
-        chosen = moe_layers_at(spec, self.layers)
-        for layer in chosen:
-            spec.check_expert(layer, self.k - 1)
-        wider = {layer: self.k for layer in chosen if self.k > spec.moe(layer).top_k}
-        for layer in wider:
-            if spec.moe(layer).width is None:
-                raise BadInput(
-                    f"the router of layer {layer} cannot choose {self.k} experts",
-                    expected=f"k up to {spec.moe(layer).top_k}, which {spec.model_type} has built in",
-                    got=str(self.k),
-                )
-            if self.positions is not None or self.tokens is not None:
-                raise BadInput(
-                    "more experts at some tokens only",
-                    expected=f"k up to {spec.moe(layer).top_k} there",
-                    got=str(self.k),
-                )
-        return wider
-
-    def edits(self, spec: ModelSpec) -> list[Edit]:
-        """One edit of ``gate_weights`` at each layer."""
-        self.widths(spec)
-        layers = moe_layers_at(spec, self.layers)
-        return [Edit("gate_weights", layer, self._kept(spec.moe(layer))) for layer in layers]
-
-    def _kept(self, moe: MoESpec) -> Callable[[Tensor, Context], Change]:
-        def kept(weights: Float[Tensor, "B S K"], context: Context) -> Change:
-            rank = _rank(weights)
-            light = (rank >= self.k) & self.here(context)[..., None]
-            # A widened router that renormalises has given its k weights the same total already.
-            own = weights if moe.renormalises else weights.masked_fill(rank >= moe.top_k, 0.0)
-            return _without(weights, light, own if self.renormalise else None)
-
-        return kept
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share(Placed):
-    """Keep the fewest experts of each token whose weights reach a share of their sum, heaviest first."""
-
-    drops: ClassVar[bool] = True
-    share: float
-    renormalise: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.share <= 1:
-            raise BadInput("not a share of weight", expected="a number above 0, up to 1", got=str(self.share))
-
-    def edits(self, spec: ModelSpec) -> list[Edit]:
-        """One edit of ``gate_weights`` at each layer."""
-        return [Edit("gate_weights", layer, self._kept) for layer in moe_layers_at(spec, self.layers)]
-
-    def _kept(self, weights: Float[Tensor, "B S K"], context: Context) -> Change:
-        ordered, order = weights.sort(dim=-1, descending=True, stable=True)
-        # A slot is kept if those before it have not reached the share; rounding must not add one.
-        before = ordered.double().cumsum(dim=-1) - ordered.double()
-        enough = before >= (self.share - 1e-9) * ordered.double().sum(dim=-1, keepdim=True)
-        light = torch.zeros_like(enough).scatter(-1, order, enough) & self.here(context)[..., None]
-        return _without(weights, light, weights if self.renormalise else None)
-
-
-def _rank(weights: Float[Tensor, "B S K"]) -> Int[Tensor, "B S K"]:
-    """0 for the heaviest slot of a token."""
-    return weights.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-
-
-def _without(
-    weights: Float[Tensor, "B S K"], light: Bool[Tensor, "B S K"], total_of: Float[Tensor, "B S K"] | None
-) -> Change:
-    """Weights without the light ones, rescaled to the total of others if asked."""
-    left = weights.masked_fill(light, 0.0)
-    if total_of is not None:
-        total = left.sum(dim=-1, keepdim=True)
-        changed = light.any(dim=-1, keepdim=True) | (total_of != weights).any(dim=-1, keepdim=True)
-        left = torch.where(changed & (total != 0), left * (total_of.sum(dim=-1, keepdim=True) / total), left)
-    return Change(left, int(light.sum()))
-
-
-def keep_slots(
-    weights: Float[Tensor, "B S K"], k: int, renormalise: bool, order: Int[Tensor, "B S K"]
-) -> Float[Tensor, "B S K"]:
-    """Weights of the first k slots in the given order, the others zero."""
-    kept = weights.masked_fill(order.to(weights.device) >= k, 0.0)
-    if not renormalise:
-        return kept
-    total = kept.sum(dim=-1, keepdim=True)
-    return torch.where(total > 0, kept * (weights.sum(dim=-1, keepdim=True) / total), kept)

@@ -142,10 +142,12 @@ class ByToken:
         if count == 1:
             return tokens.texts * 0
         if not self.covers(tokens):
+            here = len(tokens.texts)
             raise BadInput(
                 "values of other texts",
-                expected=f"a run of {count} texts, or values of one",
-                got=f"a run of {len(tokens.texts)}",
+                expected="values of one text" + f", or of {here}, as many as are run here" * (here > 1),
+                got=f"values of {count}",
+                do="Take them from a run of one text, or run the same texts.",
             )
         return tokens.texts
 
