@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor 
 def encode(
     inputs: Inputs, tokenizer: Any, spec: ModelSpec, device: torch.device, padding_side: str = "right"
 ) -> dict[str, Any]:
-    """Model inputs of a text, texts, token ids [S] or [B, S], or a mapping of them.
+    """Model inputs of a text, texts, token ids [S] or [B, S], rows of ids of any lengths, or a mapping of them.
 
+    Texts and rows of different lengths are padded.
     A model without tokens takes a mapping of its arguments, as they are.
 
     Raises:
@@ -31,6 +32,8 @@ def encode(
         found = _tensors(inputs)
     elif isinstance(inputs, str) or (isinstance(inputs, Sequence) and inputs and isinstance(inputs[0], str)):
         found = _tokenize([inputs] if isinstance(inputs, str) else list(inputs), tokenizer, padding_side)
+    elif _uneven(inputs):
+        found = pad(inputs, padding_side)  # type: ignore[arg-type]
     else:
         found = {"input_ids": _ids(inputs)}
     if "input_ids" in found and spec.kind != "other":
@@ -93,11 +96,19 @@ def pad(rows: Sequence[Sequence[int]], side: str = "right") -> dict[str, Tensor]
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def _uneven(inputs: Any) -> bool:
+    """Whether these are rows of token ids of different lengths."""
+    if not isinstance(inputs, list | tuple) or not all(isinstance(row, list | tuple) for row in inputs):
+        return False
+    whole = all(isinstance(one, SupportsIndex) for row in inputs for one in row)
+    return whole and len({len(row) for row in inputs}) > 1
+
+
 def _ids(inputs: Any) -> Tensor:
     try:
         ids = inputs if isinstance(inputs, Tensor) else torch.tensor(inputs)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise BadInput("not model inputs", expected="text or token ids", got=str(error)) from error
+        raise BadInput("not model inputs", expected="text, texts or token ids", got=repr(inputs)[:80]) from error
     return ids[None] if ids.dim() == 1 else ids
 
 

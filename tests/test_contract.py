@@ -206,6 +206,23 @@ def test_gradients_reach_the_point_and_match_the_reference(tiny, family, point):
     assert error(got, expected) < TOLERANCE
 
 
+def test_rows_of_ids_of_different_lengths_are_padded(tiny):
+    hf, rows = tiny("qwen3_moe")[0], [[5, 9, 23, 7, 40, 11], [8, 3, 61]]
+    ids, mask = torch.tensor([rows[0], [*rows[1], 0, 0, 0]]), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    with moe.wrap(hf) as model:
+        run = model.run(rows, read="resid_post")
+        same = model.run({"input_ids": ids, "attention_mask": mask}, read="resid_post")
+        alone = model.run(rows[1]).logits
+        written = model.generate(rows, max_new_tokens=3, do_sample=False)
+        expected = model.generate(rows[1], max_new_tokens=3, do_sample=False)
+        even = model.encode([rows[1], rows[0][:3]])
+    assert torch.equal(run.mask, mask.bool()) and torch.equal(run.token_ids, ids)
+    assert torch.equal(run.logits, same.logits) and torch.equal(run["resid_post", 3], same["resid_post", 3])
+    assert (run.logits[1, :3] - alone[0]).abs().max() < 1e-5 * alone.abs().max()
+    assert torch.equal(written[1, -3:], expected[0, -3:])
+    assert list(even) == ["input_ids"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_changes_nothing_for_real_tokens(tiny, family):
     hf, ids, _ = tiny(family)
