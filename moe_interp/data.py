@@ -4,7 +4,9 @@ A document is the unit of every interval in this package, because tokens of one 
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,23 +33,41 @@ class Document:
     name: str
 
 
-@dataclass(frozen=True)
+_MADE_BY = "a corpus: moe.read_corpus(path), or moe.Corpus.from_texts({domain: texts})"
+
+
+def _is_document(given: Any) -> bool:
+    return isinstance(given, Document) and isinstance(given.text, str)
+
+
+@dataclass(frozen=True, repr=False)
 class Corpus:
-    """Documents in a fixed order.
+    """Documents in a fixed order, which it iterates over.
 
     Raises:
-        BadInput: no documents, or one that is empty.
+        BadInput: no documents, something else among them, or one that is empty.
     """
 
     documents: tuple[Document, ...]
     source: str = "memory"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.documents, list | tuple) or not all(map(_is_document, self.documents)):
+            raise BadInput("not documents", expected=_MADE_BY, got=repr(self.documents)[:80])
+        object.__setattr__(self, "documents", tuple(self.documents))
         if not self.documents:
-            raise BadInput("a corpus without documents", expected="at least one", got=self.source)
+            raise BadInput(f"a corpus without documents from {self.source}", expected="at least one", got="none")
         for document in self.documents:
             if not document.text.strip():
                 raise BadInput(f"document {document.name!r} is empty", expected="at least one character of text")
+
+    def __repr__(self) -> str:
+        counts = Counter(document.domain for document in self.documents)
+        told = ", ".join(f"{domain} {count}" for domain, count in counts.items())
+        return f"Corpus of {len(self)} documents from {self.source}: {told}"
+
+    def __iter__(self) -> Iterator[Document]:
+        return iter(self.documents)
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, list[str]], source: str = "memory") -> "Corpus":
@@ -93,15 +113,17 @@ def sample() -> Corpus:
     return Corpus(read_corpus(SAMPLE).documents, "the bundled sample")
 
 
-def read_corpus(path: str | Path, *, domain: str | None = None, limit: int | None = None) -> Corpus:
+def read_corpus(path: str | Path, *, text: str = "text", domain: str | None = None, limit: int | None = None) -> Corpus:
     """Documents from a file, a folder of files, or a Hugging Face dataset.
 
     ``.jsonl`` and ``.parquet`` have a ``text`` field, and may have ``domain`` and ``name``; ``.txt`` is one document
     for each block of lines between blank lines. A folder is read file by file. Anything that is no path is taken for
-    the id of a dataset on the hub. Where nothing names a domain it is the file's name.
+    the id of a dataset on the hub. Where nothing names a domain it is the file's name. Texts that are empty, or white
+    space alone, are left out, and a warning says how many.
 
     Args:
         path: where to read.
+        text: the field that holds the text.
         domain: the domain of all documents, in place of what the data say.
         limit: at most so many documents of each file.
 
@@ -115,26 +137,27 @@ def read_corpus(path: str | Path, *, domain: str | None = None, limit: int | Non
             raise BadData(f"no data in {source}", expected=f"files of type {', '.join(_READERS)}", got="none")
     else:
         files = [source]
-    documents = [document for file in files for document in islice(_documents(file, domain), limit)]
+    blank: list[int] = []
+    documents = [one for file in files for one in islice(_documents(file, text, domain, blank), limit)]
+    if blank:
+        warnings.warn(f"{len(blank)} empty texts of {source} were left out", stacklevel=2)
     if not documents:
         raise BadData(f"no documents in {source}", expected="at least one", got="none")
     return Corpus(tuple(documents), str(path))
 
 
-def _documents(file: Path, domain: str | None) -> Iterator[Document]:
+def _documents(file: Path, field: str, domain: str | None, blank: list[int]) -> Iterator[Document]:
+    """The documents of a file; the numbers of records whose text is blank go to ``blank``."""
     if file.is_file() and file.suffix not in _READERS:
         raise BadData(f"cannot read {file}", expected=f"a file of type {', '.join(_READERS)}", got=repr(file.suffix))
     if file.suffix in _READERS and not file.exists():
         raise BadData(f"no file {file}", expected="an existing file or folder, or a dataset id", got=str(file))
-    records = _READERS[file.suffix](file) if file.suffix in _READERS else _dataset(file)
+    records = _READERS[file.suffix](file, field) if file.suffix in _READERS else _dataset(file)
     for number, record in enumerate(records):
-        text = record.get("text")
-        if not isinstance(text, str) or not text.strip() or _lone_surrogate(text):
-            raise BadData(
-                f"record {number + 1} of {file} has no text",
-                expected="a non-empty string under 'text'",
-                got=repr(text)[:80],
-            )
+        text = _text_of(record, field, f"record {number + 1} of {file}")
+        if not text.strip():
+            blank.append(number)
+            continue
         own, name = record.get("domain"), record.get("name")
         yield Document(
             text,
@@ -143,12 +166,30 @@ def _documents(file: Path, domain: str | None) -> Iterator[Document]:
         )
 
 
+def _text_of(record: dict[str, Any], field: str, where: str) -> str:
+    if field not in record:
+        raise _no_field(where, field, record)
+    text = record[field]
+    if not isinstance(text, str) or _lone_surrogate(text):
+        raise BadData(f"{where} has no text", expected=f"a string under {field!r}", got=repr(text)[:80])
+    return text
+
+
+def _no_field(where: str, field: str, there: Iterable[str]) -> BadData:
+    return BadData(
+        f"{where} has no text",
+        expected=f"a field {field!r}",
+        got=f"the fields {', '.join(map(repr, there)) or 'none'}",
+        do='Say which of them holds the text: moe.read_corpus(path, text="...").',
+    )
+
+
 def _lone_surrogate(text: str) -> bool:
     """Whether a text holds half of a surrogate pair, which no encoding and no tokenizer takes."""
     return any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
-def _jsonl(file: Path) -> Iterator[dict[str, Any]]:
+def _jsonl(file: Path, field: str) -> Iterator[dict[str, Any]]:
     try:
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
@@ -168,21 +209,24 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _text(file: Path) -> Iterator[dict[str, Any]]:
+def _text(file: Path, field: str) -> Iterator[dict[str, Any]]:
     try:
         blocks = file.read_text(encoding="utf-8").split("\n\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadData(f"cannot read {file}", expected="UTF-8 text", got=str(error)) from error
-    yield from ({"text": block} for block in blocks if block.strip())
+    yield from ({field: block} for block in blocks if block.strip())
 
 
-def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+def _parquet(file: Path, field: str) -> Iterator[dict[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         table = parquet.ParquetFile(file)
-        wanted = [name for name in ("text", "domain", "name") if name in table.schema_arrow.names]
+        there = table.schema_arrow.names
+        if field not in there:
+            raise _no_field(str(file), field, there)
+        wanted = [name for name in dict.fromkeys((field, "domain", "name")) if name in there]
         for batch in table.iter_batches(columns=wanted):
             yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
@@ -204,11 +248,21 @@ def _dataset(source: Path) -> Iterator[dict[str, Any]]:
     yield from (dict(record) for part in parts for record in part)
 
 
-_READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {
     ".jsonl": _jsonl,
     ".txt": _text,
     ".parquet": _parquet,
 }
+
+
+def check_corpus(corpus: Any) -> None:
+    """Refuse what is no corpus, such as a text or the name of a file.
+
+    Raises:
+        BadInput: it is none.
+    """
+    if not isinstance(corpus, Corpus):
+        raise BadInput("not a corpus", expected=_MADE_BY, got=repr(corpus)[:80])
 
 
 @dataclass(frozen=True)
@@ -240,8 +294,9 @@ def batches(
         batch_tokens: at most so many tokens, padding included, in a batch (a single document may have more).
 
     Raises:
-        BadInput: the model has no tokenizer.
+        BadInput: no corpus, or a model without a tokenizer.
     """
+    check_corpus(corpus)
     if model.tokenizer is None:
         raise BadInput("a corpus needs a tokenizer", expected="moe.wrap(model, tokenizer)", got="no tokenizer")
     if max_tokens is not None and max_tokens < 1:

@@ -65,6 +65,11 @@ class MoEModel:
             self._closed = True
             close_host(self.hf)
 
+    def __repr__(self) -> str:
+        s = self.spec
+        sizes = f"{s.num_layers} layers, {len(self.layers)} of them MoE, of {s.num_experts} experts, top_k {s.top_k}"
+        return f"{type(self).__name__}({self.name!r}, {s.model_type}: {sizes})"
+
     def __enter__(self) -> "MoEModel":
         return self
 
@@ -121,7 +126,7 @@ class MoEModel:
         """One forward pass: read points, make edits.
 
         Args:
-            inputs: a text, texts, token ids [S] or [B, S], or a mapping of model inputs.
+            inputs: a text, texts, token ids [S] or [B, S] (rows of any lengths), or a mapping of model inputs.
             read: names of points (at all their layers) or ``moe.select(...)``.
             edit: interventions, carried out in order.
             grad: keep the graph, so that gradients reach what was read.

@@ -197,7 +197,7 @@ class Routing:
         return self.weights.argsort(dim=-1, descending=True, stable=True)
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """One forward pass: logits, the points read, the routing of every MoE layer.
 
@@ -222,6 +222,15 @@ class Run:
     provenance: Mapping[str, str | int | float] = field(default_factory=dict)
     has_head: bool = True
     tops: Mapping[tuple[str, int | None], TopTokens] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        texts, longest = self.mask.shape
+        layers: dict[str, list[int | None]] = {}
+        for name, layer in (*self.values, *self.tops):
+            layers.setdefault(name, []).append(layer)
+        read = [name if at == [None] else f"{name} at layers {at}" for name, at in layers.items()]
+        told = f"Run of {texts} texts, {longest} positions, read: {', '.join(read) or 'nothing'}"
+        return told + (f", touched: {self.touched}" if self.touched else "")
 
     @property
     def output(self) -> Float[Tensor, "*rows V"]:
@@ -315,10 +324,16 @@ class Run:
 def _found(kept: Mapping[tuple[str, int | None], Any], point: str, layer: int | None) -> Any:
     if (point, layer) in kept:
         return kept[point, layer]
+    layers = [at for name, at in kept if name == point]
+    if layers == [None]:
+        raise UnknownName(f"{point!r} is a point of the whole model", expected="no layer", got=f"layer {layer}")
+    if layers:
+        got = "none" if layer is None else str(layer)
+        raise UnknownName(f"which layer of {point!r}", expected=f"a layer at which it was read: {layers}", got=got)
     names = ", ".join(sorted({name for name, _ in kept})) or "none"
     raise UnknownName(
         f"run holds no {point!r}" + (f" at layer {layer}" if layer is not None else ""),
-        expected=f"a point that was read ({names}) at one of its layers",
+        expected=f"a point that was read ({names})",
         got=repr(point if layer is None else (point, layer)),
         do="Name it in model.run(..., read=[...]) and index with run[point, layer].",
     )

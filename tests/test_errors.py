@@ -112,7 +112,9 @@ def test_values_of_two_texts_are_not_patched_into_one(model):
         (torch.zeros(1, 0, dtype=torch.long), "not token ids"),
         (torch.tensor([[96]]), "token id out of the vocabulary: expected ids from 0 to 95, got 96 to 96"),
         (torch.zeros(1, 129, dtype=torch.long), "text over the context length: expected at most 128 tokens, got 129"),
-        ([[1, 2], [3]], "not model inputs"),
+        ([[1, 2], [3.5]], r"not model inputs: expected text, texts or token ids, got \[\[1, 2\], \[3.5\]\]$"),
+        ([[1, 2], []], "a text without a real token"),
+        ([[1, 2], [96]], "token id out of the vocabulary"),
         ({"input_ids": IDS, "attention_mask": torch.zeros(2, 8)}, "a text without a real token"),
         ({"input_ids": IDS, "attention_mask": torch.ones(2, 5)}, "ids and mask differ"),
         ({"attention_mask": torch.ones(2, 5)}, "no tokens in the model inputs: expected 'input_ids'"),
@@ -144,9 +146,28 @@ def test_what_is_neither_a_read_nor_an_edit(given):
 
 
 def test_a_run_says_what_it_holds(model):
-    run = model.run(IDS, read="moe_in")
+    run = model.run(IDS, read=["moe_in", "embed", moe.select("resid_post", layers=3, top=2)])
     with pytest.raises(errors.UnknownName, match=r"run holds no 'expert_out' at layer 2.*moe_in.*read=\[...\]"):
         run["expert_out", 2]
+    which = r"which layer of 'moe_in': expected a layer at which it was read: \[0, 2, 3\], got "
+    with pytest.raises(errors.UnknownName, match=which + "none$"):
+        run["moe_in"]
+    with pytest.raises(errors.UnknownName, match=which + "1$"):
+        run["moe_in", 1]
+    with pytest.raises(
+        errors.UnknownName, match="'embed' is a point of the whole model: expected no layer, got layer 0"
+    ):
+        run["embed", 0]
+    with pytest.raises(errors.UnknownName, match=r"which layer of 'resid_post': .* read: \[3\], got none"):
+        run.top_tokens("resid_post")
+
+
+def test_models_and_runs_are_short_to_print(model):
+    run = model.run(IDS, read=["moe_in", "embed", moe.select("resid_post", layers=3, top=2)])
+    assert repr(run) == "Run of 2 texts, 8 positions, read: embed, moe_in at layers [0, 2, 3], resid_post at layers [3]"
+    run = model.run(IDS[:1, :3], edit=[moe.ablate(layer=2, expert=range(8)), moe.top_k(3)])
+    assert repr(run) == "Run of 1 texts, 3 positions, read: nothing, touched: (9, 0)"
+    assert repr(model) == "MoEModel('qwen3_moe', qwen3_moe: 4 layers, 3 of them MoE, of 8 experts, top_k 3)"
 
 
 def test_weights_with_nan(tmp_path):
@@ -208,7 +229,9 @@ def test_data_that_cannot_be_read(tmp_path):
     with pytest.raises(errors.BadData, match="cannot read line 2 of .*broken.jsonl: expected a JSON object"):
         moe.read_corpus(broken)
     broken.write_text('{"text": "fine"}\n{"txt": "no"}\n')
-    with pytest.raises(errors.BadData, match="record 2 of .* has no text"):
+    with pytest.raises(
+        errors.BadData, match="record 2 of .* has no text: expected a field 'text', got the fields 'txt'"
+    ):
         moe.read_corpus(broken)
     broken.write_bytes(b'{"text": "\xff\xfe"}\n')
     with pytest.raises(errors.BadData, match="expected UTF-8 text"):

@@ -294,6 +294,13 @@ def test_nll_counts_real_tokens_only() -> None:
     np.testing.assert_allclose(nll_sums(noisy, ids, mask), want, rtol=1e-6)
 
 
+def test_one_k_may_be_given_alone() -> None:
+    model = model_of("olmoe")
+    alone, listed = (perplexity(model, CORPUS, ks=ks, resamples=20) for ks in (2, [2]))
+    xr.testing.assert_identical(alone, listed)
+    assert alone.k.values.tolist() == [2]
+
+
 def test_nll_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("qwen2_moe")
     whole = perplexity(model, CORPUS, ks=[1], resamples=20)

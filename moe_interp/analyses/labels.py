@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, collect
 from moe_interp.analyses.exact import Exact, Provenance, flat_counts
-from moe_interp.data import Corpus
+from moe_interp.data import Corpus, check_corpus
 from moe_interp.encode import token_text
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
@@ -111,6 +111,7 @@ def label_tokens(model: MoEModel, corpus: Corpus, label: str | Labeller) -> tupl
     Raises:
         BadInput: no tokenizer, an unknown name, a wrong number of labels, more than 256 different ones.
     """
+    check_corpus(corpus)
     if model.tokenizer is None:
         raise BadInput("labels need a tokenizer", expected="moe.wrap(model, tokenizer)", got="no tokenizer")
     if isinstance(label, str) and label not in LABELLERS:

@@ -40,7 +40,7 @@ def perplexity(
     model: MoEModel,
     corpus: Corpus,
     *,
-    ks: Iterable[int] | None = None,
+    ks: int | Iterable[int] | None = None,
     renormalise: bool | str = False,
     per_layer: bool = False,
     resamples: int = 1000,
@@ -53,8 +53,8 @@ def perplexity(
     Args:
         model: any opened model with a tokenizer, which adds a beginning-of-text token if the model wants one.
         corpus: documents with domains. A document's first token has no context and is not scored.
-        ks: numbers of experts, 1 ... E (None: 1 ... K). Above the model's own K the router chooses k by its
-            own recipe.
+        ks: one or several numbers of experts, 1 ... E (None: 1 ... K). Above the model's own K the router
+            chooses k by its own recipe.
         renormalise: False, as published: the dropped weight is lost. True: kept weights are rescaled to the
             total that K experts would have. "both": a dim ``renormalise`` ("no", "yes").
         per_layer: one MoE layer at a time, a dim ``layer``; else all at once.
@@ -99,7 +99,7 @@ def _measure(
     """Nats of every document under every run, for the documents that have something to score."""
     nll = {arm: np.zeros(len(corpus)) for arm in grid.runs()}
     tokens, size = np.zeros(len(corpus), np.int64), np.zeros(len(corpus), np.int64)
-    with tqdm(total=len(corpus) * len(nll), desc="perplexity", unit="document") as progress:
+    with tqdm(total=len(work) * len(nll), desc="perplexity", unit="pass") as progress:
         for batch in work:
             ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
             tokens[batch.documents] = mask.sum(dim=1).numpy() - 1
@@ -109,7 +109,7 @@ def _measure(
                 sums[batch.documents] = nll_sums(
                     model.run(batch.inputs, edit=_edits(model, arm, order)).logits, ids, mask
                 )
-                progress.update(len(batch.documents))
+                progress.update()
     scored = tokens > 0
     if not scored.any():
         raise BadInput("nothing to score", expected="a document of two or more tokens", got="none")
@@ -234,9 +234,9 @@ class _Grid(NamedTuple):
         return [arm for arm in dict.fromkeys(arm for kind in _KINDS for arm in self.arms(kind)) if arm]
 
 
-def _grid(model: MoEModel, ks: Iterable[int] | None, renormalise: bool | str, per_layer: bool) -> _Grid:
+def _grid(model: MoEModel, ks: int | Iterable[int] | None, renormalise: bool | str, per_layer: bool) -> _Grid:
     own, experts = model.spec.top_k, model.spec.num_experts
-    chosen = list(range(1, own + 1)) if ks is None else list(ks)
+    chosen = list(range(1, own + 1)) if ks is None else [ks] if isinstance(ks, int) else list(ks)
     whole = all(isinstance(k, int | np.integer) and not isinstance(k, bool) for k in chosen)
     if not chosen or not whole or not 1 <= min(chosen) <= max(chosen) <= experts:
         raise BadInput("ks cannot be right", expected=f"whole numbers from 1 to {experts}", got=str(chosen))

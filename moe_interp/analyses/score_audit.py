@@ -89,9 +89,9 @@ def score_audit(
         UnsupportedModel: a model that does not predict the next token.
     """
     check_writes_text(model)
+    work = batches(model, corpus, max_tokens=max_tokens, batch_tokens=batch_tokens)
     if not 2 <= blocks or len(corpus) < 2:
         raise BadInput("too few documents", expected="two blocks of documents or more", got=f"{len(corpus)} documents")
-    work = batches(model, corpus, max_tokens=max_tokens, batch_tokens=batch_tokens)
     sums, where = collect_outputs(model, corpus, Options(True, max_tokens, batch_tokens))
     measured = _Measured.empty(len(corpus), len(model.layers), model.spec.num_experts, random_routers)
     for batch in tqdm(work, desc="audit of scores", unit="batch"):

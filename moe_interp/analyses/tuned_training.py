@@ -29,7 +29,7 @@ from tqdm import tqdm
 from moe_interp.adapters.formats import rounding_without_gradient
 from moe_interp.analyses.collect import Options, Pass, counted, special_ids
 from moe_interp.analyses.tuned_lens import Translator, TunedLens, chunks, close, kl_to, measure, stream_reads
-from moe_interp.data import Corpus, batches
+from moe_interp.data import Corpus, batches, check_corpus
 from moe_interp.encode import pad
 from moe_interp.errors import BadData, BadInput
 from moe_interp.model import MoEModel
@@ -132,6 +132,8 @@ def train_tuned_lens(
 
 def _apart(corpus: Corpus, held_out: Corpus | None) -> tuple[Corpus, Corpus]:
     """Documents to train on and documents held out, with no text on both sides."""
+    for given in (corpus,) if held_out is None else (corpus, held_out):
+        check_corpus(given)
     if held_out is None:
         held_out = replace(corpus, documents=corpus.documents[::10])
         held = set(held_out.texts)

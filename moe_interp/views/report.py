@@ -24,7 +24,7 @@ from moe_interp.analyses.token_counts import TokenCounts
 from moe_interp.analyses.transitions import TransitionCounts
 from moe_interp.analyses.vocabulary import vocabulary_result
 from moe_interp.checkpoint import REFERENCE
-from moe_interp.data import Corpus
+from moe_interp.data import Corpus, check_corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import provenance_of
@@ -76,6 +76,7 @@ def report(
     """
     target = Path(path)
     page.check_writable(target)
+    check_corpus(corpus)
     options: dict[str, Any] = {"resamples": resamples, "seed": seed, "max_tokens": max_tokens}
     shown_text = text or opening(model, corpus)
     model.encode(shown_text)
