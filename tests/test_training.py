@@ -1,7 +1,10 @@
 """Routing while a model trains: the watch reports what loops over the same tokens give, and changes nothing."""
 
 import math
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,6 +205,30 @@ def test_alarms_say_what_collapsed_and_silence_is_kept_in_range():
             watch.model.hf(**batches(1)[0])
 
 
+LOOP = """
+import torch, warnings
+from moe_interp.analyses.training import RoutingWatch
+from tests.tiny import build
+
+watch = RoutingWatch(build("olmoe"), every=1, alarms={"n50": (99, 99)})
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    with watch.step(0):
+        watch.model.hf(torch.arange(3, 9)[None])
+    watch.begin(1)
+    watch.model.hf(torch.arange(3, 9)[None])
+    watch.end(1)
+print(*[one.filename + ":" + str(one.lineno) for one in told])
+"""
+
+
+def test_alarms_point_at_the_users_loop():
+    """In a process of its own: the tests check annotations, in frames between the loop and the watch."""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", LOOP], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.split() == ["<string>:9"] * 4 + ["<string>:13"] * 4
+
+
 @pytest.mark.parametrize("options", [dict(every=0), dict(alarms={"loss": (0, 1)})], ids=["every", "alarms"])
 def test_a_watch_that_cannot_be(options):
     with pytest.raises(BadInput, match="cannot watch so: expected every >= 1, alarms for n50, gini"):
@@ -210,7 +237,9 @@ def test_a_watch_that_cannot_be(options):
 
 def test_nothing_reported_is_an_error_and_a_table_survives_a_file(tmp_path):
     with RoutingWatch(build("olmoe"), every=3) as watch:
-        with pytest.raises(BadInput, match="nothing was reported"):
+        due = r"expected a forward pass within `with watch.step\(n\):`, n a multiple of 3, got none"
+        watch.model.hf(**batches(1)[0])
+        with pytest.raises(BadInput, match=f"nothing was reported: {due}"):
             watch.table()
         for step in (0, 3):
             with watch.step(step):

@@ -203,6 +203,9 @@ class RoutingWatch:
 
     def end(self, number: int) -> list[Alarm]:
         """What `step` does last: report, and give the alarms that were raised."""
+        return self._finish(number)
+
+    def _finish(self, number: int) -> list[Alarm]:
         sums, self._sums = self._sums, None
         self._untap()
         if sums is None or not sums.tokens.sum():
@@ -215,7 +218,7 @@ class RoutingWatch:
         self.raised += raised
         for alarm in raised:
             if self.on_alarm is None:
-                warnings.warn(RoutingAlarm(str(alarm)), stacklevel=2)
+                warnings.warn(RoutingAlarm(str(alarm)), stacklevel=3)  # of who calls `end`, or leaves the `with`
             else:
                 self.on_alarm(alarm)
         return raised
@@ -232,7 +235,8 @@ class RoutingWatch:
             BadInput: there is none.
         """
         if not self._reports:
-            raise BadInput("nothing was reported", expected="a step that was due", got="none")
+            due = f"a forward pass within `with watch.step(n):`, n a multiple of {self.every}"
+            raise BadInput("nothing was reported", expected=due, got="none")
         steps, reports = zip(*self._reports, strict=True)
         joined = xr.concat(reports, xr.DataArray(list(steps), dims="step", name="step"), coords="minimal", join="exact")
         values = {name: joined[name].transpose("step", ...).values for name in joined.data_vars}
@@ -329,7 +333,7 @@ class _Step:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is None:
-            self.watch.end(self.number)
+            self.watch._finish(self.number)
         else:
             self.watch.drop()
 
