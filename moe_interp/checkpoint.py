@@ -16,6 +16,7 @@ AUTO_CLASSES = (
     "AutoModelForTokenClassification",
     "AutoModel",
 )
+_PATHS = ("/", "./", "../", "~", ".\\", "..\\")  # what no hub id begins with
 REFERENCE = Path(__file__).parent / "zoo" / "reference"
 
 
@@ -78,6 +79,8 @@ def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **o
         BadCheckpoint: nothing there, not readable, or weights that are missing or not finite.
     """
     source = str(REFERENCE if name is None else name)
+    if not Path(source).exists() and (isinstance(name, Path) or source.startswith(_PATHS)):
+        raise BadCheckpoint(f"cannot load {source!r}", expected="a folder with config.json", got="no such folder")
     if name is None:
         options = {"dtype": "float32"} | options
     try:

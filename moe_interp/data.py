@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from moe_interp.encode import pad
+from moe_interp.encode import GIVE_TOKENIZER, pad
 from moe_interp.errors import BadData, BadInput
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ def batches(
     """
     check_corpus(corpus)
     if model.tokenizer is None:
-        raise BadInput("a corpus needs a tokenizer", expected="moe.wrap(model, tokenizer)", got="no tokenizer")
+        raise BadInput("a corpus needs a tokenizer", expected="a model with one", got="none", do=GIVE_TOKENIZER)
     if max_tokens is not None and max_tokens < 1:
         raise BadInput("cannot cut documents to nothing", expected="max_tokens of 1 or more", got=str(max_tokens))
     limit = min(max_tokens or model.spec.context_length, model.spec.context_length)

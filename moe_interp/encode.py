@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_interp.adapters import ModelSpec
 from moe_interp.errors import BadInput
 
+GIVE_TOKENIZER = "Pass one to moe.wrap(model, tokenizer), or put its files into the folder of the checkpoint."
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Tensor]
 
 
@@ -75,9 +76,7 @@ def _tokenize(texts: list[Any], tokenizer: Any, padding_side: str) -> dict[str, 
         if not isinstance(text, str) or not text.strip():
             raise BadInput(f"text {number} is empty", expected="at least one character", got=repr(text))
     if tokenizer is None:
-        raise BadInput(
-            "text needs a tokenizer", expected="token ids", got="text", do="Pass one to moe.wrap(model, tokenizer)."
-        )
+        raise BadInput("text needs a tokenizer", expected="token ids", got="text", do=GIVE_TOKENIZER)
     return pad([tokenizer(text, verbose=False)["input_ids"] for text in texts], padding_side)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,8 +185,11 @@ def test_weights_with_nan(tmp_path):
 
 
 def test_checkpoints_that_are_not_there(tmp_path):
+    for path in (tmp_path / "nothing", str(tmp_path / "nothing"), "./nothing", "../nothing", Path("nothing/at/all")):
+        with pytest.raises(errors.BadCheckpoint, match="cannot load .*: expected a folder .*json, got no such folder"):
+            moe.load(path)
     with pytest.raises(errors.BadCheckpoint, match="cannot load .*: expected a hub id or a folder with config.json"):
-        moe.load(tmp_path / "nothing")
+        moe.load("no/such/id")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(errors.BadCheckpoint, match="cannot load"):
         moe.load(tmp_path)

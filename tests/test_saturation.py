@@ -118,8 +118,11 @@ def test_what_cannot_be_compared():
         router_saturation(two, CORPUS)
     with pytest.raises(BadInput, match="revisions of what: expected a single checkpoint, got 2 of them"):
         router_saturation(two, CORPUS, revisions=["a", "b"])
-    with pytest.raises(BadInput, match="experts do not fit"):
-        router_saturation(two[:1], CORPUS)
+    for one in (two[:1], "hub/one", []):
+        with pytest.raises(BadInput, match="too few checkpoints: expected at least two, the final one last, got [01]"):
+            router_saturation(one, CORPUS)
+    with pytest.raises(BadInput, match="too few checkpoints"):
+        router_saturation("hub/one", CORPUS, revisions=["a"])
 
 
 def test_the_bundled_training_saturates():

@@ -319,7 +319,7 @@ def test_labels_that_cannot_be(label, message):
 
 
 def test_labels_need_a_tokenizer():
-    with moe.wrap(build("olmoe")) as model, pytest.raises(BadInput, match="labels need a tokenizer: expected moe.wrap"):
+    with moe.wrap(build("olmoe")) as model, pytest.raises(BadInput, match="labels need a tokenizer.*moe.wrap"):
         routing_by_label(model, CORPUS)
 
 

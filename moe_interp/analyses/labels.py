@@ -24,7 +24,7 @@ import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, collect
 from moe_interp.analyses.exact import Exact, Provenance, flat_counts
 from moe_interp.data import Corpus, check_corpus
-from moe_interp.encode import token_text
+from moe_interp.encode import GIVE_TOKENIZER, token_text
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -105,6 +105,16 @@ def spans(mark: Callable[[str], Sequence[tuple[int, int, str]]], *, other: str =
     return labels
 
 
+def check_label(label: str | Labeller) -> None:
+    """Refuse a name that no labeller has.
+
+    Raises:
+        BadInput: it has none.
+    """
+    if isinstance(label, str) and label not in LABELLERS:
+        raise BadInput("unknown label", expected=f"one of {', '.join(LABELLERS)}, or a function", got=repr(label))
+
+
 def label_tokens(model: MoEModel, corpus: Corpus, label: str | Labeller) -> tuple[list[str], list[np.ndarray]]:
     """The labels that occur, in alphabetical order, and for each document the number of every token's label.
 
@@ -113,9 +123,8 @@ def label_tokens(model: MoEModel, corpus: Corpus, label: str | Labeller) -> tupl
     """
     check_corpus(corpus)
     if model.tokenizer is None:
-        raise BadInput("labels need a tokenizer", expected="moe.wrap(model, tokenizer)", got="no tokenizer")
-    if isinstance(label, str) and label not in LABELLERS:
-        raise BadInput("unknown label", expected=f"one of {', '.join(LABELLERS)}, or a function", got=repr(label))
+        raise BadInput("labels need a tokenizer", expected="a model with one", got="none", do=GIVE_TOKENIZER)
+    check_label(label)
     labeller = LABELLERS[label] if isinstance(label, str) else label
     found = [_labels(labeller, _tokenized(model.tokenizer, one.text), one.name) for one in corpus.documents]
     names = sorted({name for labels in found for name in labels})

@@ -97,7 +97,7 @@ def _load(ids: Int[np.ndarray, "T L K"], experts: int) -> Float[np.ndarray, "L E
 
 
 def router_saturation(
-    checkpoints: Sequence[str | Path | MoEModel],
+    checkpoints: str | Path | Sequence[str | Path | MoEModel],
     corpus: Corpus,
     *,
     revisions: Sequence[str] | None = None,
@@ -112,7 +112,7 @@ def router_saturation(
     """Router saturation of checkpoints of one model, loaded one after the other, the final one last.
 
     Args:
-        checkpoints: folders, hub ids or opened models in training order; a single hub id with ``revisions``.
+        checkpoints: folders, hub ids or opened models in training order; or a single hub id, with ``revisions``.
         corpus: documents.
         revisions: of the one checkpoint, in training order, such as those of OLMoE's branches.
         names: of the checkpoints in the result (None: of folders the last part, else what was given).
@@ -126,13 +126,14 @@ def router_saturation(
         BadInput: fewer than two checkpoints, or models of different shapes or tokenizers.
         BadCheckpoint: one that cannot be loaded.
     """
-    if revisions is not None and len(checkpoints) != 1:
-        raise BadInput("revisions of what", expected="a single checkpoint", got=f"{len(checkpoints)} of them")
+    given: list[Any] = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
+    if revisions is not None and len(given) != 1:
+        raise BadInput("revisions of what", expected="a single checkpoint", got=f"{len(given)} of them")
     wanted: list[tuple[Any, dict[str, Any]]] = (
-        [(one, {}) for one in checkpoints]
-        if revisions is None
-        else [(checkpoints[0], {"revision": r}) for r in revisions]
+        [(one, {}) for one in given] if revisions is None else [(given[0], {"revision": r}) for r in revisions]
     )
+    if len(wanted) < 2:
+        raise BadInput("too few checkpoints", expected="at least two, the final one last", got=str(len(wanted)))
     found = []
     for source, more in wanted:
         model = source if isinstance(source, MoEModel) else load(source, **options, **more)
@@ -147,7 +148,7 @@ def router_saturation(
             raise BadInput(
                 "checkpoints of different models", expected=f"{first.shape}, same tokens", got=str(one.shape)
             )
-    told = names or revisions or [one.name if isinstance(one, MoEModel) else Path(one).name for one in checkpoints]
+    told = names or revisions or [one.name if isinstance(one, MoEModel) else Path(one).name for one in given]
     return saturation_of_ids(
         np.stack([one.ids for one in found]),
         first.documents,
