@@ -1,7 +1,8 @@
 """The commands: ``moe-interp report | routing | labels | profile | saturation | lens | tuned-lens | similarity | ...``.
 
-Everything they do is one call of the library. Errors of moe_interp are printed without a traceback; the exit status is
-then 2 (1 for an audit that failed).
+Everything they do is one call of the library. What can be refused is refused before a model is loaded, and torch is
+imported by no command's help. Errors of moe_interp are printed without a traceback; the exit status is then 2 (1 for an
+audit that failed).
 """
 
 import sys
@@ -11,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 import moe_interp as moe
-from moe_interp.errors import BadInput, MoEError
+from moe_interp.errors import BadInput, BadOutput, MoEError
 
 if TYPE_CHECKING:
     import xarray as xr
 
     from moe_interp.data import Corpus
+    from moe_interp.model import MoEModel
 
 app = typer.Typer(
     help="Open up mixture-of-experts models.",
@@ -35,29 +36,42 @@ Data = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many documents of each domain.")]
 MaxTokens = Annotated[int, typer.Option(min=2, help="Longer documents are cut to so many tokens.")]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write the result (netCDF).")]
+Field = Annotated[str, typer.Option("--text-field", help="Field of the data that holds the text.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Where to write the result: netCDF, a name in .nc.")
+]
 DType = Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16, float16.")]
 DeviceMap = Annotated[str | None, typer.Option(help="As for from_pretrained: auto, cpu, cuda, ...")]
 Trust = Annotated[bool, typer.Option(help="Let code beside the checkpoint run.")]
 
 
-def _check_output(output: Path | None) -> None:
-    """Refuse a file that could not be written before the work is done."""
-    if output is not None:
-        from moe_interp.views.page import check_writable
+def _check_output(output: Path | None, result: bool = True) -> None:
+    """Refuse a file that could not be written before the work is done; a result's is netCDF."""
+    if output is None:
+        return
+    if result and output.suffix != ".nc":
+        raise BadOutput(
+            f"cannot write {output}", expected="a name that ends in .nc: results are netCDF", got=output.name
+        )
+    from moe_interp.views.page import check_writable
 
-        check_writable(output)
+    check_writable(output)
 
 
-def _load(model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool) -> moe.MoEModel:
+def _check_text(text: str | None) -> None:
+    if text is not None and not text.strip():
+        raise BadInput("the text is empty", expected="at least one character", got=repr(text))
+
+
+def _load(model: str | None, dtype: str, device_map: str | None, trust_remote_code: bool) -> "MoEModel":
     options = {} if device_map is None else {"device_map": device_map}
     if dtype != "auto":
         options["dtype"] = dtype
     return moe.load(model, trust_remote_code=trust_remote_code, **options)
 
 
-def _corpus(data: str | None, limit: int | None) -> "Corpus":
-    corpus = moe.sample() if data is None else moe.read_corpus(data)
+def _corpus(data: str | None, limit: int | None, field: str) -> "Corpus":
+    corpus = moe.sample() if data is None else moe.read_corpus(data, text=field)
     return corpus if limit is None else corpus.take(limit)
 
 
@@ -67,6 +81,7 @@ def report(
     data: Data = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
     text: Annotated[str | None, typer.Option(help="Text for the routing map and the lens.")] = None,
+    text_field: Field = "text",
     limit: Limit = None,
     max_tokens: MaxTokens = 256,
     dtype: DType = "auto",
@@ -74,8 +89,9 @@ def report(
     trust_remote_code: Trust = False,
 ) -> None:
     """The main job: four questions about a model, answered in one HTML file."""
-    _check_output(output)
-    corpus = _corpus(data, limit)
+    _check_output(output, result=False)
+    _check_text(text)
+    corpus = _corpus(data, limit, text_field)
     opened = _load(model, dtype, device_map, trust_remote_code)
     written = moe.report(opened, corpus, output, text=text, max_tokens=max_tokens)
     console.print(f"wrote {escape(str(written.resolve()))}", soft_wrap=True)
@@ -86,6 +102,7 @@ def routing(
     model: Model = None,
     data: Data = None,
     output: Output = None,
+    text_field: Field = "text",
     limit: Limit = None,
     max_tokens: MaxTokens = 256,
     dtype: DType = "auto",
@@ -93,27 +110,14 @@ def routing(
     trust_remote_code: Trust = False,
 ) -> None:
     """Who is routed where."""
+    from moe_interp.views import tables
+
     _check_output(output)
-    corpus = _corpus(data, limit)
+    corpus = _corpus(data, limit, text_field)
     result = moe.routing(_load(model, dtype, device_map, trust_remote_code), corpus, max_tokens=max_tokens)
     _save(result, output)
-    columns = ("n50", "n90", "max_vio", "dead_experts", "load_balance")
-    table = Table("layer", *columns, "most specialised expert", title="Routing, all domains")
-    for layer in result["layer"].values:
-        at = result.sel(layer=layer)
-        values = [at["load_balance"] if name == "load_balance" else at[f"{name}_overall"] for name in columns]
-        table.add_row(str(layer), *(f"{float(value):.2f}" for value in values), _peak(at))
-    console.print(table)
+    console.print(tables.routing(result))
     console.print(f"Specialization under a uniform router: {100 * float(result['specialization_baseline']):.1f} %")
-
-
-def _peak(at: "xr.Dataset") -> str:
-    peak = at["specialization"].argmax(...)
-    here = {name: int(place) for name, place in peak.items()}
-    low, high = (100 * float(end) for end in at["specialization_interval"][here])
-    domain = at["domain"].values[here["domain"]]
-    share = 100 * float(at["specialization"][here])
-    return escape(f"{here['expert']}: {share:.0f} % [{low:.0f}, {high:.0f}] of {domain}")
 
 
 @app.command()
@@ -122,6 +126,7 @@ def labels(
     model: Annotated[str | None, typer.Option("--model", help="Hub id or folder.")] = None,
     data: Data = None,
     output: Output = None,
+    text_field: Field = "text",
     limit: Limit = None,
     max_tokens: MaxTokens = 256,
     dtype: DType = "auto",
@@ -129,29 +134,16 @@ def labels(
     trust_remote_code: Trust = False,
 ) -> None:
     """Which expert takes which kind of token."""
+    from moe_interp.analyses.labels import check_label
+    from moe_interp.views import tables
+
     _check_output(output)
-    corpus = _corpus(data, limit)
+    check_label(label)
+    corpus = _corpus(data, limit, text_field)
     opened = _load(model, dtype, device_map, trust_remote_code)
     result = moe.routing_by_label(opened, corpus, label, max_tokens=max_tokens)
     _save(result, output)
-    table = Table("label", "tokens", "layer", "expert", "% of the label's tokens", "of others", "p", title="By label")
-    for name in result["label"].values:
-        here = result.sel(label=name)
-        lead = (here["specialization"] - here["specialization_rest"]).fillna(-1.0)
-        for layer in result["layer"].values:
-            at = here.sel(layer=layer, expert=int(lead.sel(layer=layer).values.argmax()))
-            low, high = (100 * float(end) for end in at["specialization_interval"])
-            share = f"{100 * float(at['specialization']):.1f} [{low:.1f}, {high:.1f}]"
-            table.add_row(
-                escape(str(name)),
-                str(int(at["tokens"])),
-                str(layer),
-                str(int(at["expert"])),
-                escape(share),
-                f"{100 * float(at['specialization_rest']):.1f}",
-                f"{float(at['specialization_p']):.3f}",
-            )
-    console.print(table)
+    console.print(tables.labels(result))
     console.print(f"Under a uniform router: {100 * float(result['specialization_baseline']):.1f} %")
 
 
@@ -162,6 +154,7 @@ def profile(
     model: Annotated[str | None, typer.Option("--model", help="Hub id or folder.")] = None,
     data: Data = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML page of all experts.")] = None,
+    text_field: Field = "text",
     limit: Limit = None,
     max_tokens: MaxTokens = 256,
     dtype: DType = "auto",
@@ -172,11 +165,11 @@ def profile(
     if output is None and (layer is None or expert is None):
         got = "neither" if layer is None else "a layer alone"
         raise BadInput("which expert", expected="a layer and an expert, or --output for a page of all", got=got)
-    _check_output(output)
+    _check_output(output, result=False)
     opened = _load(model, dtype, device_map, trust_remote_code)
     if layer is not None and expert is not None:
         opened.spec.check_expert(layer, expert)
-    result = moe.expert_profiles(opened, _corpus(data, limit), max_tokens=max_tokens)
+    result = moe.expert_profiles(opened, _corpus(data, limit, text_field), max_tokens=max_tokens)
     if layer is not None and expert is not None:
         console.print(escape(str(moe.profile(result, layer, expert))))
     if output is not None:
@@ -189,30 +182,31 @@ def saturation(
     revision: Annotated[list[str] | None, typer.Option(help="Of the one hub id, the final one last.")] = None,
     data: Data = None,
     output: Output = None,
+    text_field: Field = "text",
     limit: Limit = None,
     dtype: DType = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
     """How early in training the routing was settled; of the bundled model's own training if nothing is named."""
+    from moe_interp.views import tables
+
     if not checkpoints and (revision or data is not None or limit is not None):
         raise BadInput("which checkpoints", expected="folders or hub ids", got="none, but options for them")
     _check_output(output)
     options: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
     result = (
         moe.router_saturation(
-            checkpoints, _corpus(data, limit), revisions=revision, trust_remote_code=trust_remote_code, **options
+            checkpoints,
+            _corpus(data, limit, text_field),
+            revisions=revision,
+            trust_remote_code=trust_remote_code,
+            **options,
         )
         if checkpoints
         else moe.reference_saturation()
     )
     _save(result, output)
-    table = Table("step", *(f"layer {layer}" for layer in result["layer"].values), title="Router saturation")
-    for step in result["step"].values:
-        at = result.sel(step=step)
-        low, high = at["saturation_interval"].values
-        cells = zip(at["saturation"].values, low, high, strict=True)
-        table.add_row(escape(str(step)), *(escape(f"{mean:.2f} [{a:.2f}, {b:.2f}]") for mean, a, b in cells))
-    console.print(table)
+    console.print(tables.saturation(result))
     first = float(result["independent"].isel(step=0).mean())
     console.print(
         f"Uniform router: {float(result['saturation_baseline']):.2f}; by loads alone at the first: {first:.2f}"
@@ -231,23 +225,15 @@ def lens(
     trust_remote_code: Trust = False,
 ) -> None:
     """What each expert writes, at one position of a text."""
-    from moe_interp.views.tokens import shown
+    from moe_interp.views import tables
 
     _check_output(output)
+    _check_text(text)
     through = None if tuned is None else moe.tuned_lens(tuned) if tuned == "reference" else moe.TunedLens.load(tuned)
     opened = _load(model, dtype, device_map, trust_remote_code)
     result = moe.expert_lens(opened, text, positions=position, lens=through)
     _save(result, output)
-    parts = [p for p in ("resid_mid", "c1", "resid_mid+c1", "shared", "resid_post") if p in result["part"].values]
-    table = Table("layer", "expert", "weight", *parts, title=f"Lens after {escape(shown(result['token'].item()))}")
-    for layer in result["layer"].values:
-        at = result.sel(layer=layer).isel(pos=0)
-        told = [
-            " ".join(shown(str(token), 12) for token in at["top_token"].sel(part=part).values[:3]) for part in parts
-        ]
-        expert, weight = int(at["expert"].sel(rank=1)), float(at["gate_weight"].sel(rank=1))
-        table.add_row(str(layer), str(expert), f"{weight:.2f}", *map(escape, told))
-    console.print(table)
+    console.print(tables.lens(result))
 
 
 @app.command()
@@ -261,6 +247,7 @@ def tuned_lens(
     steps: Annotated[int, typer.Option(min=1, help="At most so many.")] = 1000,
     learning_rate: Annotated[float, typer.Option(help="Of Adam; wide models want less.")] = 1e-3,
     state: Annotated[Path | None, typer.Option(help="A file that a killed training goes on from.")] = None,
+    text_field: Field = "text",
     limit: Limit = None,
     max_tokens: MaxTokens = 256,
     dtype: DType = "auto",
@@ -268,9 +255,11 @@ def tuned_lens(
     trust_remote_code: Trust = False,
 ) -> None:
     """Train a tuned lens, every tenth document held out; --test says how good it is."""
-    _check_output(output)
-    corpus = _corpus(data, limit)
-    seen = None if test is None else _corpus(test, limit)
+    from moe_interp.views import tables
+
+    _check_output(output, result=False)
+    corpus = _corpus(data, limit, text_field)
+    seen = None if test is None else _corpus(test, limit, text_field)
     opened = _load(model, dtype, device_map, trust_remote_code)
     trained = moe.train_tuned_lens(
         opened, corpus, steps=steps, learning_rate=learning_rate, state=state, max_tokens=max_tokens
@@ -279,13 +268,7 @@ def tuned_lens(
     if seen is None:
         return
     result = moe.tuned_lens_quality(opened, trained, seen, max_tokens=max_tokens)
-    table = Table("stream into layer", "KL, plain", "tuned", "gain in nats", title="KL to the model's own output")
-    for layer in result["layer"].values:
-        at = result.sel(layer=layer)
-        low, high = (float(end) for end in at["kl_gain_interval"])
-        gain = escape(f"{float(at['kl_gain']):.3f} [{low:.3f}, {high:.3f}]")
-        table.add_row(str(layer), *(f"{float(at['kl'].sel(lens=name)):.3f}" for name in ("plain", "tuned")), gain)
-    console.print(table)
+    console.print(tables.tuned_lens(result))
 
 
 @app.command()
@@ -293,6 +276,7 @@ def similarity(
     model: Model = None,
     data: Data = None,
     output: Output = None,
+    text_field: Field = "text",
     limit: Limit = None,
     max_tokens: MaxTokens = 256,
     dtype: DType = "auto",
@@ -300,17 +284,14 @@ def similarity(
     trust_remote_code: Trust = False,
 ) -> None:
     """How well one expert stands for all of them."""
+    from moe_interp.views import tables
+
     _check_output(output)
-    corpus = _corpus(data, limit)
+    corpus = _corpus(data, limit, text_field)
     result = moe.ensemble_similarity(_load(model, dtype, device_map, trust_remote_code), corpus, max_tokens=max_tokens)
     _save(result, output)
-    candidates = [str(name) for name in result["candidate"].values]
     for residual in ("without", "with"):
-        table = Table("layer", *candidates, title=f"Cosine to the ensemble, {residual} the residual")
-        for layer in result["layer"].values:
-            at = result["cosine_overall"].sel(layer=layer, residual=residual, shared="without")
-            table.add_row(str(layer), *(f"{float(at.sel(candidate=name)):.3f}" for name in candidates))
-        console.print(table)
+        console.print(tables.similarity(result, residual))
 
 
 @app.command()
@@ -319,6 +300,7 @@ def perplexity(
     data: Data = None,
     output: Output = None,
     renormalise: Annotated[bool, typer.Option(help="Rescale the kept weights to the total of all.")] = False,
+    text_field: Field = "text",
     limit: Limit = None,
     max_tokens: MaxTokens = 256,
     dtype: DType = "auto",
@@ -326,24 +308,16 @@ def perplexity(
     trust_remote_code: Trust = False,
 ) -> None:
     """What fewer experts cost."""
+    from moe_interp.views import tables
+
     _check_output(output)
-    corpus = _corpus(data, limit)
+    corpus = _corpus(data, limit, text_field)
     opened = _load(model, dtype, device_map, trust_remote_code)
     result = moe.perplexity(opened, corpus, renormalise=renormalise, max_tokens=max_tokens)
     _save(result, output)
-    at = result.sel(aggregate="token")
-    ks = [int(k) for k in at["k"].values]
-    table = Table("domain", "perplexity", *(f"k = {k}" for k in ks), title="Perplexity with k experts / of the model")
-    for domain in at["domain"].values:
-        one = at.sel(domain=domain)
-        ratios = (f"{float(ratio):.3f}" for ratio in one["ratio"].values)
-        table.add_row(escape(str(domain)), f"{float(one['perplexity_full']):.1f}", *ratios)
-    table.add_row(
-        "all", f"{float(at['perplexity_full_overall']):.1f}", *(f"{r:.3f}" for r in at["ratio_overall"].values)
-    )
-    table.add_row("random slots", "", *(f"{r:.3f}" for r in at["ratio_random_overall"].values), style="dim")
-    console.print(table)
-    console.print(f"Without any routed expert: × {float(at['ratio_none_overall']):.3f}")
+    console.print(tables.perplexity(result))
+    ratio = float(result["ratio_none_overall"].sel(aggregate="token"))
+    console.print(f"Without any routed expert: × {ratio:.3f}")
 
 
 @app.command()
@@ -351,6 +325,8 @@ def audit(
     model: Model = None, dtype: DType = "auto", device_map: DeviceMap = None, trust_remote_code: Trust = False
 ) -> None:
     """Does it add up on this checkpoint?"""
+    from rich.table import Table
+
     result = _load(model, dtype, device_map, trust_remote_code).audit()
     table = Table("check", "error", "limit", "", "", title=f"Audit of {escape(result.model)}")
     for check in result.checks:
@@ -365,6 +341,8 @@ def audit(
 @app.command()
 def models() -> None:
     """What can be opened."""
+    from rich.table import Table
+
     from moe_interp.adapters import FAMILIES
 
     table = Table("model type of the (text) config", "what is special", title="Architectures that open")

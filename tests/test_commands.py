@@ -11,6 +11,7 @@ from rich.console import Console
 import moe_interp as moe
 from moe_interp import cli, results
 from moe_interp.checkpoint import REFERENCE
+from tests.tiny import build
 
 SMALL = ["--limit", "2", "--max-tokens", "24"]
 
@@ -83,6 +84,12 @@ def test_profile_prints_one_expert_and_writes_the_page_of_all(capsys, tmp_path):
         (["profile", "3", "64"], "unknown expert 64 at layer 3"),
         (["profile", "0", "1"], "layer 0 has no experts: expected one of the MoE layers [1, 2, 3, 4, 5, 6, 7]"),
         (["saturation", "--revision", "a"], "which checkpoints: expected folders or hub ids, got none, but options"),
+        (["saturation", "a"], "too few checkpoints: expected at least two, the final one last, got 1"),
+        (["saturation", "a", "--revision", "c"], "too few checkpoints: expected at least two"),
+        (
+            ["routing", "/no/such/model"],
+            "cannot load '/no/such/model': expected a folder with config.json, got no such",
+        ),
         (["saturation", "--limit", "2"], "which checkpoints: expected folders or hub ids, got none, but options"),
         (["saturation", "a", "b", "--revision", "c"], "revisions of what: expected a single checkpoint, got 2"),
     ],
@@ -97,6 +104,74 @@ def test_a_result_that_cannot_be_written_is_refused_first(capsys, command, tmp_p
         monkeypatch.setattr(moe, name, lambda *given, **named: pytest.fail("something was measured"), raising=True)
     target = str(tmp_path / "no" / "result")
     assert f"cannot write {target}" in run(capsys, command, "-o", target, status=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["labels", "colour"], "unknown label: expected one of kind, punctuation, script, position"),
+        (["lens", " "], "the text is empty: expected at least one character, got ' '"),
+        (["report", "--text", ""], "the text is empty: expected at least one character, got ''"),
+        (["routing", "-o", "x.json"], "cannot write x.json: expected a name that ends in .nc"),
+        (["perplexity", "-o", "x"], "cannot write x: expected a name that ends in .nc"),
+        (["routing", "--text-field", "body", "--data", "DATA"], "a field 'body', got the fields 'content', 'domain'"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_a_model_is_loaded(capsys, arguments, message, tmp_path, monkeypatch):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"content": "a text", "domain": "a"}\n')
+    monkeypatch.setattr(moe, "load", lambda *given, **named: pytest.fail("a model was loaded"), raising=True)
+    assert message in run(capsys, *[str(data) if one == "DATA" else one for one in arguments], status=2)
+
+
+def test_a_model_without_a_tokenizer_is_told_what_can_be_done_about_it(capsys, tmp_path):
+    build("olmoe").save_pretrained(tmp_path)
+    for command in (["routing"], ["labels", "--model"], ["lens", "a text", "--model"]):
+        assert "put its files into the folder of the checkpoint" in run(capsys, *command, str(tmp_path), status=2)
+
+
+def test_a_single_document_has_no_interval_and_counts_are_whole(capsys, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"content": "One text, and no other."}\n')
+    options = ["--data", str(data), "--text-field", "content"]
+    printed = run(capsys, "routing", *options)
+    assert "nan" not in printed
+    expected = moe.routing(reference(), moe.read_corpus(data, text="content"), max_tokens=256)
+    told = rows(printed)
+    assert [int(layer) for layer, *_ in told] == list(reference().layers)
+    for layer, n50, n90, max_vio, dead, balance, peak in told:
+        at = expected.sel(layer=int(layer))
+        assert [int(n50), int(n90), int(dead)] == [at.n50_overall, at.n90_overall, at.dead_experts_overall]
+        assert (max_vio, balance) == (f"{float(at.max_vio_overall):.2f}", f"{float(at.load_balance):.2f}")
+        share = 100 * float(at.specialization.max())
+        assert peak.endswith(f": {share:.0f} [–] % of data")
+
+
+def test_similarity_and_perplexity_show_intervals(capsys):
+    similar = moe.ensemble_similarity(reference(), corpus(), max_tokens=24)
+    told = rows(run(capsys, "similarity", *SMALL))
+    assert len(told) == 2 * 7
+    for number, (layer, *cosines) in enumerate(told):
+        at = similar.sel(layer=int(layer), residual="with" if number >= 7 else "without", shared="without")
+        for name, cell in zip(similar.candidate.values, cosines, strict=True):
+            low, high = at.cosine_overall_interval.sel(candidate=name).values
+            mean = float(at.cosine_overall.sel(candidate=name))
+            assert cell == (f"{mean:.3f} [{low:.3f}, {high:.3f}]" if np.isfinite(mean) else "–")
+    result = moe.perplexity(reference(), corpus(), max_tokens=24).sel(aggregate="token")
+    *domains, whole, control = rows(run(capsys, "perplexity", *SMALL))
+    for name, perplexity, *ratios in domains:
+        at = result.sel(domain=name)
+        low, high = at.perplexity_full_interval.values
+        assert perplexity == f"{float(at.perplexity_full):.1f} [{low:.1f}, {high:.1f}]"
+        assert ratios == interval_cells(at.ratio, at.ratio_interval)
+    assert whole[0] == "all" and whole[2:] == interval_cells(result.ratio_overall, result.ratio_overall_interval)
+    assert control[2:] == interval_cells(result.ratio_random_overall, result.ratio_random_overall_interval)
+
+
+def interval_cells(values: xr.DataArray, ends: xr.DataArray) -> list[str]:
+    return [
+        f"{float(values.sel(k=k)):.3f} [{float(ends.sel(k=k)[0]):.3f}, {float(ends.sel(k=k)[1]):.3f}]" for k in values.k
+    ]
 
 
 def cells(result: xr.Dataset, step) -> list[str]:

@@ -27,7 +27,7 @@ FLOORS = (
     ("dims", "errors"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-HEAVY = ("nnsight", "transformer_lens", "plotly", "ray", "transformers", "xarray", "datasets")
+HEAVY = ("nnsight", "transformer_lens", "plotly", "ray", "torch", "transformers", "xarray", "datasets")
 
 
 def room(name: str) -> str | None:
@@ -82,6 +82,11 @@ def loaded(code: str) -> set[str]:
 
 def test_importing_the_package_loads_nothing_heavy():
     assert loaded("import moe_interp") == set()
+
+
+def test_the_help_of_the_commands_loads_nothing_heavy():
+    help_only = "from moe_interp import cli\ntry: cli.main(['routing', '--help'])\nexcept SystemExit: print()"
+    assert loaded(f"{help_only}\nprint()").isdisjoint(HEAVY)
 
 
 def test_the_check_above_can_fail():
