@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_interp.adapters.experts import Separate, Tap, run_experts
-from moe_interp.adapters.family import At, Described, Family, never, text_config
+from moe_interp.adapters.family import At, Described, Family, never
+from moe_interp.adapters.reading import text_config
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.adapters.sums import Sum
 

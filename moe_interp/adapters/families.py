@@ -19,7 +19,8 @@ from moe_interp.adapters import (
     softmax_families,
     vision,
 )
-from moe_interp.adapters.family import Described, Family, outline, sigmoid, text_config
+from moe_interp.adapters.family import Described, Family, sigmoid
+from moe_interp.adapters.reading import model_type, outline
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.adapters.sums import Plus, Sum, Times
 from moe_interp.errors import BadInput, UnsupportedModel
@@ -92,11 +93,7 @@ def register_adapter(model_type: str, adapter: Family | Callable[[nn.Module], Mo
 
 def is_known(hf: nn.Module) -> bool:
     """Whether a model's architecture is in the table."""
-    return _model_type(hf) in FAMILIES
-
-
-def _model_type(hf: nn.Module) -> str:
-    return text_config(hf).model_type if hasattr(hf, "config") else type(hf).__name__
+    return model_type(hf) in FAMILIES
 
 
 def describe(hf: nn.Module) -> ModelSpec:
@@ -105,12 +102,12 @@ def describe(hf: nn.Module) -> ModelSpec:
     Raises:
         UnsupportedModel: the model type is not in the table, or none of its layers is a mixture.
     """
-    model_type = _model_type(hf)
-    if model_type not in FAMILIES:
+    name = model_type(hf)
+    if name not in FAMILIES:
         raise UnsupportedModel(
-            f"cannot open model type {model_type!r}",
+            f"cannot open model type {name!r}",
             expected=f"one of {', '.join(sorted(FAMILIES))}",
             got=outline(hf),
-            do="Describe it with moe.register_adapter(model_type, moe.Family(...)); model.audit() says if it is right.",
+            do=f"Describe it with moe.register_adapter({name!r}, moe.Family(...)); model.audit() says if it is right.",
         )
-    return FAMILIES[model_type].describe(hf)
+    return FAMILIES[name].describe(hf)

@@ -5,12 +5,15 @@ block holds a submodule under the row's ``experts`` name.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
+from moe_interp.adapters.checks import check_modules, check_types
 from moe_interp.adapters.experts import Fused, Kernel
+from moe_interp.adapters.module_list import LinearGate
+from moe_interp.adapters.reading import attribute, model_type, outline, sizes, takes, text_config
 from moe_interp.adapters.spec import (
     BlockCall,
     ExpertsCall,
@@ -34,6 +37,9 @@ from moe_interp.points import SELECTION
 EXPERTS_POINTS = ("expert_ids", "gate_weights", "expert_act", "expert_out", "routed_out")
 BODIES = ("model.language_model", "model", "", "language_model.model", "thinker.model.language_model", "transformer")
 HEADS = ("lm_head", "language_model.lm_head", "thinker.lm_head", "score")
+
+
+NO_SIZES = {"d_model": 0, "vocab_size": 0, "context_length": 0}
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,8 @@ class Family:
 
     Attributes:
         body: path of the module that holds embedding, layers and final norm; None: the first of `BODIES` that does.
-        layers, embed, norm: names in the body.
+        layers, embed, norm: names in the body; ``embed`` or ``norm`` None where it has none.
+        unembed: path of the unembedding, classifier or other head; None: the first of `HEADS` that is there, if any is.
         attention: name of what mixes positions in a layer; None where nothing does.
         block: the MoE block (the dense MLP of other layers) in a layer; "" where router and experts are on the layer.
         mixture: path of the module with router and experts in the layer, where that is not the block.
@@ -106,20 +113,25 @@ class Family:
         wide: whether the router, given here, takes another number of experts in ``top_k``.
         columns: how many of the router's logits are experts, given the router; None: all.
         returns_logits: whether the router is called for the logits and returns just these, as a plain linear map does.
-        call: a function that takes the place of the block's forward.
+        call: a function that takes the place of the block's forward; that of `linear_gate` is told the names of router
+            and experts.
         selects: who calls ``torch.topk`` on the scores of all experts, given the router: "router" or "block"; None
             where nobody does, and the choice can be replaced and not masked. A ``call`` that `chooses` does it itself.
         weights_on, proportional, runs, skips: as in `MoESpec`.
         sites: sites that differ, given a layer.
-        embedding, final: as in `ModelSpec`, given the body.
-        logits: fields of `ModelSpec` about logits, given the text config.
-        entry, kind, streams, options, notes: as in `ModelSpec`; ``streams`` is the name of a config field.
+        embedding, final: as in `ModelSpec`, given the body; a ``final`` that returns None says that the output does not
+            follow from the last residual alone.
+        sizes: ``d_model``, ``vocab_size`` and ``context_length`` where neither config nor weights say, given the model.
+        logits: fields of `ModelSpec` about logits, given the text config (None for a model without one).
+        entry, kind, streams, notes: as in `ModelSpec`; ``streams`` is the name of a config field.
+        options: as in `ModelSpec`; None: no cache, where the model takes tokens and its forward takes ``use_cache``.
     """
 
     body: str | None = None
     layers: str = "layers"
-    embed: str = "embed_tokens"
-    norm: str = "norm"
+    embed: str | None = "embed_tokens"
+    norm: str | None = "norm"
+    unembed: str | None = None
     attention: Callable[[At], str | None] = lambda layer: "self_attn"
     block: str = "mlp"
     mixture: str | None = None
@@ -145,19 +157,23 @@ class Family:
     returns_logits: bool = False
     call: Callable[..., Any] | None = None
     selects: Callable[[Any], Literal["router", "block"] | None] = lambda router: "router"
-    weights_on: Any = "output"
+    weights_on: Literal["output", "input"] = "output"
     proportional: bool = True
     runs: int | None = None
     skips: bool = False
     sites: Callable[[At, bool], Mapping[str, Site]] = lambda layer, mixture: {}
     embedding: Callable[[At], tuple[Step, ...] | None] = none
     final: Callable[[At], tuple[Step, ...] | None] | None = None
+    sizes: Callable[[nn.Module], Mapping[str, int]] = lambda hf: {}
     logits: Callable[[Any], dict[str, Any]] = lambda config: {}
     entry: Callable[[nn.Module], str] = lambda hf: ""
-    kind: Any = "causal"
+    kind: Literal["causal", "encoder", "encoder-decoder", "other"] = "causal"
     streams: str | None = None
-    options: Mapping[str, Any] = field(default_factory=lambda: {"use_cache": False})
+    options: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
     def describe(self, hf: nn.Module) -> ModelSpec:
         """What a model of this architecture computes, and where.
@@ -190,32 +206,37 @@ class Family:
 
     def model_spec(self, hf: nn.Module, body: At, layers: tuple[LayerSpec, ...], **more: Any) -> ModelSpec:
         """The whole model around its layers."""
-        config = text_config(hf)
         if not any(layer.moe for layer in layers):
             raise UnsupportedModel(
-                f"{config.model_type} model without experts",
+                f"{model_type(hf)} model without experts",
                 expected="at least one mixture-of-experts layer",
                 got=f"{len(layers)} dense layers",
                 do="Open a checkpoint whose config has sparse layers.",
             )
-        head = next((path for path in HEADS if At(hf, "").has(path)), None)
+        entry = self.entry(hf)
         fields: dict[str, Any] = dict(
-            model_type=config.model_type,
+            model_type=model_type(hf),
             layers=layers,
-            embed=body(self.embed),
-            final=(body.through(self.norm),) if self.final is None else self.final(body),
-            unembed=head,
-            d_model=config.hidden_size,
-            vocab_size=config.vocab_size,
-            context_length=getattr(config, "max_position_embeddings", None) or 2**31 - 1,
+            embed=None if self.embed is None else body(self.embed),
+            final=self._final(body) if self.final is None else self.final(body),
+            unembed=self.unembed or next((path for path in HEADS if At(hf, "").has(path)), None),
             embedding=self.embedding(body),
-            streams=getattr(config, self.streams) if self.streams else 1,
-            entry=self.entry(hf),
+            streams=attribute(text_config(hf), self.streams) if self.streams else 1,
+            entry=entry,
             kind=self.kind,
-            options=self.options,
+            options=self._options(hf.get_submodule(entry)) if self.options is None else self.options,
             notes=self.notes,
         )
-        return ModelSpec(**fields | self.logits(config) | more)
+        spec = ModelSpec(**NO_SIZES | fields | self.logits(text_config(hf)) | more)
+        check_modules(hf, spec)
+        given = {name: getattr(spec, name) for name in NO_SIZES} | dict(self.sizes(hf))
+        return replace(spec, **sizes(hf, spec, given))
+
+    def _final(self, body: At) -> tuple[Step, ...]:
+        return () if self.norm is None else (body.through(self.norm),)
+
+    def _options(self, entry: nn.Module) -> dict[str, Any]:
+        return {"use_cache": False} if self.kind != "other" and takes(entry, "use_cache") else {}
 
     def layer(self, layer: At, index: int, stack: str) -> LayerSpec:
         """The spec of one layer."""
@@ -268,7 +289,7 @@ class Family:
             "router_scores": logits,
             "moe_out": Output(block.path),
         }
-        inside = BlockCall(moe.block, self.call) if self.call else ExpertsCall(moe.experts)
+        inside = BlockCall(moe.block, self._call) if self._call else ExpertsCall(moe.experts)
         sites |= dict.fromkeys(EXPERTS_POINTS, inside)
         sites |= self._selection_sites(layer, moe)
         if moe.shared and self.shared_gate:
@@ -278,12 +299,19 @@ class Family:
         return sites
 
     def _selection_sites(self, layer: At, moe: MoESpec) -> dict[str, Site]:
-        if self.call is not None and getattr(self.call, "chooses", False):
-            return dict.fromkeys(SELECTION, BlockCall(moe.block, self.call))
+        if self._call is not None and getattr(self._call, "chooses", False):
+            return dict.fromkeys(SELECTION, BlockCall(moe.block, self._call))
         who = self.selects(layer.hf.get_submodule(moe.router))
         if who is None:
             return {}
         return dict.fromkeys(SELECTION, RouterTopK(moe.block if who == "block" else moe.router, moe.num_experts))
+
+    @property
+    def _call(self) -> Callable[..., Any] | None:
+        if not isinstance(self.call, LinearGate):
+            return self.call
+        inside = At(nn.Module(), self._mixture.removeprefix(self.block).strip("."))
+        return replace(self.call, router=inside(self.router), experts=inside(self.experts))
 
     def moe(self, layer: At) -> MoESpec:
         """The spec of a layer's mixture."""
@@ -297,7 +325,7 @@ class Family:
             num_experts=int(attribute(block.module, self.num_experts)),
             top_k=self.top_k if isinstance(self.top_k, int) else int(attribute(block.module, self._top_k)),
             scoring=self.scoring(router.module),
-            renormalises=router.module.norm_topk_prob if renormalises is None else renormalises,
+            renormalises=attribute(router.module, "norm_topk_prob") if renormalises is None else renormalises,
             kernel=self.kernel or Fused.of(experts.module, experts.path),
             shared=layer(self.shared) if self.shared and layer.has(self.shared) else None,
             width=self._width(block) if self.wide(router.module) else None,
@@ -320,30 +348,11 @@ class Family:
         return block(owner), name
 
 
-def attribute(module: Any, path: str) -> Any:
-    """An attribute of a module by its dotted name."""
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
-
-
 def bare(module: nn.Module) -> Any:
     """The module of transformers inside those that TransformerLens has put around it; else the module itself."""
     while isinstance(inner := getattr(module, "original_component", None), nn.Module):
         module = inner
     return module
-
-
-def text_config(hf: nn.Module) -> Any:
-    """The config of the language model in a model."""
-    config: Any = hf.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def outline(hf: nn.Module) -> str:
-    """A model's class and the names of its first modules, for errors."""
-    names = [name for name, _ in hf.named_modules() if name and name.count(".") <= 2] or ["no submodules"]
-    return f"{type(hf).__name__} with modules {', '.join(names[:12])}"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from moe_interp.adapters.spec import ModelSpec, MoESpec, Scores, Scoring
 from moe_interp.adapters.sums import Join, follow
+from moe_interp.errors import UnsupportedModel
 
 _FUNCTIONS: dict[Scores, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(dim=-1),
@@ -54,17 +55,30 @@ def logits_of(spec: ModelSpec, unembedded: Tensor) -> Tensor:
 
 
 def output_of(spec: ModelSpec, returned: Any) -> Tensor:
-    """What a forward pass gave: logits, or the last hidden states of a model without a head."""
+    """What a forward pass gave: logits, or the last hidden states of a model without a head.
+
+    Raises:
+        UnsupportedModel: neither is in what it returned.
+    """
     if isinstance(returned, Tensor):
         return returned
-    return returned.last_hidden_state if spec.unembed is None else returned.logits
+    name = "last_hidden_state" if spec.unembed is None else "logits"
+    if not hasattr(returned, name):
+        raise UnsupportedModel(
+            f"no output of {spec.model_type} to keep",
+            expected=f"a forward that returns a tensor, or something with {name!r}",
+            got=type(returned).__name__,
+            do="Put the model into a module whose forward returns the tensor alone, and describe that.",
+        )
+    return getattr(returned, name)
 
 
 def has_nan(output: Tensor, mask: Tensor) -> bool:
-    """Whether an output [B, S, V] is NaN at a real token (or, of one row an input [B, V], at all).
+    """Whether an output [B, S, V] is NaN at a real token (or at all, where it has other dims than tokens).
 
     NaN anywhere in a hidden state reaches every logit of that token, so one column tells.
     """
     first = output[..., 0].detach()
-    seen = mask[:, -output.shape[1] :] if output.dim() == 3 else torch.ones_like(first, dtype=torch.bool)
+    seen = mask[:, -output.shape[1] :] if output.dim() == 3 else mask
+    seen = seen if seen.shape == first.shape else torch.ones_like(first, dtype=torch.bool)
     return bool(first[seen].isnan().any())

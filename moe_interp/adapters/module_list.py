@@ -4,14 +4,16 @@ The gate is a linear map to logits, or returns ``(ids, weights, ...)`` itself as
 Outputs are added up one expert after another, as these blocks do.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_interp.adapters.experts import Separate, Tap, chooses, run_experts
+from moe_interp.adapters.checks import check_types
+from moe_interp.adapters.experts import Separate, Tap, run_experts
+from moe_interp.adapters.reading import attribute
 
 # The published eval path sorts with `argsort()`, which leaves the order within an expert open.
 KERNEL = Separate(up="up_proj", down="down_proj", gate="gate_proj", stable=False)
@@ -47,6 +49,46 @@ def forward_deepseek(block: Any, tap: Tap, hidden_states: Tensor) -> Tensor:
     return out + block.shared_experts(hidden_states) if getattr(block, "shared_experts", None) is not None else out
 
 
+@dataclass(frozen=True)
+class LinearGate:
+    """What `linear_gate` makes. A `Family` tells it where, in the block, ``router`` and ``experts`` are."""
+
+    kernel: Separate
+    order: Literal["softmax, top-k", "top-k, softmax"]
+    renormalise: bool | str
+    top_k: str
+    shared: tuple[str, str | None] | None
+    returns: Literal["out, logits", "out"]
+    router: str = "gate"
+    experts: str = "experts"
+    chooses: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    def __call__(self, block: Any, tap: Tap, hidden_states: Tensor) -> Any:
+        """The block's output [..., D], with the logits [T, E] where the block returns them too."""
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        logits = block.get_submodule(self.router)(hidden)
+        ids, weights = self._choice(block, tap, logits)
+        experts = block.get_submodule(self.experts)
+        out = run_experts(tap, self.kernel, experts, hidden, ids, weights.to(hidden.dtype), in_turn=True)
+        if self.shared is not None:
+            out = out + _shared(block, hidden, *self.shared)
+        out = out.view(hidden_states.shape)
+        return (out, logits) if self.returns == "out, logits" else out
+
+    def _choice(self, block: Any, tap: Tap, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and weights [T, K]."""
+        first = self.order == "softmax, top-k"
+        scores = logits.softmax(dim=-1, dtype=torch.float32) if first else logits
+        weights, ids = tap.choose(scores, attribute(block, self.top_k))
+        if not first:
+            return ids, weights.softmax(dim=-1, dtype=torch.float32)
+        scaled = attribute(block, self.renormalise) if isinstance(self.renormalise, str) else self.renormalise
+        return ids, weights / weights.sum(dim=-1, keepdim=True) if scaled else weights
+
+
 def linear_gate(
     kernel: Separate,
     order: Literal["softmax, top-k", "top-k, softmax"] = "softmax, top-k",
@@ -54,9 +96,9 @@ def linear_gate(
     *,
     top_k: str = "top_k",
     shared: tuple[str, str | None] | None = None,
-    returns_logits: bool = True,
-) -> Callable[..., Any]:
-    """The forward of a block whose gate is a linear map, to be the ``call`` of a `Family`.
+    returns: Literal["out, logits", "out"] = "out, logits",
+) -> LinearGate:
+    """The forward of a block whose router is a linear map, to be the ``call`` of a `Family`, whose names it uses.
 
     Args:
         kernel: where an expert keeps its linear maps.
@@ -65,27 +107,13 @@ def linear_gate(
             the attribute of the block that says so.
         top_k: attribute of the block that says k.
         shared: names of the shared expert and of its gate, a linear map whose sigmoid scales it (None: no gate).
-        returns_logits: whether the block returns ``(out, logits)``, as Mixtral's did before transformers 5.
+        returns: what the block returns: its output with the router's logits, as Mixtral's did before transformers 5,
+            or its output alone.
+
+    Raises:
+        BadInput: an argument of another kind.
     """
-
-    @chooses
-    def forward(block: Any, tap: Tap, hidden_states: Tensor) -> Any:
-        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits = block.gate(hidden)
-        first = order == "softmax, top-k"
-        scores = logits.softmax(dim=-1, dtype=torch.float32) if first else logits
-        weights, ids = tap.choose(scores, getattr(block, top_k))
-        if not first:
-            weights = weights.softmax(dim=-1, dtype=torch.float32)
-        elif getattr(block, renormalise) if isinstance(renormalise, str) else renormalise:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        out = run_experts(tap, kernel, block.experts, hidden, ids, weights.to(hidden.dtype), in_turn=True)
-        if shared is not None:
-            out = out + _shared(block, hidden, *shared)
-        out = out.view(hidden_states.shape)
-        return (out, logits) if returns_logits else out
-
-    return forward
+    return LinearGate(kernel, order, renormalise, top_k, shared, returns)
 
 
 def _shared(block: nn.Module, hidden: Tensor, expert: str, gate: str | None) -> Tensor:

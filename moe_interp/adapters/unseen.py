@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_interp.adapters.experts import LAYOUT
-from moe_interp.adapters.family import At, Family, outline, text_config
+from moe_interp.adapters.family import At, Family
+from moe_interp.adapters.reading import model_type, outline
 from moe_interp.adapters.spec import ModelSpec, Scoring
 from moe_interp.errors import UnsupportedModel
 
@@ -63,7 +64,7 @@ def proposals(hf: nn.Module) -> list[ModelSpec]:
 
 def _refusal(hf: nn.Module, expected: str, got: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"cannot open model type {text_config(hf).model_type!r}, which is in no table",
+        f"cannot open model type {model_type(hf)!r}, which is in no table",
         expected=expected,
         got=f"{got}; {outline(hf)}",
         do="Describe it by moe.register_adapter(model_type, moe.Family(...)); model.audit() says if it is right.",

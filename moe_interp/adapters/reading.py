@@ -1,0 +1,103 @@
+"""What a model says of itself: its config, where it has one, and its modules."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_interp.adapters.spec import ModelSpec
+from moe_interp.adapters.sums import Through
+from moe_interp.errors import UnsupportedModel
+
+UNBOUNDED = 2**31 - 1
+
+
+def text_config(hf: nn.Module) -> Any:
+    """The config of the language model in a model; None where there is none."""
+    config: Any = getattr(hf, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def model_type(hf: nn.Module) -> str:
+    """The ``model_type`` of its (text) config; without one, the name of its class."""
+    return getattr(text_config(hf), "model_type", None) or type(hf).__name__
+
+
+def outline(hf: nn.Module) -> str:
+    """A model's class and the names of its first modules, for errors."""
+    names = [name for name, _ in hf.named_modules() if name and name.count(".") <= 2] or ["no submodules"]
+    return f"{type(hf).__name__} with modules {', '.join(names[:12])}"
+
+
+def attribute(owner: Any, path: str) -> Any:
+    """An attribute by its dotted name.
+
+    Raises:
+        UnsupportedModel: there is none.
+    """
+    found = owner
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise UnsupportedModel(
+                f"no attribute {path!r}",
+                expected=f"it in {type(owner).__name__}",
+                got=f"a {type(found).__name__} without {name!r}",
+                do="Name the one that there is in the model's Family.",
+            )
+        found = getattr(found, name)
+    return found
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward can be given an argument of this name."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(one.name == argument or one.kind is one.VAR_KEYWORD for one in parameters)
+
+
+def sizes(hf: nn.Module, spec: ModelSpec, given: Mapping[str, int]) -> dict[str, Any]:
+    """``d_model``, ``vocab_size`` and ``context_length``: as given, else as the config says, else as weights show.
+
+    D is how long the rows of a norm's or a router's weight are, V how many rows the unembedding has (or the embedding,
+    for a model of tokens without a head). V is 0 for a model that has neither tokens nor a head.
+
+    Raises:
+        UnsupportedModel: nothing says one of them.
+    """
+    ways = {
+        "d_model": ("hidden_size", _weight_size(hf, _as_wide_as_the_residual(spec), -1)),
+        "vocab_size": ("vocab_size", _rows(hf, spec)),
+        "context_length": ("max_position_embeddings", UNBOUNDED),
+    }
+    config = text_config(hf)
+    found = {name: given.get(name) or getattr(config, said, None) or shown for name, (said, shown) in ways.items()}
+    for name, size in found.items():
+        if size is None:
+            raise UnsupportedModel(
+                f"cannot tell {name} of {spec.model_type}",
+                expected=f"config.{ways[name][0]}, or a weight that shows it",
+                got=outline(hf),
+                do=f'Give it: Family(sizes=lambda model: {{"{name}": ...}}).',
+            )
+    return found
+
+
+def _as_wide_as_the_residual(spec: ModelSpec) -> list[str]:
+    """Modules with a weight whose rows are D long: norms, then routers, which may read a narrower stream."""
+    norms = [step.module for step in spec.final or () if isinstance(step, Through)]
+    norms += [layer.sites["resid_mid"].module for layer in spec.layers if "resid_mid" in layer.sites]
+    return norms + [layer.moe.router for layer in spec.layers if layer.moe]
+
+
+def _rows(hf: nn.Module, spec: ModelSpec) -> int | None:
+    if spec.unembed is not None:
+        return _weight_size(hf, [spec.unembed], 0)
+    if spec.kind == "other":
+        return 0
+    return None if spec.embed is None else _weight_size(hf, [spec.embed], 0)
+
+
+def _weight_size(hf: nn.Module, paths: Iterable[str], dim: int) -> int | None:
+    """The size of the first weight among those of some modules."""
+    weights = (getattr(hf.get_submodule(path), "weight", None) for path in paths)
+    return next((weight.shape[dim] for weight in weights if isinstance(weight, Tensor)), None)
