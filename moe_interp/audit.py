@@ -8,12 +8,13 @@
 4. Every editable point is edited at all layers at once; the logits move, and every relation downstream of the edit
    holds for the edited values, which it would not if the edit had not taken.
 
-A relation is not checked while the point that it gives is the one being edited.
+A relation is not checked while the point that it gives is the one being edited. A check that cannot be carried out, as
+under a description that does not fit the model, fails by name; its detail says why.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from moe_interp.adapters.formats import check_weights, rounds_activations
 from moe_interp.adapters.formulas import block_output, joined
 from moe_interp.adapters.sums import Join, follow
-from moe_interp.errors import BadCheckpoint, BadInput
+from moe_interp.errors import BadCheckpoint, BadInput, RemoteFailure
 from moe_interp.interventions import apply
 from moe_interp.model import MoEModel
 from moe_interp.points import POINTS
@@ -31,6 +32,7 @@ MANY, FEW = (2, 16), (1, 4)  # texts, tokens: an edit is one of a dozen runs, an
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 Pair = tuple[Tensor, Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def audit(model: MoEModel, inputs: Any = None) -> Audit:
         inputs: what to run on; by default 2 x 16 random token ids, seeded, and 1 x 4 for the edits.
 
     Raises:
-        BadInput: no inputs, for a model that does not take tokens.
+        BadInput: no inputs, for a model that does not take tokens; or inputs that cannot be right.
     """
     chosen = inputs is None
     inputs = _random_tokens(model, MANY) if chosen else inputs
@@ -200,13 +202,34 @@ def audit(model: MoEModel, inputs: Any = None) -> Audit:
         check_weights(model.hf)
     except BadCheckpoint as error:
         return Audit(model.name, (Check("weights are finite", torch.inf, 0.0, str(error)),), model.provenance())
-    clean = model.run(inputs, read=list(model.points))
-    checks = [Check("weights are finite", 0.0, 0.0), _equal(model, inputs), _complete(model, clean)]
-    checks += [check for relation in RELATIONS if (check := _holds(relation, model, clean))]
+    checks = [Check("weights are finite", 0.0, 0.0), *_checks(model, inputs, chosen)]
+    return Audit(model.name, tuple(checks), model.provenance())
+
+
+def _checks(model: MoEModel, inputs: Any, chosen: bool) -> Iterator[Check]:
+    """All but that of the weights; ``chosen``: whether the inputs are our own, so that edits may have fewer."""
+    model.encode(inputs)  # what is wrong with the inputs is the caller's to know, and no check that fails
+    clean = _tried("every point is read", lambda: model.run(inputs, read=list(model.points)))
+    if isinstance(clean, Check):
+        yield clean
+        return
+    yield _tried("untouched run equal to the plain one", lambda: _equal(model, inputs))
+    yield _complete(model, clean)
+    yield from (check for relation in RELATIONS if (check := _holds(relation, model, clean)))
     few = _random_tokens(model, FEW) if chosen else inputs
     clean = model.run(few, read=list(model.points)) if chosen else clean
-    checks += [_edit_takes(point, model, few, clean) for point in model.points if POINTS[point].editable]
-    return Audit(model.name, tuple(checks), model.provenance())
+    for point in (point for point in model.points if POINTS[point].editable):
+        yield _tried(f"edit of {point} takes", lambda point=point: _edit_takes(point, model, few, clean))  # type: ignore[misc]
+
+
+def _tried(name: str, what: Callable[[], T]) -> T | Check:
+    """What is asked for, or a failed check of this name: a wrong description can go wrong in any way."""
+    try:
+        return what()
+    except (RemoteFailure, torch.OutOfMemoryError):  # which say nothing about the model
+        raise
+    except Exception as error:
+        return Check(name, torch.inf, 0.0, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def _random_tokens(model: MoEModel, shape: tuple[int, int]) -> Any:
@@ -263,9 +286,16 @@ def _dims(model: MoEModel, point: str) -> int:
 
 def _holds(relation: Relation, model: MoEModel, run: Run) -> Check | None:
     """The worst error of a relation over layers; None where it holds at none of them."""
-    pairs = (relation.pair(model, run, layer) for layer in _layers(relation, model, run))
-    errors = [_relative(*pair) for pair in pairs if pair is not None]
-    return Check(relation.name, max(errors), _limit(model)) if errors else None
+    return _tried(relation.name, lambda: _worst(relation, model, run))
+
+
+def _worst(relation: Relation, model: MoEModel, run: Run) -> Check | None:
+    pairs = [relation.pair(model, run, layer) for layer in _layers(relation, model, run)]
+    there = [pair for pair in pairs if pair is not None]
+    if not there:
+        return None
+    differ = [f"{tuple(a.shape)} is there, {tuple(b.shape)} follows" for a, b in there if a.shape != b.shape]
+    return Check(relation.name, max(_relative(*pair) for pair in there), _limit(model), "; ".join(differ[:1]))
 
 
 def _layers(relation: Relation, model: MoEModel, run: Run) -> list[int]:
@@ -288,7 +318,7 @@ def _edit_takes(point: str, model: MoEModel, inputs: Any, clean: Run) -> Check:
         and (relation.after is None or point in relation.after)
         and (check := _holds(relation, model, run))
     ]
-    worst = max(holding, key=lambda check: check.error)
+    worst = max(holding, key=lambda check: check.error, default=Check("no relation to check", 0.0, 0.0))
     error = worst.error if moved > 0 else torch.inf
     return Check(f"edit of {point} takes", error, _limit(model), f"moves the output by {moved:.0e} ({worst.name})")
 
@@ -315,5 +345,8 @@ def _limit(model: MoEModel) -> float:
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:
+    """The largest difference in units of the largest value expected; infinite between different shapes."""
+    if got.shape != expected.shape:
+        return torch.inf
     scale = expected.float().abs().max().item()
     return (got.float() - expected.float()).abs().max().item() / (scale or 1.0)
