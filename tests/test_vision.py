@@ -118,6 +118,7 @@ def test_the_adapter_is_one_public_call_of_less_than_forty_lines():
     source = inspect.getsource(vision)
     assert source.count("register_adapter(") == 1
     assert "from moe_interp import register_adapter" in source
+    assert "from moe_interp.adapters import (" in source and "moe_interp.adapters." not in source
     assert len(inspect.getsource(describe).splitlines()) + 1 < 40
 
 

@@ -28,9 +28,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_interp import register_adapter
-from moe_interp.adapters import LayerSpec, ModelSpec, MoESpec, Scoring, Separate
-from moe_interp.adapters.family import EXPERTS_POINTS
-from moe_interp.adapters.spec import ExpertsCall, Input, Output, RouterOutput, Site
+from moe_interp.adapters import (
+    EXPERTS_POINTS,
+    ExpertsCall,
+    Input,
+    LayerSpec,
+    ModelSpec,
+    MoESpec,
+    Output,
+    RouterOutput,
+    Scoring,
+    Separate,
+    Site,
+)
 from moe_interp.errors import BadInput
 
 Depth = Literal["base", "short"]
