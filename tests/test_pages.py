@@ -15,7 +15,8 @@ from nnsight.modeling import huggingface
 from nnsight.schema.config import CONFIG
 
 import moe_interp as moe
-from tests import tiny
+from moe_interp import adapters
+from tests import linear_gates, tiny
 from tests.served import saved
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -115,3 +116,21 @@ def test_what_a_page_says_is_held_to_what_is_printed():
     for printed in ("expert 4: 0.50 [0.4, 0.6]", "expert 3: 0.53 [0.4, 0.6]", "expert 3: 0.50 [0.4, nan]"):
         with pytest.raises(AssertionError):
             assert_same("expert 3: 0.50 [0.4, 0.6]", printed)
+
+
+def test_the_page_about_architectures_of_ones_own(page, monkeypatch, capsys):
+    monkeypatch.setattr("moe_interp.adapters.families.FAMILIES", dict(adapters.FAMILIES))
+    mine = linear_gates.build("softmax_topk_renormalised")
+    mine.config.model_type = "my_moe"
+    names = page("adapters.md", my_model=mine)
+    assert "audit of my_moe: passed" in capsys.readouterr().out
+    model, inputs, clean, expert = (names[name] for name in ("model", "inputs", "clean", "expert"))
+    assert names["audit"].passed and not model.spec.options
+    ids, weights = clean.routing[1].ids, clean.routing[1].weights
+    assert names["ablated"].touched == (int((ids == expert).sum()),)
+    signal = model.run(inputs, read=["resid_post", "expert_out"])
+    lost = (signal["expert_out", 1] * (weights * (ids == expert))[..., None]).sum(2)
+    net = model.hf
+    expected = net.head(net.norm(signal["resid_post", 1] - lost).mean(dim=1)).detach()
+    assert torch.allclose(names["ablated"].logits, expected, atol=1e-5)
+    assert not torch.allclose(clean.logits, expected, atol=1e-3)
