@@ -44,6 +44,7 @@ def page(folder: str) -> Callable[..., dict[str, Any]]:
             linecache.cache[file] = (len(block), None, block.splitlines(keepends=True), file)
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(compile(block, file, "exec"), names)
+            print(printed.getvalue(), end="")
             if said:
                 assert_same(said, printed.getvalue())
         return names
