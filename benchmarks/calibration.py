@@ -127,7 +127,7 @@ def pair_rejections(twins: float, repeats: int, documents: int = 60) -> dict[str
         tables = np.stack([part.astype(int).T @ part for part in np.split(chosen, documents)])
         blocks = np.stack([tables[block::20].sum(axis=0) for block in range(20)])[:, None]
         tokens = np.full(20, len(chosen) // 20)
-        sums = PairCounts((0,), TOP_K, tokens, blocks, np.zeros((1, EXPERTS, EXPERTS), np.int64))
+        sums = PairCounts((0,), (TOP_K,), tokens, blocks, np.zeros((1, EXPERTS, EXPERTS), np.int64))
         result = sums.result(provenance={}, resamples=199, seed=seed)
         p = result.lift_p.values[0]
         found.append(p[1, 2] <= 0.05)

@@ -41,12 +41,17 @@ class Variable(NamedTuple):
 
 
 Description = tuple[tuple[str, ...], str, str]
-"""Dims, units and meaning of one quantity."""
+"""Dims, units and meaning of one quantity. A dim with a "?" is there only where the values have it."""
 
 
 def described(values: Mapping[str, ArrayLike], table: Mapping[str, Description]) -> dict[str, Variable]:
     """The values as `Variable`s, by what a table says of each name."""
-    return {name: Variable(table[name][0], value, *table[name][1:]) for name, value in values.items()}
+    return {name: Variable(_present(table[name][0], value), value, *table[name][1:]) for name, value in values.items()}
+
+
+def _present(dims: tuple[str, ...], value: ArrayLike) -> tuple[str, ...]:
+    whole = np.ndim(value) == len(dims)
+    return tuple(dim.removesuffix("?") for dim in dims if whole or not dim.endswith("?"))
 
 
 def labelled(

@@ -214,13 +214,13 @@ def test_the_gain_is_nothing_for_independent_layers_and_large_for_copied_ones():
         first, second = (rng.choice(8, 400, p=load) for _ in range(2))
         np.add.at(real[block, 0], (first, second), 1)
         np.add.at(shuffled[block, 0], (first, rng.permutation(second)), 1)
-    independent = TransitionCounts((0, 1), 1, 0, real, shuffled).result(provenance={})
+    independent = TransitionCounts((0, 1), (1, 1), 0, real, shuffled).result(provenance={})
     low, high = independent.gain_interval[:, 0]
     assert low < 0 < high
     assert float(independent.mutual_information[0]) > 0.02  # topic and bias alone
     copied = real * 0
     copied[:, 0] = np.array([np.diag(table.sum(axis=1)) for table in real[:, 0]])
-    same = TransitionCounts((0, 1), 1, 0, copied, shuffled).result(provenance={})
+    same = TransitionCounts((0, 1), (1, 1), 0, copied, shuffled).result(provenance={})
     assert float(same.gain_interval[0, 0]) > 1.0
 
 

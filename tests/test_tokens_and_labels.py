@@ -253,7 +253,7 @@ def test_the_control_is_the_rest_of_the_same_documents():
     tokens = np.array([[10, 5], [20, 10], [7, 0]])
     counts[:, 0, 0] = [[10, 0], [5, 15], [7, 0]]  # K = 1; the last document has no token with label 1
     counts[:, 1, 0] = [[2, 3], [10, 0], [0, 0]]
-    result = LabelCounts((0,), 1, tokens, counts).result(["other", "mark"], provenance={}, resamples=10)
+    result = LabelCounts((0,), (1,), tokens, counts).result(["other", "mark"], provenance={}, resamples=10)
     rest = (5 * 10 / 10 + 10 * 5 / 20) / 15
     assert float(result.specialization_rest.sel(label="mark", layer=0, expert=0)) == pytest.approx(rest)
     assert float(result.specialization.sel(label="mark", layer=0, expert=0)) == pytest.approx(12 / 15)

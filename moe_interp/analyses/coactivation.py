@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import moe_interp.stats as stats
-from moe_interp.analyses.collect import Options, collect
-from moe_interp.analyses.exact import Exact, Provenance, flat_counts
+from moe_interp.analyses.collect import Options, collect, sizes
+from moe_interp.analyses.exact import Exact, Provenance, flat_counts, of_each, one_or_each, told_top_k
 from moe_interp.data import Corpus
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -40,7 +40,7 @@ class PairCounts(Exact):
 
     Attributes:
         layers: [L], MoE layer indices.
-        top_k: K.
+        top_k: [L], K.
         tokens: [Z], real tokens; document n is in block n modulo Z.
         pairs: [Z, L, E, E], tokens that chose both; on the diagonal those that chose the one.
         adjacent: [L, E, E], tokens in which the two were neighbours by weight.
@@ -49,17 +49,19 @@ class PairCounts(Exact):
     reads: ClassVar[tuple[str, ...]] = ()
 
     layers: tuple[int, ...]
-    top_k: int
+    top_k: tuple[int, ...]
     tokens: Int[np.ndarray, " Z"]
     pairs: Int[np.ndarray, "Z L E E"]
     adjacent: Int[np.ndarray, "L E E"]
 
     @classmethod
-    def empty(cls, layers: Sequence[int], experts: int, top_k: int, *, blocks: int = BLOCKS) -> "PairCounts":
-        """Nothing counted yet."""
+    def empty(
+        cls, layers: Sequence[int], experts: int, top_k: int | Sequence[int], *, blocks: int = BLOCKS
+    ) -> "PairCounts":
+        """Nothing counted yet; ``top_k`` is one for all layers, or one for each."""
         square = (len(layers), experts, experts)
-        sizes = (blocks,), (blocks, *square), square
-        return cls(tuple(layers), top_k, *(np.zeros(size, np.int64) for size in sizes))
+        shapes = (blocks,), (blocks, *square), square
+        return cls(tuple(layers), of_each(top_k, layers), *(np.zeros(shape, np.int64) for shape in shapes))
 
     def update(self, run: Run, documents: Int[np.ndarray, " B"]) -> None:
         """Adds a run; row b belongs to document ``documents[b]``."""
@@ -81,8 +83,7 @@ class PairCounts(Exact):
         parts = [self._layer(index, resamples, seed) for index in range(len(self.layers))]
         values = {name: np.stack([part[name] for part in parts], axis=_layer_axis(name)) for name in parts[0]}
         experts = self.pairs.shape[-1]
-        values["lift_uniform"] = np.array((self.top_k - 1) * experts / (self.top_k * max(experts - 1, 1)))
-        values["coactivation_uniform"] = np.array((self.top_k - 1) / max(experts - 1, 1))
+        values |= uniform(self.top_k, experts)
         variables = described(values, _VARIABLES)
         coords: dict[str, Any] = {
             "bound": ["low", "high"],
@@ -90,18 +91,18 @@ class PairCounts(Exact):
             "expert": np.arange(experts),
             "other": np.arange(experts),
         }
-        how = {"tokens": int(self.tokens.sum()), "top_k": self.top_k, "blocks": len(self.tokens)}
+        how = {"tokens": int(self.tokens.sum()), "top_k": told_top_k(self.top_k), "blocks": len(self.tokens)}
         about = {**provenance, **how, "resamples": resamples, "seed": seed}
         return labelled(variables, coords, analysis="coactivation", provenance=about)
 
     def _layer(self, index: int, resamples: int, seed: int) -> dict[str, np.ndarray]:
         """Every value of one layer."""
-        blocks = self.pairs[:, index]
+        blocks, top_k = self.pairs[:, index], self.top_k[index]
         total = blocks.sum(axis=0)
         chosen = total.diagonal()
-        own = blocks.diagonal(axis1=1, axis2=2).sum(axis=1) / self.top_k  # tokens that take experts
+        own = blocks.diagonal(axis1=1, axis2=2).sum(axis=1) / top_k  # tokens that take experts
         tokens = own.sum()
-        null = _null_of_loads(chosen / max(tokens, 1), self.top_k)
+        null = _null_of_loads(chosen / max(tokens, 1), top_k)
         lift = _lift(total)
         upper = np.triu_indices(len(total), 1)
         excess = (blocks - own[:, None, None] * null)[:, *upper]
@@ -118,6 +119,16 @@ class PairCounts(Exact):
             "lift_p": p,
             "npmi": stats.npmi(lift, total / max(tokens, 1)),
         }
+
+
+def uniform(top_k: Sequence[int], experts: int) -> dict[str, np.ndarray]:
+    """Lift and co-activation under a router that draws K of E equal experts; by layer where K is not the same."""
+    chosen = np.array(top_k)
+    together = (chosen - 1) / max(experts - 1, 1)
+    return {
+        "lift_uniform": one_or_each(together * experts / chosen),
+        "coactivation_uniform": one_or_each(together),
+    }
 
 
 def _layer_axis(name: str) -> int:
@@ -155,11 +166,11 @@ _LEO = ("layer", "expert", "other")
 _VARIABLES: dict[str, Description] = {
     "pairs": (_LEO, "tokens", "tokens that chose both experts; on the diagonal those that chose the one"),
     "coactivation": (_LEO, "1", "share of the expert's tokens that chose the other too, 0 ... 1"),
-    "coactivation_uniform": ((), "1", "co-activation under a uniform router, (K - 1) / (E - 1)"),
+    "coactivation_uniform": (("layer?",), "1", "co-activation under a uniform router, (K - 1) / (E - 1)"),
     "coactivation_as_coded": (_LEO, "1", "the same from pairs adjacent in rank alone, as OLMoE's script has it"),
     "lift": (_LEO, "1", "how many times as often both are chosen as if they were independent, 0 ..."),
     "lift_interval": (("bound", *_LEO), "1", "95 % interval over blocks of documents, bias removed: lift"),
-    "lift_uniform": ((), "1", "lift under a uniform router, (K - 1) E / (K (E - 1))"),
+    "lift_uniform": (("layer?",), "1", "lift under a uniform router, (K - 1) E / (K (E - 1))"),
     "lift_load": (_LEO, "1", "lift under draws of K distinct experts by the layer's own loads and nothing else"),
     "lift_p": (
         _LEO,
@@ -200,7 +211,8 @@ def coactivation(
 
     Raises:
         BadInput: the model has no tokenizer.
+        UnsupportedModel: layers with different numbers of experts.
     """
-    sums = PairCounts.empty(model.layers, model.spec.num_experts, model.spec.top_k, blocks=blocks)
+    sums = PairCounts.empty(*sizes(model), blocks=blocks)
     where = collect(model, corpus, {"pairs": sums}, Options(special_tokens, max_tokens, batch_tokens))
     return sums.result(provenance=where, resamples=resamples, seed=seed)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from moe_interp.analyses.exact import Exact
 from moe_interp.data import Batch, Corpus, batches
-from moe_interp.errors import BadData
+from moe_interp.errors import BadData, UnsupportedModel
 from moe_interp.model import MoEModel, Reads
 from moe_interp.results import whole_file
 from moe_interp.run import Read, Run, Tokens
@@ -71,6 +71,25 @@ class Pass:
             "truncated": sum(batch.truncated for batch in self.batches),
             "special_tokens": "counted" if self.options.special_tokens else "left out",
         }
+
+
+def sizes(model: MoEModel) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    """What accumulators are made for: the MoE layers that text reaches, E, and each layer's K, as edits widen it.
+
+    Raises:
+        UnsupportedModel: layers with different numbers of experts, whose loads have nothing in common.
+    """
+    standing = {layer: k for one in model._standing for layer, k in one.widths(model.spec).items()}
+    counts = {layer: model.spec.moe(layer).num_experts for layer in model.layers}
+    if len(set(counts.values())) > 1:
+        raise UnsupportedModel(
+            "layers with different numbers of experts",
+            expected="as many in every MoE layer",
+            got=", ".join(f"{experts} in layer {layer}" for layer, experts in counts.items()),
+            do="model.run(...).routing has the choices of each layer.",
+        )
+    top_k = tuple(standing.get(layer, model.spec.moe(layer).top_k) for layer in model.layers)
+    return model.layers, max(counts.values()), top_k
 
 
 def special_ids(model: MoEModel) -> list[int]:

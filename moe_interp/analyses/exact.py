@@ -4,13 +4,13 @@ An accumulator is a dataclass of numpy arrays that add up, and of what tells it 
 writes its own `update` and `result`; `Exact` gives it the rest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from moe_interp.errors import BadCheckpoint, BadInput
@@ -22,6 +22,29 @@ LIMIT = 2**31
 Values = dict[str, np.ndarray]
 Provenance = Mapping[str, str | int | float]
 Some = TypeVar("Some", bound="Exact")  # an accumulator; typing.Self is not understood where annotations are executed
+
+
+def of_each(top_k: int | Sequence[int], layers: Sequence[int]) -> tuple[int, ...]:
+    """K of every layer, given one for all or one for each.
+
+    Raises:
+        BadInput: not as many as there are layers.
+    """
+    found = (top_k,) * len(layers) if isinstance(top_k, int) else tuple(top_k)
+    if len(found) != len(layers):
+        raise BadInput("top_k does not fit", expected=f"a K, or one for each of {len(layers)} layers", got=str(top_k))
+    return found
+
+
+def one_or_each(values: Num[np.ndarray, "*rest L"]) -> Num[np.ndarray, "*some"]:
+    """What all layers have in common, without the last axis; where they differ, each layer's."""
+    first = values[..., :1]
+    return values[..., 0] if np.array_equal(np.broadcast_to(first, values.shape), values, equal_nan=True) else values
+
+
+def told_top_k(top_k: Sequence[int]) -> int | str:
+    """K for a provenance; where layers differ, that of each."""
+    return top_k[0] if len(set(top_k)) == 1 else ", ".join(map(str, top_k))
 
 
 class SparseCounts:

@@ -21,8 +21,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 import moe_interp.stats as stats
-from moe_interp.analyses.collect import Options, collect
-from moe_interp.analyses.exact import Exact, Provenance, flat_counts
+from moe_interp.analyses.collect import Options, collect, sizes
+from moe_interp.analyses.exact import Exact, Provenance, flat_counts, of_each, one_or_each, told_top_k
 from moe_interp.data import Corpus, check_corpus
 from moe_interp.encode import GIVE_TOKENIZER, token_text
 from moe_interp.errors import BadInput
@@ -158,7 +158,7 @@ class LabelCounts(Exact):
 
     Attributes:
         layers: [L], MoE layer indices.
-        top_k: K.
+        top_k: [L], K.
         tokens: [N, G].
         counts: [N, G, L, E], tokens with the label that chose the expert.
         labelling: tells the labels of one pass from those of another, so that only like is merged and taken up; 0
@@ -169,7 +169,7 @@ class LabelCounts(Exact):
     reads: ClassVar[tuple[str, ...]] = ()
 
     layers: tuple[int, ...]
-    top_k: int
+    top_k: tuple[int, ...]
     tokens: Int[np.ndarray, "N G"]
     counts: Int[np.ndarray, "N G L E"]
     labelling: int = 0
@@ -188,13 +188,13 @@ class LabelCounts(Exact):
         labels: int,
         layers: Sequence[int],
         experts: int,
-        top_k: int,
+        top_k: int | Sequence[int],
         numbers: Sequence[np.ndarray] | None = None,
     ) -> "LabelCounts":
         """Nothing counted yet; ``numbers`` is what `label_tokens` gives, without it there is `add` alone."""
         size = (documents, labels)
         tokens, counts = np.zeros(size, np.int64), np.zeros((*size, len(layers), experts), np.int64)
-        return cls(tuple(layers), top_k, tokens, counts, numbers=numbers)
+        return cls(tuple(layers), of_each(top_k, layers), tokens, counts, numbers=numbers)
 
     def update(self, run: Run, documents: Int[np.ndarray, " B"]) -> None:
         """Adds a run whose documents' labels are known.
@@ -239,7 +239,7 @@ class LabelCounts(Exact):
             "specialization": stats.ratio(chose, tokens),
             "specialization_interval": np.stack(ends, axis=1),
             "specialization_rest": _rest(self.counts, self.tokens),
-            "specialization_baseline": np.array(self.top_k / self.counts.shape[-1]),
+            "specialization_baseline": one_or_each(np.array(self.top_k) / self.counts.shape[-1]),
             "specialization_p": stats.sign_flip_max(differences(self.counts, self.tokens), flips=resamples, seed=seed),
         }
         coords: dict[str, Any] = {
@@ -248,7 +248,7 @@ class LabelCounts(Exact):
             "layer": np.array(self.layers, dtype=np.int64),
             "expert": np.arange(self.counts.shape[-1]),
         }
-        how = {"top_k": self.top_k, "resamples": resamples, "seed": seed}
+        how = {"top_k": told_top_k(self.top_k), "resamples": resamples, "seed": seed}
         return labelled(
             described(values, _VARIABLES), coords, analysis="routing_by_label", provenance={**provenance, **how}
         )
@@ -280,7 +280,7 @@ _VARIABLES: dict[str, Description] = {
     "specialization": (_GLE, "1", "share of the tokens with the label that chose the expert, 0 ... 1"),
     "specialization_interval": (("bound", *_GLE), "1", "95 % interval over documents: specialization"),
     "specialization_rest": (_GLE, "1", "the same share among the other tokens of the same documents"),
-    "specialization_baseline": ((), "1", "specialization under a uniform router, K/E"),
+    "specialization_baseline": (("layer?",), "1", "specialization under a uniform router, K/E"),
     "specialization_p": (
         _GLE,
         "1",
@@ -319,10 +319,10 @@ def routing_by_label(
 
     Raises:
         BadInput: no tokenizer, an unknown label, labels that do not fit the tokens or are too many.
+        UnsupportedModel: layers with different numbers of experts.
     """
     names, numbers = label_tokens(model, corpus, label)
-    spec = model.spec
-    sums = LabelCounts.empty(len(corpus), len(names), model.layers, spec.num_experts, spec.top_k, numbers)
+    sums = LabelCounts.empty(len(corpus), len(names), *sizes(model), numbers)
     where = collect(model, corpus, {"labels": sums}, Options(special_tokens, max_tokens, batch_tokens))
     where["label"] = label if isinstance(label, str) else getattr(label, "__name__", "function")
     return sums.result(names, provenance=where, resamples=resamples, seed=seed)

@@ -29,7 +29,7 @@ from torch.nn import functional
 
 from moe_interp.analyses.decoding import CHUNK, Decode, Decoded, decode_top, describe
 from moe_interp.analyses.one_text import At, by_rank, expert_terms, next_ids, run_text, token_texts
-from moe_interp.analyses.plain import check_adds_up, check_plain, check_writes_text, final_modules
+from moe_interp.analyses.plain import check_adds_up, check_plain, check_same_parts, check_writes_text, final_modules
 from moe_interp.analyses.tuned_lens import TunedLens
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput
@@ -191,14 +191,7 @@ def _layers(model: MoEModel, layers: Indices) -> tuple[int, ...]:
     chosen = model.layers if given is None else given
     if not chosen:
         raise BadInput("no layers", expected=f"some of {list(model.layers)}, or None for all", got="none")
-    kinds = {(model.spec.moe(layer).top_k, "shared_out" in model.spec.layer(layer).sites) for layer in chosen}
-    if len(kinds) > 1:
-        raise BadInput(
-            "layers with different parts",
-            expected="as many slots in each, and all with or all without shared experts",
-            got=f"(slots, shared experts): {sorted(kinds)}",
-            do="Ask for them apart: layers=[...].",
-        )
+    check_same_parts(model, chosen)
     return chosen
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from moe_interp.analyses.exact import told_top_k
 from moe_interp.analyses.plain import check_writes_text
 from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadInput
@@ -53,8 +54,8 @@ def perplexity(
     Args:
         model: any opened model with a tokenizer, which adds a beginning-of-text token if the model wants one.
         corpus: documents with domains. A document's first token has no context and is not scored.
-        ks: one or several numbers of experts, 1 ... E (None: 1 ... K). Above the model's own K the router
-            chooses k by its own recipe.
+        ks: one or several numbers of experts, 1 ... E (None: 1 ... K, the largest if layers differ). Above a
+            layer's own K the router chooses k by its own recipe.
         renormalise: False, as published: the dropped weight is lost. True: kept weights are rescaled to the
             total that K experts would have. "both": a dim ``renormalise`` ("no", "yes").
         per_layer: one MoE layer at a time, a dim ``layer``; else all at once.
@@ -73,7 +74,8 @@ def perplexity(
         ``documents``, ``bytes`` that were scored.
 
     Raises:
-        BadInput: no tokenizer, ``ks`` out of range, an unknown ``renormalise``, or no token with a context.
+        BadInput: no tokenizer, ``ks`` out of range, an unknown ``renormalise``, no token with a context, or layers
+            that choose different numbers of experts, all at once.
     """
     check_writes_text(model)
     grid = _grid(model, ks, renormalise, per_layer)
@@ -84,7 +86,7 @@ def perplexity(
         "data": corpus.source,
         "documents": len(corpus),
         "truncated": sum(batch.truncated for batch in work),
-        "top_k": model.spec.top_k,
+        "top_k": told_top_k(tuple(grid.top_k.values())),
         "renormalise": str(renormalise),
         "resamples": resamples,
         "seed": seed,
@@ -134,26 +136,26 @@ class Arm(NamedTuple):
 FULL = Arm("all")
 
 
-def _edits(model: MoEModel, arm: Arm, order: Int[Tensor, "L B S K"]) -> list[Intervention]:
+def _edits(model: MoEModel, arm: Arm, order: Mapping[int, Int[Tensor, "B S K"]]) -> list[Intervention]:
     layers = model.layers if arm.layer is None else (arm.layer,)
     if arm.kept == "all":
         return []
     if arm.kept == "heaviest":
         return [top_k(arm.k, renormalise=arm.renormalise, layers=layers)]
     drop = partial(keep_slots, k=arm.k, renormalise=arm.renormalise)
-    return [
-        apply("gate_weights", partial(drop, order=order[model.layers.index(layer)]), layers=layer) for layer in layers
-    ]
+    return [apply("gate_weights", partial(drop, order=order[layer]), layers=layer) for layer in layers]
 
 
-def _random_order(model: MoEModel, batch: Batch, seed: int) -> Int[Tensor, "L B S K"]:
+def _random_order(model: MoEModel, batch: Batch, seed: int) -> dict[int, Int[Tensor, "B S K"]]:
     """A random order of every real token's slots at every layer, the same however documents are batched."""
     mask = batch.inputs["attention_mask"].bool()
-    order = torch.zeros(len(model.layers), *mask.shape, model.spec.top_k, dtype=torch.int64)
+    own = {layer: model.spec.moe(layer).top_k for layer in model.layers}
+    order = {layer: torch.zeros(*mask.shape, k, dtype=torch.int64) for layer, k in own.items()}
     for row, document in enumerate(batch.documents):
-        shape = (int(mask[row].sum()), len(model.layers), model.spec.top_k)
-        drawn = np.random.default_rng([seed, int(document)]).random(shape).argsort(axis=-1)
-        order[:, row, mask[row]] = torch.from_numpy(drawn).transpose(0, 1)
+        shape = (int(mask[row].sum()), len(own), max(own.values()))
+        drawn = np.random.default_rng([seed, int(document)]).random(shape)
+        for index, (layer, k) in enumerate(own.items()):
+            order[layer][row, mask[row]] = torch.from_numpy(drawn[:, index, :k].argsort(axis=-1))
     return order
 
 
@@ -193,12 +195,16 @@ _KINDS = {
 
 
 class _Grid(NamedTuple):
-    """What is varied; ``top_k`` is the model's own K, a layer of None means all at once."""
+    """What is varied; ``top_k`` is the model's own K by layer, a layer of None means all at once."""
 
-    top_k: int
+    top_k: Mapping[int | None, int]
     ks: tuple[int, ...]
     renormalise: tuple[bool, ...]
-    layers: tuple[int | None, ...]
+
+    @property
+    def layers(self) -> tuple[int | None, ...]:
+        """The layers of `top_k`."""
+        return tuple(self.top_k)
 
     def coords(self, kind: str = "") -> dict[str, ArrayLike]:
         """Values along the dims over which a kind of figure varies."""
@@ -225,9 +231,10 @@ class _Grid(NamedTuple):
         ]
 
     def _arm(self, arm: Arm) -> Arm | None:
-        if arm.k == self.top_k:
+        own = self.top_k[arm.layer]
+        if arm.k == own:
             return FULL  # nothing is dropped: the same numbers to the last bit
-        return None if arm.kept == "random" and arm.k > self.top_k else arm
+        return None if arm.kept == "random" and arm.k > own else arm
 
     def runs(self) -> list[Arm]:
         """All runs, each once."""
@@ -235,8 +242,9 @@ class _Grid(NamedTuple):
 
 
 def _grid(model: MoEModel, ks: int | Iterable[int] | None, renormalise: bool | str, per_layer: bool) -> _Grid:
-    own, experts = model.spec.top_k, model.spec.num_experts
-    chosen = list(range(1, own + 1)) if ks is None else [ks] if isinstance(ks, int) else list(ks)
+    own, experts = _own(model, per_layer), min(model.spec.moe(layer).num_experts for layer in model.layers)
+    every = range(1, max(own.values()) + 1)
+    chosen = list(every) if ks is None else [ks] if isinstance(ks, int) else list(ks)
     whole = all(isinstance(k, int | np.integer) and not isinstance(k, bool) for k in chosen)
     if not chosen or not whole or not 1 <= min(chosen) <= max(chosen) <= experts:
         raise BadInput("ks cannot be right", expected=f"whole numbers from 1 to {experts}", got=str(chosen))
@@ -244,7 +252,20 @@ def _grid(model: MoEModel, ks: int | Iterable[int] | None, renormalise: bool | s
         raise BadInput("unknown renormalise", expected="True, False or 'both'", got=repr(renormalise))
     settings = (False, True) if renormalise == "both" else (bool(renormalise),)
     distinct = tuple(sorted({int(k) for k in chosen}))
-    return _Grid(own, distinct, settings, model.layers if per_layer else (None,))
+    return _Grid(own, distinct, settings)
+
+
+def _own(model: MoEModel, per_layer: bool) -> dict[int | None, int]:
+    own: dict[int | None, int] = {layer: model.spec.moe(layer).top_k for layer in model.layers}
+    distinct = set(own.values())
+    if not per_layer and len(distinct) > 1:
+        raise BadInput(
+            "k experts are not the same share in every layer",
+            expected="layers that choose as many experts each",
+            got=f"K = {told_top_k(tuple(own.values()))}",
+            do="Vary one layer at a time: per_layer=True.",
+        )
+    return own if per_layer else {None: distinct.pop()}
 
 
 # ---- from sums per document to figures with intervals ------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.adapters.sums import change_nothing
-from moe_interp.errors import UnsupportedModel
+from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
 
 
@@ -31,6 +31,22 @@ def is_plain(model: MoEModel, layer: int) -> bool:
     parts = {"moe_out", "shared_out"}
     from_parts = spec.post is not None and spec.post.base == "resid_mid" and set(spec.post.branches) <= parts
     return spec.plain and from_parts and model.spec.streams == 1
+
+
+def check_same_parts(model: MoEModel, layers: Sequence[int]) -> None:
+    """Refuse layers that cannot stand beside each other in one result.
+
+    Raises:
+        BadInput: they have different numbers of slots, or only some have shared experts.
+    """
+    kinds = {(model.spec.moe(layer).top_k, "shared_out" in model.spec.layer(layer).sites) for layer in layers}
+    if len(kinds) > 1:
+        raise BadInput(
+            "layers with different parts",
+            expected="as many slots in each, and all with or all without shared experts",
+            got=f"(slots, shared experts): {sorted(kinds)}",
+            do="Ask for them apart: layers=[...].",
+        )
 
 
 def check_plain_block(model: MoEModel, layers: Sequence[int]) -> None:

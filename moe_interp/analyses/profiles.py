@@ -16,12 +16,13 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
 import moe_interp.stats as stats
-from moe_interp.analyses.coactivation import PairCounts
-from moe_interp.analyses.collect import Options, Pass, collect
-from moe_interp.analyses.exact import UNIT
+from moe_interp.analyses.coactivation import PairCounts, uniform
+from moe_interp.analyses.collect import Options, Pass, collect, sizes
+from moe_interp.analyses.exact import UNIT, told_top_k
 from moe_interp.analyses.examples import Examples
 from moe_interp.analyses.norms import OutputSums, collect_outputs, document_means
 from moe_interp.analyses.routing import RoutingCounts
+from moe_interp.analyses.routing_values import taken
 from moe_interp.analyses.token_counts import TokenCounts
 from moe_interp.data import Corpus
 from moe_interp.encode import token_text
@@ -69,14 +70,14 @@ def expert_profiles(
 
     Raises:
         BadInput: no tokenizer.
+        UnsupportedModel: layers with different numbers of experts.
     """
-    spec, options = model.spec, Options(special_tokens, max_tokens, batch_tokens)
-    sizes = model.layers, spec.num_experts, spec.top_k
+    options, (layers, experts, top_k) = Options(special_tokens, max_tokens, batch_tokens), sizes(model)
     sums: dict[str, Any] = {
-        "routing": RoutingCounts.empty(len(corpus), *sizes),
-        "tokens": TokenCounts.empty(*sizes, spec.vocab_size, folds=1),
-        "pairs": PairCounts.empty(*sizes, blocks=1),
-        "examples": Examples.empty(model.layers, spec.num_experts, examples, seed=seed),
+        "routing": RoutingCounts.empty(len(corpus), layers, experts, top_k),
+        "tokens": TokenCounts.empty(layers, experts, top_k, model.spec.vocab_size, folds=1),
+        "pairs": PairCounts.empty(layers, experts, top_k, blocks=1),
+        "examples": Examples.empty(layers, experts, examples, seed=seed),
     }
     where = collect(model, corpus, sums, options)
     outputs, _ = collect_outputs(model, corpus, options)
@@ -87,19 +88,19 @@ def expert_profiles(
         **_partners(sums["pairs"], partners),
         **_sizes(sums["routing"], outputs),
         **_domains(routed),
-        "load_uniform": np.array(1 / spec.num_experts),
+        "load_uniform": np.array(1 / experts),
     }
     coords: dict[str, ArrayLike] = {
         "bound": ["low", "high"],
-        "layer": np.array(model.layers, dtype=np.int64),
-        "expert": np.arange(spec.num_experts),
+        "layer": np.array(layers, dtype=np.int64),
+        "expert": np.arange(experts),
         "domain": list(corpus.domains),
         "top": np.arange(1, top + 1),
         "kind": ["heaviest", "random"],
         "example": np.arange(1, examples + 1),
-        "partner_rank": np.arange(1, min(partners, spec.num_experts - 1) + 1),
+        "partner_rank": np.arange(1, min(partners, experts - 1) + 1),
     }
-    about = {**where, "top_k": spec.top_k, "resamples": resamples, "seed": seed}
+    about = {**where, "top_k": told_top_k(top_k), "resamples": resamples, "seed": seed}
     return labelled(described(values, _VARIABLES), coords, analysis="expert_profiles", provenance=about)
 
 
@@ -204,14 +205,13 @@ def _context(tokenizer: Any, ids: list[int], position: int) -> str:
 def _partners(sums: PairCounts, partners: int) -> dict[str, np.ndarray]:
     pairs = sums.pairs.sum(axis=0)
     chosen = np.diagonal(pairs, axis1=1, axis2=2)
-    lift = stats.lift(pairs, chosen, chosen, np.full(len(pairs), sums.tokens.sum()))
+    lift = stats.lift(pairs, chosen, chosen, taken(chosen, sums.top_k))
     lift[:, np.arange(lift.shape[1]), np.arange(lift.shape[1])] = np.nan
     order = np.argsort(-np.nan_to_num(lift, nan=-1.0), axis=2, kind="stable")[..., : min(partners, lift.shape[1] - 1)]
-    experts = lift.shape[1]
     return {
         "partner": order,
         "partner_lift": np.take_along_axis(lift, order, axis=2),
-        "lift_uniform": np.array((sums.top_k - 1) * experts / (sums.top_k * max(experts - 1, 1))),
+        "lift_uniform": uniform(sums.top_k, lift.shape[1])["lift_uniform"],
     }
 
 
@@ -244,7 +244,7 @@ _VARIABLES: dict[str, Description] = {
     "context_weight": ((*_LE, "example"), "1", "the expert's combine weight in the heaviest contexts"),
     "partner": (_LEP, "expert", "experts chosen together with it most, by lift"),
     "partner_lift": (_LEP, "1", "how many times as often as if the two were independent"),
-    "lift_uniform": ((), "1", "lift under a uniform router, (K - 1) E / (K (E - 1))"),
+    "lift_uniform": (("layer?",), "1", "lift under a uniform router, (K - 1) E / (K (E - 1))"),
     "tokens": (_LE, "tokens", "tokens that chose the expert"),
     "load": (_LE, "1", "share of the layer's decisions that go to it, 0 ... 1/K"),
     "load_uniform": ((), "1", "load under a uniform router, 1/E"),
@@ -257,5 +257,5 @@ _VARIABLES: dict[str, Description] = {
     "specialization": (_LED, "1", "share of the domain's tokens that chose the expert, 0 ... 1"),
     "specialization_interval": (("bound", *_LED), "1", "95 % interval over documents: specialization"),
     "specialization_p": (_LED, "1", "p against other domains, as in routing, adjusted for the experts of the layer"),
-    "specialization_baseline": ((), "1", "specialization under a uniform router, K/E"),
+    "specialization_baseline": (("layer?",), "1", "specialization under a uniform router, K/E"),
 }

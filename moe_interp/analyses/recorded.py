@@ -72,7 +72,7 @@ def routing_from_counts(
     per_domain = _whole(np.broadcast_to(tokens, len(whole)) if np.ndim(tokens) == 0 else tokens, 1)
     numbers = list(range(whole.shape[1]) if layers is None else layers)
     _check_recorded(whole, per_domain, domains, numbers, top_k)
-    values = from_counts(whole, per_domain, top_k)
+    values = from_counts(whole, per_domain, [top_k] * whole.shape[1])
     values["documents"] = np.zeros(len(domains), np.int64)
     how: Provenance = {"model": model, "top_k": top_k, "tokens": int(per_domain.sum())}
     return dataset(values, domains, numbers, how).assign_attrs(

@@ -25,8 +25,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import moe_interp.stats as stats
-from moe_interp.analyses.collect import Options, collect
-from moe_interp.analyses.exact import UNIT, Exact, Provenance, Values, add_fixed, fixed, fixed_sums
+from moe_interp.analyses.collect import Options, collect, sizes
+from moe_interp.analyses.exact import (
+    UNIT,
+    Exact,
+    Provenance,
+    Values,
+    add_fixed,
+    fixed,
+    fixed_sums,
+    of_each,
+    told_top_k,
+)
 from moe_interp.analyses.routing_values import LOAD, PER_TOKEN, dataset, from_counts, switch_loss, taken
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
@@ -44,7 +54,7 @@ class RoutingCounts(Exact):
 
     Attributes:
         layers: [L], MoE layer indices.
-        top_k: K.
+        top_k: [L], K.
         tokens: [N], real tokens.
         counts: [N, L, E], tokens that chose the expert.
         weights: [N, L, E], sum of combine weights, in units of 2^-32.
@@ -55,7 +65,7 @@ class RoutingCounts(Exact):
     reads: ClassVar[tuple[str, ...]] = ("router_logits", "router_scores")
 
     layers: tuple[int, ...]
-    top_k: int
+    top_k: tuple[int, ...]
     tokens: Int[np.ndarray, " N"]
     counts: Int[np.ndarray, "N L E"]
     weights: Int[np.ndarray, "N L E"]
@@ -63,10 +73,10 @@ class RoutingCounts(Exact):
     per_token: Int[np.ndarray, "N L 5"]
 
     @classmethod
-    def empty(cls, documents: int, layers: Sequence[int], experts: int, top_k: int) -> "RoutingCounts":
-        """Nothing counted yet, for so many documents."""
-        sizes = [(documents,), *3 * [(documents, len(layers), experts)], (documents, len(layers), 5)]
-        return cls(tuple(layers), top_k, *(np.zeros(size, np.int64) for size in sizes))
+    def empty(cls, documents: int, layers: Sequence[int], experts: int, top_k: int | Sequence[int]) -> "RoutingCounts":
+        """Nothing counted yet, for so many documents; ``top_k`` is one for all layers, or one for each."""
+        shapes = [(documents,), *3 * [(documents, len(layers), experts)], (documents, len(layers), 5)]
+        return cls(tuple(layers), of_each(top_k, layers), *(np.zeros(shape, np.int64) for shape in shapes))
 
     def update(self, run: Run, documents: Int[np.ndarray, " B"]) -> None:
         """Adds a run that read router_logits and router_scores; row b belongs to document ``documents[b]``.
@@ -98,8 +108,9 @@ class RoutingCounts(Exact):
         values["documents"] = np.bincount(groups, minlength=len(domains))
         values |= _means(self, groups, len(domains), resamples, seed) | _losses(self)
         values |= _tests(self.counts, groups, len(domains), resamples, seed)
-        how = {"tokens": int(self.tokens.sum()), "top_k": self.top_k, "resamples": resamples, "seed": seed}
-        return dataset(values, domains, self.layers, {**provenance, **how})
+        how = {"tokens": int(self.tokens.sum()), "resamples": resamples, "seed": seed}
+        about = {**provenance, **how, "top_k": told_top_k(self.top_k)}
+        return dataset(values, domains, self.layers, about)
 
 
 def _layer_sums(routing: Routing, experts: int) -> dict[str, Int[Tensor, "B _"]]:
@@ -145,7 +156,7 @@ def _per_token(
 
 def _means(sums: RoutingCounts, groups: np.ndarray, domains: int, resamples: int, seed: int) -> Values:
     """Ratios of sums over documents with their intervals, per domain."""
-    weights, seen = sums.weights / UNIT, taken(sums.counts, sums.top_k)
+    weights, seen, chosen = sums.weights / UNIT, taken(sums.counts, sums.top_k), np.array(sums.top_k)[:, None]
     ratios = {
         "specialization": (sums.counts, seen),
         "weight_share": (weights, weights.sum(axis=-1)),
@@ -161,8 +172,8 @@ def _means(sums: RoutingCounts, groups: np.ndarray, domains: int, resamples: int
         ]
         values[f"{name}_interval"] = np.stack(ends, axis=1)
     overall = stats.bootstrap_ratio(sums.counts, seen, strata=groups, resamples=resamples, seed=seed)
-    values["utilisation_overall_interval"] = overall / sums.top_k
-    values["utilisation_interval"] = values["specialization_interval"] / sums.top_k
+    values["utilisation_overall_interval"] = overall / chosen
+    values["utilisation_interval"] = values["specialization_interval"] / chosen
     for suffix in ("", "_interval"):
         stacked = np.moveaxis(values.pop(f"per_token{suffix}"), -1, 0)
         values |= {f"{name}{suffix}": part for name, part in zip(PER_TOKEN, stacked, strict=True)}
@@ -175,7 +186,7 @@ def _losses(sums: RoutingCounts) -> Values:
     seen = taken(counts, sums.top_k)
     chosen, score = stats.ratio(counts, seen), stats.ratio(score, seen)
     return {
-        "load_balance": switch_loss(chosen / sums.top_k, score),
+        "load_balance": switch_loss(stats.shares(counts), score),
         "load_balance_as_coded": switch_loss(chosen.mean(axis=0), score.mean(axis=0)),
     }
 
@@ -218,13 +229,15 @@ def routing(
     Returns:
         Dims domain, layer (the model's own indices), expert, bound (low, high). ``*_interval`` are 95 %
         studentised intervals over documents; ``*_debiased`` stand beside plug-in estimates that need it;
-        ``*_p``, ``*_null``, ``*_uniform``, ``*_baseline`` are controls. NaN: it takes a second domain, or a
+        ``*_p``, ``*_null``, ``*_uniform``, ``*_baseline`` are controls, the last
+        two by layer where layers choose different numbers of experts. NaN: it takes a second domain, or a
         second document in each.
 
     Raises:
         BadInput: the model has no tokenizer.
+        UnsupportedModel: layers with different numbers of experts.
         BadCheckpoint: the router gives values that are not finite.
     """
-    sums = RoutingCounts.empty(len(corpus), model.layers, model.spec.num_experts, model.spec.top_k)
+    sums = RoutingCounts.empty(len(corpus), *sizes(model))
     where = collect(model, corpus, {"routing": sums}, Options(special_tokens, max_tokens, batch_tokens))
     return sums.result(corpus.labels, corpus.domains, provenance=where, resamples=resamples, seed=seed)

@@ -13,8 +13,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 import moe_interp.stats as stats
-from moe_interp.analyses.exact import Provenance, Values
-from moe_interp.results import Variable, labelled
+from moe_interp.analyses.exact import Provenance, Values, one_or_each
+from moe_interp.results import Description, described, labelled
 
 PER_TOKEN = ("entropy", "margin", "heaviest_weight", "weight_sum", "z_loss")
 
@@ -53,23 +53,21 @@ LOAD: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str, str]] = {
 }
 
 
-def taken(counts: Int[np.ndarray, "*rest E"], top_k: int) -> Float[np.ndarray, "*rest"]:
+def taken(counts: Int[np.ndarray, "*rest L E"], top_k: Sequence[int]) -> Float[np.ndarray, "*rest L"]:
     """Tokens that took experts, K each: all real tokens, but for those that a router lets skip all experts."""
-    return counts.sum(axis=-1) / top_k
+    return counts.sum(axis=-1) / np.array(top_k)
 
 
-def from_counts(counts: Int[np.ndarray, "D L E"], tokens: Int[np.ndarray, " D"], top_k: int) -> Values:
-    """Every value that follows from counts alone, by the names of `dataset`."""
-    experts = counts.shape[-1]
+def from_counts(counts: Int[np.ndarray, "D L E"], tokens: Int[np.ndarray, " D"], top_k: Sequence[int]) -> Values:
+    """Every value that follows from counts alone, by the names of `dataset`; ``top_k`` has the K of each layer."""
+    experts, chosen = counts.shape[-1], np.array(top_k)
     per_token = stats.ratio(counts, taken(counts, top_k))
-    # Each expert's load under a uniform router, but for the faint correlation of draws without replacement.
-    uniform = np.random.default_rng(0).binomial(tokens[:, None], top_k / experts, (200, len(tokens), experts))
     values = {
         "counts": counts,
         "tokens": tokens,
         "specialization": per_token,
-        "specialization_baseline": np.array(top_k / experts),
-        "utilisation": per_token / top_k,
+        "specialization_baseline": one_or_each(chosen / experts),
+        "utilisation": per_token / chosen[:, None],
         "utilisation_overall": stats.shares(counts.sum(axis=0)),
         "utilisation_baseline": np.array(1 / experts),
         "entropy_baseline": np.array(np.log(experts)),
@@ -78,14 +76,23 @@ def from_counts(counts: Int[np.ndarray, "D L E"], tokens: Int[np.ndarray, " D"],
     for name, (statistic, _, _) in LOAD.items():
         values[name] = statistic(counts)
         values[f"{name}_overall"] = statistic(counts.sum(axis=0))
-        values[f"{name}_uniform"] = statistic(uniform).mean(axis=0)
-    return values
+    return values | _uniform(taken(counts, top_k), top_k, experts)
+
+
+def _uniform(tokens: Float[np.ndarray, "D L"], top_k: Sequence[int], experts: int) -> Values:
+    """Statistics of the load under a uniform router, but for the faint correlation of draws without replacement."""
+    layers = [(*of_layer.round().astype(int).tolist(), k) for of_layer, k in zip(tokens.T, top_k, strict=True)]
+    loads = {}
+    for *seen, k in set(layers):
+        drawn = np.random.default_rng(0).binomial(np.array(seen)[:, None], k / experts, (200, len(seen), experts))
+        loads[*seen, k] = {name: statistic(drawn).mean(axis=0) for name, (statistic, _, _) in LOAD.items()}
+    return {f"{name}_uniform": one_or_each(np.stack([loads[one][name] for one in layers], axis=1)) for name in LOAD}
 
 
 # The labelled result
 
 _DLE, _DL, _LE = ("domain", "layer", "expert"), ("domain", "layer"), ("layer", "expert")
-_PLAIN: dict[str, tuple[tuple[str, ...], str, str]] = {
+_PLAIN: dict[str, Description] = {
     "documents": (("domain",), "documents", "documents; 0 for recorded counts, which have none"),
     "tokens": (("domain",), "tokens", "real tokens, without padding"),
     "counts": (_DLE, "tokens", "tokens of the domain that chose the expert; K for every token that takes experts"),
@@ -98,7 +105,7 @@ _PLAIN: dict[str, tuple[tuple[str, ...], str, str]] = {
         "1",
         "share of the domain's tokens that chose the expert, of those that take any, 0 ... 1",
     ),
-    "specialization_baseline": ((), "1", "specialization under a uniform router, K/E"),
+    "specialization_baseline": (("layer?",), "1", "specialization under a uniform router, K/E"),
     "specialization_p": (
         _DLE,
         "1",
@@ -121,7 +128,7 @@ _PLAIN: dict[str, tuple[tuple[str, ...], str, str]] = {
         (),
         "1",
         "load-balance loss as transformers codes it: layers pooled first, so that opposite imbalances "
-        "cancel; K at balance",
+        "cancel; K at balance (its mean over layers)",
     ),
     "divergence": (
         _DL,
@@ -140,13 +147,13 @@ _INTERVALS = ("utilisation", "utilisation_overall", "weight_share", "specializat
 _DEBIASED = {"n50": "bootstrap", "n90": "bootstrap", "divergence": "jackknife"}
 
 
-def _variables() -> dict[str, tuple[tuple[str, ...], str, str]]:
+def _variables() -> dict[str, Description]:
     """Every variable of the result: dims, units, meaning."""
     found = dict(_PLAIN)
     for name, (_, units, meaning) in LOAD.items():
         found[name] = _DL, units, meaning
         found[f"{name}_overall"] = ("layer",), units, f"over all domains: {meaning}"
-        found[f"{name}_uniform"] = ("domain",), units, f"under a uniform router, same tokens: {meaning}"
+        found[f"{name}_uniform"] = ("domain", "layer?"), units, f"under a uniform router, same tokens: {meaning}"
     for name, method in _DEBIASED.items():
         found[f"{name}_debiased"] = (
             found[name][0],
@@ -167,8 +174,8 @@ def dataset(values: Values, domains: Sequence[str], layers: Sequence[int], prove
         "layer": np.array(layers, dtype=np.int64),
         "expert": np.arange(values["counts"].shape[-1]),
     }
-    variables = {
-        name: Variable(dims, values.get(name, np.full([len(coords[dim]) for dim in dims], np.nan)), units, meaning)
-        for name, (dims, units, meaning) in _variables().items()
-    }
+    table = _variables()
+    missing = {name: table[name][0] for name in table.keys() - values.keys()}
+    nothing = {name: np.full([len(coords[dim]) for dim in dims], np.nan) for name, dims in missing.items()}
+    variables = described({name: (nothing | values)[name] for name in table}, table)
     return labelled(variables, coords, analysis="routing", provenance=provenance)

@@ -1,9 +1,11 @@
 """Router saturation: how early in training the experts of a token are those that it has in the end.
 
 1. At checkpoint t, saturation is the mean over tokens of |E_t and E_final| / K, the K experts of a token at a layer
-   (Muennighoff et al. 2024, arXiv 2409.02060, section 5.1), on the same tokens at every checkpoint.
+   (Muennighoff et al. 2024, arXiv 2409.02060, section 5.1), on the same tokens at every checkpoint. A token that skips
+   all experts in the end has nothing to agree with and does not count; one that skips them at t agrees in none.
 2. Two controls: K/E, for a router that draws uniformly; and `independent`, sum_e u_t(e) u_final(e) / K, with u the
-   share of tokens that chose e, for two routers that keep their loads and know nothing of each other's tokens.
+   share of tokens that chose e (in the end, of those that take any), for two routers that keep their loads and know
+   nothing of each other's tokens.
 3. Intervals are over documents.
 
 `router_saturation` runs checkpoints or hub revisions one after the other; `saturation_of_ids` takes what was recorded;
@@ -20,15 +22,17 @@ import torch
 import xarray as xr
 from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 import moe_interp.stats as stats
-from moe_interp.analyses.collect import Options, Pass
-from moe_interp.analyses.exact import Provenance
+from moe_interp.analyses.collect import Options, Pass, sizes
+from moe_interp.analyses.exact import Provenance, one_or_each
 from moe_interp.checkpoint import REFERENCE, load
 from moe_interp.data import Corpus
 from moe_interp.errors import BadCheckpoint, BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
+from moe_interp.run import Routing
 
 _BUNDLED = REFERENCE / "routing_checkpoints.safetensors"
 
@@ -47,7 +51,8 @@ def saturation_of_ids(
     """Router saturation from the experts of the same tokens at every checkpoint, the final one last.
 
     Args:
-        ids: experts of each token, in any order within it.
+        ids: experts of each token, in any order within it; -1 in slots that hold none, because the token skips all
+            experts of the layer, or because the layer has fewer slots than another.
         documents: a number for each token's document.
         steps: a number or a name for each checkpoint.
         layers: indices of the MoE layers.
@@ -67,33 +72,41 @@ def saturation_of_ids(
     if ids.shape[:3] != sizes or len(ids) < 2:
         wanted = f"[C, T, L, K] with C, T, L = {sizes}, C >= 2"
         raise BadInput("experts do not fit", expected=wanted, got=str(ids.shape))
-    overlap = np.stack([_overlap(one, ids[-1]) for one in ids])
-    _, places = np.unique(documents, return_inverse=True)
-    tokens = np.bincount(places)
-    sums = np.zeros((len(tokens), *overlap[:, 0].shape))
-    np.add.at(sums, places, overlap.swapaxes(0, 1))
-    load = np.stack([_load(one, experts) for one in ids])
-    top_k = ids.shape[-1]
+    names, places = np.unique(documents, return_inverse=True)
+    tokens = stats.group_totals((ids[-1] >= 0).any(axis=-1).astype(int), places, len(names))
+    overlap = np.stack([_overlap(one, ids[-1]) for one in ids], axis=-1)
+    sums = stats.group_totals(overlap, places, len(names))
+    interval = stats.bootstrap_ratio(sums, tokens, resamples=resamples, seed=seed)
+    top_k = (ids >= 0).sum(axis=-1).max(axis=(0, 1))
     values: dict[str, ArrayLike] = {
-        "saturation": overlap.mean(axis=1),
-        "saturation_interval": stats.bootstrap_ratio(sums, tokens, resamples=resamples, seed=seed),
-        "independent": (load * load[-1]).sum(axis=-1) / top_k,
-        "saturation_baseline": np.array(top_k / experts),
+        "saturation": stats.ratio(sums.sum(axis=0), tokens.sum(axis=0)).T,
+        "saturation_interval": interval.swapaxes(1, 2),
+        "independent": _independent(ids, experts, tokens.sum(axis=0)) / np.maximum(top_k, 1),
+        "saturation_baseline": one_or_each(top_k / experts),
     }
     coords: dict[str, Any] = {"bound": ["low", "high"], "step": list(steps), "layer": np.array(layers)}
-    how = {"tokens": len(documents), "documents": len(tokens), "resamples": resamples, "seed": seed}
+    how = {"tokens": len(documents), "documents": len(names), "resamples": resamples, "seed": seed}
     return labelled(
         described(values, _VARIABLES), coords, analysis="router_saturation", provenance={**provenance, **how}
     )
 
 
 def _overlap(ids: Int[np.ndarray, "T L K"], final: Int[np.ndarray, "T L K"]) -> Float[np.ndarray, "T L"]:
-    """Share of a token's experts that it has in the end."""
-    return (ids[..., :, None] == final[..., None, :]).any(axis=-1).mean(axis=-1)
+    """Share of the experts that a token has in the end that it has already; 0 if it has none in the end."""
+    both = ((ids[..., :, None] == final[..., None, :]) & (ids >= 0)[..., None]).any(axis=-1).sum(axis=-1)
+    return np.asarray(both / np.maximum((final >= 0).sum(axis=-1), 1))
 
 
-def _load(ids: Int[np.ndarray, "T L K"], experts: int) -> Float[np.ndarray, "L E"]:
-    return np.stack([np.bincount(layer.ravel(), minlength=experts) for layer in ids.swapaxes(0, 1)]) / len(ids)
+def _independent(
+    ids: Int[np.ndarray, "C T L K"], experts: int, taken: Int[np.ndarray, " L"]
+) -> Float[np.ndarray, "C L"]:
+    """How many experts two routers with the loads of each step and of the last share; NaN where the last takes none."""
+    counts = np.stack([_counts(one, experts) for one in ids])
+    return np.asarray((counts / ids.shape[1] * stats.ratio(counts[-1], taken)).sum(axis=-1))
+
+
+def _counts(ids: Int[np.ndarray, "T L K"], experts: int) -> Int[np.ndarray, "L E"]:
+    return np.stack([np.bincount(layer[layer >= 0], minlength=experts) for layer in ids.swapaxes(0, 1)])
 
 
 def router_saturation(
@@ -124,6 +137,7 @@ def router_saturation(
 
     Raises:
         BadInput: fewer than two checkpoints, or models of different shapes or tokenizers.
+        UnsupportedModel: layers with different numbers of experts.
         BadCheckpoint: one that cannot be loaded.
     """
     given: list[Any] = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
@@ -169,20 +183,28 @@ class _Sampled:
         self.documents = np.concatenate([np.full(len(tokens), document) for document, tokens, _ in ordered])
         self.token_ids = np.concatenate([tokens for _, tokens, _ in ordered])
         self.ids = np.concatenate([ids for *_, ids in ordered])
-        self.layers, self.experts, self.provenance = model.layers, model.spec.num_experts, provenance
-        self.shape = (model.layers, model.spec.num_experts, model.spec.top_k, len(self.token_ids))
+        self.layers, self.experts, top_k = sizes(model)
+        self.shape, self.provenance = (self.layers, self.experts, top_k, len(self.token_ids)), provenance
 
 
 def _sampled(model: MoEModel, corpus: Corpus, options: Options, per_document: int, seed: int) -> _Sampled:
-    going, parts = Pass(model, corpus, options), []
+    going, parts, (layers, _, top_k) = Pass(model, corpus, options), [], sizes(model)
     for run, batch in going.runs((), f"routes of {model.name}"):
         for row, document in enumerate(batch.documents.tolist()):
             real = run.mask[row].nonzero().flatten().cpu()
             drawn = np.sort(np.random.default_rng([seed, document]).permutation(len(real))[:per_document])
             at = real[torch.from_numpy(drawn)]
-            ids = np.stack([run.routing[layer].ids[row].cpu()[at].numpy() for layer in model.layers], axis=1)
+            ids = np.stack([_taken(run.routing[layer], row, at, max(top_k)) for layer in layers], axis=1)
             parts.append((document, run.token_ids[row].cpu()[at].numpy(), ids))  # type: ignore[index]
     return _Sampled(model, going.provenance, parts)
+
+
+def _taken(routing: Routing, row: int, at: Int[Tensor, " t"], slots: int) -> Int[np.ndarray, "t K"]:
+    """Experts of some tokens, in so many slots; -1 where there is none."""
+    ids, takes = routing.ids[row].cpu()[at], routing.mask[row].cpu()[at]
+    found = torch.full((len(at), slots), -1)
+    found[:, : ids.shape[1]] = torch.where(takes[:, None], ids, -1)
+    return found.numpy()
 
 
 def reference_saturation(*, resamples: int = 1000, seed: int = 0) -> xr.Dataset:
@@ -220,5 +242,5 @@ _VARIABLES: dict[str, Description] = {
     "saturation": (_SL, "1", "mean share of a token's K experts that it has at the last step too, 0 ... 1"),
     "saturation_interval": (("bound", *_SL), "1", "95 % interval over documents: saturation"),
     "independent": (_SL, "1", "control: the same for two routers with these loads that know nothing of each other"),
-    "saturation_baseline": ((), "1", "saturation of a uniform router, K/E"),
+    "saturation_baseline": (("layer?",), "1", "saturation of a uniform router, K/E"),
 }

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_interp.analyses.plain import check_plain
+from moe_interp.analyses.plain import check_plain, check_same_parts
 from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
@@ -78,7 +78,7 @@ def ensemble_similarity(
         where a domain has fewer than two. ``tokens``, ``documents``: how many were measured.
 
     Raises:
-        BadInput: no tokenizer, no layers, or an unknown definition.
+        BadInput: no tokenizer, no layers, layers with different parts, or an unknown definition.
         UnknownName: a layer that is no MoE layer.
     """
     if definition not in ("paper", "as_coded"):
@@ -111,6 +111,7 @@ def _layers(model: MoEModel, layers: Indices) -> tuple[int, ...]:
     for layer in chosen:
         model.spec.moe(layer)
     check_plain(model, chosen)
+    check_same_parts(model, chosen)
     return chosen
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from jaxtyping import Float, Int
 
-from moe_interp.analyses.exact import Exact, SparseCounts
+from moe_interp.analyses.exact import Exact, SparseCounts, of_each
 from moe_interp.errors import BadInput
 from moe_interp.run import Run
 
@@ -29,7 +29,7 @@ class TokenCounts(Exact):
 
     Attributes:
         layers: [L], MoE layer indices.
-        top_k: K.
+        top_k: [L], K.
         experts: E.
         vocabulary: V.
         folds: Z; document n is in fold n modulo Z.
@@ -40,7 +40,7 @@ class TokenCounts(Exact):
     reads: ClassVar[tuple[str, ...]] = ()
 
     layers: tuple[int, ...]
-    top_k: int
+    top_k: tuple[int, ...]
     experts: int
     vocabulary: int
     folds: int
@@ -49,10 +49,10 @@ class TokenCounts(Exact):
 
     @classmethod
     def empty(
-        cls, layers: Sequence[int], experts: int, top_k: int, vocabulary: int, *, folds: int = FOLDS
+        cls, layers: Sequence[int], experts: int, top_k: int | Sequence[int], vocabulary: int, *, folds: int = FOLDS
     ) -> "TokenCounts":
-        """Nothing counted yet."""
-        return cls(tuple(layers), top_k, experts, vocabulary, folds, SparseCounts(), SparseCounts())
+        """Nothing counted yet; ``top_k`` is one for all layers, or one for each."""
+        return cls(tuple(layers), of_each(top_k, layers), experts, vocabulary, folds, SparseCounts(), SparseCounts())
 
     def update(self, run: Run, documents: Int[np.ndarray, " B"]) -> None:
         """Adds a run; row b belongs to document ``documents[b]``.

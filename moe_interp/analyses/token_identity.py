@@ -18,7 +18,8 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 import moe_interp.stats as stats
-from moe_interp.analyses.collect import Options, Pass
+from moe_interp.analyses.collect import Options, Pass, sizes
+from moe_interp.analyses.exact import told_top_k
 from moe_interp.analyses.labels import LabelCounts
 from moe_interp.analyses.token_counts import FOLDS, TokenCounts
 from moe_interp.data import Corpus
@@ -58,25 +59,29 @@ def token_identity(
 
     Raises:
         BadInput: no tokenizer, fewer than two folds, or no id that occurs in two of them often enough.
+        UnsupportedModel: layers with different numbers of experts.
     """
     if folds < 2:
         raise BadInput("too few folds", expected="two or more", got=str(folds))
-    spec, going = model.spec, Pass(model, corpus, Options(special_tokens, max_tokens, batch_tokens))
-    sums = TokenCounts.empty(model.layers, spec.num_experts, spec.top_k, spec.vocab_size, folds=folds)
+    (layers, experts, top_k), going = (
+        sizes(model),
+        Pass(model, corpus, Options(special_tokens, max_tokens, batch_tokens)),
+    )
+    sums = TokenCounts.empty(layers, experts, top_k, model.spec.vocab_size, folds=folds)
     for run, batch in going.runs((), "experts by token id"):
         sums.update(run, batch.documents)
     known = known_ids(sums, at_least)
-    counts = LabelCounts.empty(len(corpus), 2, model.layers, spec.num_experts, spec.top_k)
+    counts = LabelCounts.empty(len(corpus), 2, layers, experts, top_k)
     for run, batch in going.runs((), "experts of known ids"):
         counts.add(run, batch.documents, _known_tokens(run, batch.documents, known))
     values = identity_values(sums, counts, known, corpus.labels, len(corpus.domains), resamples, seed)
     coords: dict[str, Any] = {
         "bound": ["low", "high"],
         "domain": list(corpus.domains),
-        "layer": np.array(model.layers, dtype=np.int64),
-        "expert": np.arange(spec.num_experts),
+        "layer": np.array(layers, dtype=np.int64),
+        "expert": np.arange(experts),
     }
-    how = {"at_least": at_least, "folds": folds, "resamples": resamples, "seed": seed, "top_k": spec.top_k}
+    how = {"at_least": at_least, "folds": folds, "resamples": resamples, "seed": seed, "top_k": told_top_k(top_k)}
     return labelled(
         described(values, _VARIABLES), coords, analysis="token_identity", provenance={**going.provenance, **how}
     )
@@ -159,7 +164,7 @@ def _predicted(
             members = np.arange(fold, documents, sums.folds)
             predicted[members, index] = histogram[members][:, ids] @ chance
             busy = total.sum(axis=0) - table.sum(axis=0)
-            hits[fold] = _hits(table[ids].toarray(), chance, np.asarray(busy), sums.top_k)
+            hits[fold] = _hits(table[ids].toarray(), chance, np.asarray(busy), sums.top_k[index])
         estimate, interval = stats.block_jackknife(lambda one: one[0] / one[2], hits, debias=False)
         overlap["overlap"].append(estimate)
         overlap["overlap_interval"].append(interval)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from moe_interp import stats
+from moe_interp.analyses.collect import sizes
 from moe_interp.analyses.exact import UNIT
 from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.routing_values import LOAD, PER_TOKEN, from_counts, switch_loss, taken
@@ -83,8 +84,8 @@ def routing_health(sums: RoutingCounts) -> xr.Dataset:
     score, chosen = stats.ratio(sums.scores.sum(axis=0) / UNIT, seen), stats.ratio(counts, seen)
     values: dict[str, Any] = {
         "tokens": tokens,
-        "utilisation": chosen / sums.top_k,
-        "load_balance": switch_loss(chosen / sums.top_k, score),
+        "utilisation": stats.shares(counts),
+        "load_balance": switch_loss(stats.shares(counts), score),
         "load_balance_as_coded": switch_loss(chosen.mean(axis=0), score.mean(axis=0)),
         "entropy_baseline": whole["entropy_baseline"],
     }
@@ -110,7 +111,7 @@ _VARIABLES: dict[str, Description] = {
     "z_loss": (_L, "1", "router z-loss: mean squared logsumexp of the router logits"),
     **{name: (_L, units, meaning) for name, (_, units, meaning) in LOAD.items()},
     **{
-        f"{name}_uniform": ((), units, f"of a uniform router with as many tokens: {meaning}")
+        f"{name}_uniform": (("layer?",), units, f"of a uniform router with as many tokens: {meaning}")
         for name, (_, units, meaning) in LOAD.items()
     },
 }
@@ -196,8 +197,7 @@ class RoutingWatch:
     def begin(self, number: int) -> None:
         """What `step` does first, for loops that cannot use a ``with``."""
         if number % self.every == 0:
-            spec = self.model.spec
-            self._sums = RoutingCounts.empty(1, self.model.layers, spec.num_experts, spec.top_k)
+            self._sums = RoutingCounts.empty(1, *sizes(self.model))
             # Until the end of the step: what is computed anew in the backward pass must find the hooks it had.
             self._taps = [self._tap(point, layer) for layer in self.model.layers for point in _POINTS]
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import moe_interp.stats as stats
 from moe_interp.analyses.coactivation import BLOCKS
-from moe_interp.analyses.collect import Options, collect
-from moe_interp.analyses.exact import Exact, Provenance, flat_counts
+from moe_interp.analyses.collect import Options, collect, sizes
+from moe_interp.analyses.exact import Exact, Provenance, flat_counts, of_each, told_top_k
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
@@ -39,7 +39,7 @@ class TransitionCounts(Exact):
 
     Attributes:
         layers: [L], MoE layer indices.
-        top_k: K.
+        top_k: [L], K.
         seed: of the shuffles.
         flows: [Z, L - 1, E, E], token-slots; document n is in block n modulo Z.
         shuffled: [Z, L - 1, E, E], the same with the second layer's choices shuffled within the document.
@@ -48,16 +48,16 @@ class TransitionCounts(Exact):
     reads: ClassVar[tuple[str, ...]] = ()
 
     layers: tuple[int, ...]
-    top_k: int
+    top_k: tuple[int, ...]
     seed: int
     flows: Int[np.ndarray, "Z M E E"]
     shuffled: Int[np.ndarray, "Z M E E"]
 
     @classmethod
     def empty(
-        cls, layers: Sequence[int], experts: int, top_k: int, *, blocks: int = BLOCKS, seed: int = 0
+        cls, layers: Sequence[int], experts: int, top_k: int | Sequence[int], *, blocks: int = BLOCKS, seed: int = 0
     ) -> "TransitionCounts":
-        """Nothing counted yet.
+        """Nothing counted yet; ``top_k`` is one for all layers, or one for each.
 
         Raises:
             BadInput: fewer than two layers.
@@ -65,7 +65,7 @@ class TransitionCounts(Exact):
         if len(layers) < 2:
             raise BadInput("no transitions", expected="two MoE layers or more", got=str(list(layers)))
         size = (blocks, len(layers) - 1, experts, experts)
-        return cls(tuple(layers), top_k, seed, np.zeros(size, np.int64), np.zeros(size, np.int64))
+        return cls(tuple(layers), of_each(top_k, layers), seed, np.zeros(size, np.int64), np.zeros(size, np.int64))
 
     def update(self, run: Run, documents: Int[np.ndarray, " B"]) -> None:
         """Adds a run; row b belongs to document ``documents[b]``, which it holds whole."""
@@ -77,13 +77,13 @@ class TransitionCounts(Exact):
                 self.flows[block, index] += self._table(before, after)
                 self.shuffled[block, index] += self._table(before, after[torch.from_numpy(order)])
 
-    def _ids(self, run: Run, layers: tuple[int, int], row: int) -> tuple[Int[Tensor, "T K"], Int[Tensor, "T K"]]:
+    def _ids(self, run: Run, layers: tuple[int, int], row: int) -> tuple[Int[Tensor, "T K1"], Int[Tensor, "T K2"]]:
         """Of the tokens that experts of both layers take."""
         first, second = (run.routing[layer] for layer in layers)
         both = (first.mask & second.mask)[row].cpu()
         return first.ids[row].cpu()[both], second.ids[row].cpu()[both]
 
-    def _table(self, before: Int[Tensor, "T K"], after: Int[Tensor, "T K"]) -> Int[np.ndarray, "E E"]:
+    def _table(self, before: Int[Tensor, "T K1"], after: Int[Tensor, "T K2"]) -> Int[np.ndarray, "E E"]:
         experts = self.flows.shape[-1]
         index = before[:, :, None] * experts + after[:, None, :]
         return flat_counts(index, experts**2).reshape(experts, experts)
@@ -112,7 +112,8 @@ class TransitionCounts(Exact):
             "expert": np.arange(flows.shape[-1]),
             "next_expert": np.arange(flows.shape[-1]),
         }
-        how = {"tokens": int(flows[0].sum()) // self.top_k**2, "top_k": self.top_k, "blocks": len(self.flows)}
+        tokens = int(flows[0].sum()) // (self.top_k[0] * self.top_k[1])
+        how = {"tokens": tokens, "top_k": told_top_k(self.top_k), "blocks": len(self.flows)}
         about = {**provenance, **how, "seed": self.seed}
         return labelled(variables, coords, analysis="transitions", provenance=about)
 
@@ -126,7 +127,7 @@ _LEN = ("layer", "expert", "next_expert")
 _VARIABLES: dict[str, Description] = {
     "next_layer": (("layer",), "layer", "the MoE layer that follows"),
     "flows": (_LEN, "token-slots", "slot pairs of tokens with the expert here and the other in the next MoE layer"),
-    "flow": (_LEN, "1", "share of the expert's flow that goes to the other, 0 ... 1/K"),
+    "flow": (_LEN, "1", "share of the expert's flow that goes to the other, 0 ... 1/K of the next layer"),
     "flow_shuffled": (_LEN, "1", "flow with the next layer's choices shuffled over the tokens of each document"),
     "flow_independent": (("layer", "next_expert"), "1", "flow if layers were independent: the next layer's load"),
     "lift": (_LEN, "1", "flow over that of independent layers, 0 ...; 1 under independence"),
@@ -171,7 +172,8 @@ def transitions(
 
     Raises:
         BadInput: no tokenizer, or a single MoE layer.
+        UnsupportedModel: layers with different numbers of experts.
     """
-    sums = TransitionCounts.empty(model.layers, model.spec.num_experts, model.spec.top_k, blocks=blocks, seed=seed)
+    sums = TransitionCounts.empty(*sizes(model), blocks=blocks, seed=seed)
     where = collect(model, corpus, {"transitions": sums}, Options(special_tokens, max_tokens, batch_tokens))
     return sums.result(provenance=where)

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 
 import moe_interp.stats as stats
-from moe_interp.analyses.collect import Options, collect
-from moe_interp.analyses.exact import Provenance
+from moe_interp.analyses.collect import Options, collect, sizes
+from moe_interp.analyses.exact import Provenance, told_top_k
 from moe_interp.analyses.token_counts import FOLDS, TokenCounts
 from moe_interp.data import Corpus
 from moe_interp.encode import token_text
@@ -56,9 +56,9 @@ def vocabulary_specialization(
 
     Raises:
         BadInput: no tokenizer, or no id that occurs so often.
+        UnsupportedModel: layers with different numbers of experts.
     """
-    spec = model.spec
-    sums = TokenCounts.empty(model.layers, spec.num_experts, spec.top_k, spec.vocab_size, folds=folds)
+    sums = TokenCounts.empty(*sizes(model), model.spec.vocab_size, folds=folds)
     where = collect(model, corpus, {"tokens": sums}, Options(special_tokens, max_tokens, batch_tokens))
     return vocabulary_result(sums, model.tokenizer, provenance=where, at_least=at_least, seed=seed)
 
@@ -85,7 +85,7 @@ def vocabulary_result(
         "layer": np.array(sums.layers, dtype=np.int64),
         "token_id": ids,
     }
-    how = {"at_least": at_least, "top_k": sums.top_k, "folds": sums.folds, "seed": seed}
+    how = {"at_least": at_least, "top_k": told_top_k(sums.top_k), "folds": sums.folds, "seed": seed}
     return labelled(
         described(values, _VARIABLES), coords, analysis="vocabulary_specialization", provenance={**provenance, **how}
     )
@@ -97,7 +97,7 @@ def _layer(
     """One layer: folds' tables of the ids kept, with how often each occurs as one more column."""
     tables = [sums.table(index, fold) for fold in range(sums.folds)]
     load = sum(table.sum(axis=0) for table in tables) / occurrences.sum()
-    null = stats.largest_share_null(stats.inclusion_weights(load), sums.top_k, seed=seed)
+    null = stats.largest_share_null(stats.inclusion_weights(load), sums.top_k[index], seed=seed)
     blocks = np.stack(
         [np.column_stack([table[ids].toarray(), occurrences[fold, ids]]) for fold, table in enumerate(tables)]
     )

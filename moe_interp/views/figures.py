@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
+from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from moe_interp.views.tokens import escaped
@@ -91,16 +92,22 @@ def layer_scale(layers: Any) -> go.Scatter:
     return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
 
 
+def by_layer(result: xr.Dataset, name: str) -> Float[np.ndarray, " L"]:
+    """What a uniform router gives at each layer; a result has one number where layers choose as many experts."""
+    return result[name].broadcast_like(result["layer"]).values
+
+
 def specialization(routing: xr.Dataset) -> go.Figure:
     """Domain x expert, one layer at a time: specialization by doublings of a uniform router's share, which is white."""
-    baseline = 100 * float(routing["specialization_baseline"])
-    times = np.log2(np.maximum(routing["specialization"].values, 1e-9) / (baseline / 100))
+    baseline = 100 * by_layer(routing, "specialization_baseline")
+    times = np.log2(np.maximum(routing["specialization"].values, 1e-9) / (baseline[:, None] / 100))
     limit = max(3.0, np.ceil(np.nanmax(times)))
-    marks = {tick: baseline * 2.0**tick for tick in np.arange(-limit, limit + 1) if baseline * 2.0**tick <= 100}
+    ticks = np.arange(-limit, limit + 1)
     figure = go.Figure()
     for index, layer in enumerate(routing["layer"].values):
         at = routing.sel(layer=layer)
         share, (low, high) = 100 * at["specialization"].values, 100 * at["specialization_interval"].values
+        marks = {tick: baseline[index] * 2.0**tick for tick in ticks if baseline[index] * 2.0**tick <= 100}
         figure.add_heatmap(
             z=times[:, index].clip(-limit, limit).astype(np.float32),
             x=routing["expert"].values,
@@ -145,7 +152,7 @@ def strongest(routing: xr.Dataset) -> go.Figure:
         drawn.customdata = best[index]
         drawn.hovertemplate = "layer %{x}, expert %{customdata}: %{y:.1f} %"
         figure.add_trace(drawn)
-    baseline = np.full(len(layers), 100 * float(routing["specialization_baseline"]))
+    baseline = 100 * by_layer(routing, "specialization_baseline")
     figure.add_trace(line(layers, baseline, "uniform router", CONTROL, dash="dash"))
     return style(figure, xaxis_title="layer", yaxis_title="% of the domain's tokens", yaxis_rangemode="tozero")
 

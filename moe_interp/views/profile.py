@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from moe_interp.errors import UnknownName
@@ -141,7 +142,7 @@ def profile_page(profiles: xr.Dataset, path: str | Path) -> Path:
     text = template("profiles.html.j2").render(
         rows=profile_rows(profiles),
         provenance=provenance_of(profiles),
-        baseline=100 * float(profiles["specialization_baseline"]),
+        baseline=" or ".join(f"{100 * one:.1f}" for one in np.unique(profiles["specialization_baseline"].values)),
         level=_LEVEL,
     )
     return write(text, target)

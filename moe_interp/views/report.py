@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from moe_interp.analyses.coactivation import PairCounts
-from moe_interp.analyses.collect import Options, collect
+from moe_interp.analyses.collect import Options, collect, sizes
 from moe_interp.analyses.lens import expert_lens
 from moe_interp.analyses.norms import norm_and_weight
 from moe_interp.analyses.perplexity import perplexity
@@ -94,11 +94,11 @@ def report(
 
 def _routed(model: MoEModel, corpus: Corpus, max_tokens: int | None, resamples: int, seed: int) -> dict[str, Any]:
     """All that one pass over the corpus says of routing."""
-    sizes = model.layers, model.spec.num_experts, model.spec.top_k
-    counts = RoutingCounts.empty(len(corpus), *sizes)
-    pairs = PairCounts.empty(*sizes)
-    tokens = TokenCounts.empty(*sizes, model.spec.vocab_size)
-    flows = TransitionCounts.empty(*sizes, seed=seed) if len(model.layers) > 1 else None
+    made_for = sizes(model)
+    counts = RoutingCounts.empty(len(corpus), *made_for)
+    pairs = PairCounts.empty(*made_for)
+    tokens = TokenCounts.empty(*made_for, model.spec.vocab_size)
+    flows = TransitionCounts.empty(*made_for, seed=seed) if len(model.layers) > 1 else None
     sums = {"routing": counts, "pairs": pairs, "tokens": tokens} | ({"flows": flows} if flows else {})
     where = collect(model, corpus, sums, Options(max_tokens=max_tokens))
     tests: dict[str, Any] = {"provenance": where, "resamples": resamples, "seed": seed}
@@ -195,7 +195,7 @@ def headlines(results: Results) -> list[page.Headline]:
             f"expert {int(routed['expert'][expert])} of layer {int(routed['layer'][layer])} takes "
             f"{100 * float(share):.0f} % [{100 * low:.0f}, {100 * high:.0f}] of the tokens of "
             f"{routed['domain'].values[domain]}",
-            f"{100 * float(routed['specialization_baseline']):.1f} % under a uniform router",
+            f"{100 * figures.by_layer(routed, 'specialization_baseline')[layer]:.1f} % under a uniform router",
         ),
         page.Headline(
             "What each expert writes: how much the heaviest expert moves the lens towards the output",

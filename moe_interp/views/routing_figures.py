@@ -12,7 +12,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 
-from moe_interp.views.figures import COLOURS, CONTROL, layer_colour, layer_scale, line, style
+from moe_interp.views.figures import COLOURS, CONTROL, by_layer, layer_colour, layer_scale, line, style
 from moe_interp.views.tokens import escaped
 
 _BARS = 24  # experts a row of bars has room for
@@ -27,14 +27,15 @@ def specialization_bars(routing: xr.Dataset) -> go.Figure:
     rows = -(-len(domains) // 3)
     titles = [escaped(name, 40) for name in domains]
     figure = make_subplots(rows, 3, subplot_titles=titles, shared_yaxes="all", vertical_spacing=min(0.3, 0.36 / rows))
-    baseline = 100 * float(routing["specialization_baseline"])
+    baselines = np.unique(100 * by_layer(routing, "specialization_baseline"))
     for place, layer in enumerate(layers):
         for number, domain in enumerate(domains):
             bars = _bars(routing.sel(layer=layer, domain=domain), COLOURS[number % len(COLOURS)])
             bars.visible = place == 0
             figure.add_trace(bars, row=1 + number // 3, col=1 + number % 3)
     # The template draws shapes without a line and faintly: both have to be asked for.
-    figure.add_hline(y=baseline, line={"color": CONTROL, "dash": "dash", "width": 2}, opacity=1)
+    for baseline in baselines:  # one, unless layers choose different numbers of experts
+        figure.add_hline(y=baseline, line={"color": CONTROL, "dash": "dash", "width": 2}, opacity=1)
     figure.update_xaxes(type="category", tickangle=-90, tickfont={"size": 8}, dtick=1)
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title="% of tokens", col=1)
@@ -202,7 +203,7 @@ def saturation(result: xr.Dataset) -> go.Figure:
         figure.add_trace(drawn.update(showlegend=len(layers) <= 12))
     independent = result["independent"].mean("layer").values
     figure.add_trace(line(steps, independent, "routers that share only their loads", CONTROL, dash="dash"))
-    baseline = np.full(len(steps), float(result["saturation_baseline"]))
+    baseline = np.full(len(steps), by_layer(result, "saturation_baseline").mean())
     figure.add_trace(line(steps, baseline, "uniform router", CONTROL, dash="dot"))
     figure.update_xaxes(type="category", title="training step")
     below = {}
