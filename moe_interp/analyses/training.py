@@ -28,6 +28,7 @@ from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.routing_values import LOAD, PER_TOKEN, from_counts, switch_loss, taken
 from moe_interp.errors import BadInput
 from moe_interp.hosts.local import ATTRIBUTE
+from moe_interp.hosts.program import tokens_at, tokens_of
 from moe_interp.model import MoEModel
 from moe_interp.opening import wrap
 from moe_interp.results import Description, described, labelled
@@ -167,7 +168,7 @@ class RoutingWatch:
         self._seen: dict[tuple[str, int], Tensor] = {}
         self._taps: list[Any] = []
         self._sums: RoutingCounts | None = None
-        self._tokens: Tokens | None = None
+        self._known: Mapping[str, Tokens] | None = None
         hf = self.model.hf
         self._handles = [
             hf.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -255,11 +256,11 @@ class RoutingWatch:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._sums is None:
             return
-        self._seen, self._tokens = {}, _tokens(args, kwargs)
+        self._seen, self._known = {}, tokens_of(self.model.spec, args, kwargs)
 
     def _tap(self, point: str, layer: int) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> None:
-            if self._tokens is not None:
+            if self._known is not None:
                 self._seen[point, layer] = value.detach()
 
         points = self.model.hf.get_submodule(f"{self.model.spec.layer(layer).path}.{ATTRIBUTE}")
@@ -271,33 +272,20 @@ class RoutingWatch:
         self._taps = []
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        layers, tokens, self._tokens = self.model.layers, self._tokens, None
+        layers, known, self._known = self.model.layers, self._known, None
         whole = all((point, layer) in self._seen for point in _POINTS for layer in layers)
-        if self._sums is None or tokens is None or not whole:  # outside a step, or the pass failed
+        if self._sums is None or known is None or not whole:  # outside a step, or the pass failed
             return
-        mask, routing = tokens.mask, {}
+        routing, spec = {}, self.model.spec
         for layer in layers:
             seen = {name: self._seen[point, layer] for point, name in _POINTS.items()}
-            takes = (seen["weights"] != 0).any(dim=-1) if self.model.spec.moe(layer).skips else mask
-            routing[layer] = Routing(mask=mask & takes, **seen)  # type: ignore[arg-type]
-        run = Run(torch.zeros(*mask.shape, 1), None, tokens, routing, {})
-        self._sums.update(run, np.zeros(len(mask), np.int64))
+            tokens = tokens_at(known, spec.layers[layer].stack, seen["ids"])  # of an encoder or of a decoder
+            takes = (seen["weights"] != 0).any(dim=-1) if spec.moe(layer).skips else tokens.mask
+            routing[layer] = Routing(mask=tokens.mask & takes, **seen)  # type: ignore[arg-type]
+        # The last layer is of the stack that gives the output, whose tokens are those of the run.
+        run = Run(torch.zeros(*tokens.mask.shape, 1), None, tokens, routing, {})
+        self._sums.update(run, np.zeros(len(tokens.mask), np.int64))
         self._seen = {}
-
-
-def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens:
-    given = args[0] if args else kwargs.get("input_ids")
-    given = kwargs["inputs_embeds"] if given is None else given
-    mask = kwargs.get("attention_mask")
-    if mask is None:
-        mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise BadInput(
-            "cannot tell real tokens from padding",
-            expected="an attention mask of shape [batch, pos]",
-            got=f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__,
-        )
-    return Tokens.from_mask(mask, given.shape[1])
 
 
 def told(report: xr.Dataset) -> dict[str, float]:

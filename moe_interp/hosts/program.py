@@ -195,9 +195,7 @@ class Program:
         """What edits at a layer may look at; made when the layer is first met in a forward pass."""
         if layer not in self.contexts:
             stack = self.spec.main_stack if layer is None else self.spec.layers[layer].stack
-            tokens = self.known.get(stack)
-            if tokens is None or tokens.mask.shape != value.shape[:2]:
-                tokens = Tokens.from_mask(value.new_ones(value.shape[:2]), value.shape[1])
+            tokens = tokens_at(self.known, stack, value)
             moe = None if layer is None else self.spec.layers[layer].moe
             self.contexts[layer] = Context(layer, tokens, weighs_output=moe is None or moe.weights_on == "output")
         context = self.contexts[layer]
@@ -309,18 +307,44 @@ def tokens_of(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if given is not None:
         stack = "encoder" if crossed else spec.main_stack
         found[stack] = _masked(given, kwargs.get("attention_mask"), {} if crossed else kwargs)
-    target = kwargs.get("decoder_input_ids")
-    if target is not None:
-        found["decoder"] = _masked(target, None, kwargs)
+    if crossed:
+        found |= _decoder_tokens(kwargs)
     return found
+
+
+def _decoder_tokens(kwargs: dict[str, Any]) -> dict[str, Tokens]:
+    """Those of the decoder; a decoder that makes its inputs from labels has padding where these are left out, -100."""
+    target = kwargs.get("decoder_input_ids")
+    target = kwargs.get("decoder_inputs_embeds") if target is None else target
+    mask, labels = kwargs.get("decoder_attention_mask"), kwargs.get("labels")
+    if target is None and labels is None:
+        return {}
+    if target is None:
+        target, mask = labels, labels != -100 if mask is None else mask
+    if isinstance(mask, Mapping):  # masks by kind of attention, which a model made for itself
+        mask = None
+    if isinstance(mask, Tensor) and mask.dim() == 2:  # some cover the prompt, whose tokens are the encoder's
+        mask = mask[:, -(_cached(kwargs) + target.shape[1]) :]
+    return {"decoder": _masked(target, mask, kwargs)}
+
+
+def _cached(kwargs: dict[str, Any]) -> int:
+    cache = kwargs.get("past_key_values")
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def tokens_at(known: Mapping[str, Tokens], stack: str, value: Tensor) -> Tokens:
+    """The tokens that a value [B, S, ...] of a stack has; all are real where the model's inputs do not say."""
+    tokens = known.get(stack)
+    if tokens is None or tokens.mask.shape != value.shape[:2]:
+        return Tokens.from_mask(value.new_ones(value.shape[:2]), value.shape[1])
+    return tokens
 
 
 def _masked(given: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tokens:
     batch, length = given.shape[:2]
     if mask is None:
-        cache = kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
-        mask = torch.ones(batch, past + length, dtype=torch.bool, device=given.device)
+        mask = torch.ones(batch, _cached(kwargs) + length, dtype=torch.bool, device=given.device)
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise BadInput(
             "cannot tell real tokens from padding",
