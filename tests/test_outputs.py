@@ -25,6 +25,7 @@ from tests.reference.model import forward
 from tests.reference.similarity import tokens_of
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
+from tests.tiny_types import build as build_type
 
 FAMILIES = ("olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss")
 TEXTS = {"plain": ["The cat", "mu on", "so it goes"], "code": ["f(x)=2", "if a:", "no, y"]}
@@ -410,3 +411,26 @@ def test_the_control_of_a_super_expert_is_another_one():
     chosen, flags = np.array([5, 9, 7, 1]), np.array([True, True, False, False])
     assert super_experts_module._alike(chosen, flags, 0) == 2
     assert super_experts_module._alike(chosen, np.ones(4, bool), 1) == 2
+
+
+def test_weights_that_act_on_inputs_count_once():
+    with moe.wrap(build_type("llama4_text"), StubTokenizer()) as model:
+        sums, _ = collect_outputs(model, CORPUS)
+        sizes = norm_and_weight(model, CORPUS, tokens_per_document=99, resamples=5)
+        profiles = super_experts(model, CORPUS, resamples=5)
+        for index, layer in enumerate(model.layers):
+            total, weight, count = np.zeros((3, EXPERTS))
+            for text in CORPUS.texts:
+                run = model.run(text, read=["moe_in", "expert_out"])
+                for at, ids in enumerate(run.routing[layer].ids[0]):
+                    for expert, gate in zip(ids.tolist(), run.routing[layer].weights[0, at], strict=True):
+                        one = model.weights(layer, expert)
+                        hidden = gate * run["moe_in", layer][0, at]  # the weight acts here
+                        neurons = torch.nn.functional.silu(hidden @ one.gate.T) * (hidden @ one.up.T)
+                        total[expert] += float((neurons @ one.down.T).norm())
+                        weight[expert], count[expert] = weight[expert] + float(gate), count[expert] + 1
+            np.testing.assert_allclose(sums.contributions[:, index].sum(axis=0) / 2**32, total, rtol=1e-4, atol=1e-6)
+            there = count > 0
+            for found in (profiles.contribution, profiles.norm, sizes.norm_chosen):
+                np.testing.assert_allclose(found[index][there], (total / np.maximum(count, 1))[there], rtol=1e-4)
+            np.testing.assert_allclose(sums.weights[:, index].sum(axis=0) / 2**32, weight, rtol=1e-5, atol=1e-6)

@@ -4,7 +4,8 @@
    and the router's score p_e over experts, averaged over tokens, with an interval over documents. Scores in random
    order give 0. Pooling tokens and experts first answers another question and can flip the sign: `pooled` shows it.
 2. `OutputSums` adds up, over all tokens that chose an expert, the norm of its output, and weight times norm (REAP's
-   saliency S_e, arXiv 2510.13999, is the mean of that); it keeps the largest absolute value of any output.
+   saliency S_e, arXiv 2510.13999, is the mean of that); it keeps the largest absolute value of any output. Where
+   weights act on the input (llama4), the output is that of the weighted input, and is the contribution already.
 """
 
 from collections.abc import Sequence
@@ -38,8 +39,8 @@ class OutputSums(Exact):
         layers: [L], MoE layer indices.
         counts: [N, L, E], tokens that chose the expert.
         weights: [N, L, E], sum of its combine weights, in units of 2^-32.
-        norms: [N, L, E], sum of ||f_e||, in units of 2^-32.
-        contributions: [N, L, E], sum of weight times ||f_e||, in units of 2^-32.
+        norms: [N, L, E], sum of the norms of its outputs as the model made them, in units of 2^-32.
+        contributions: [N, L, E], sum of the norms of what it added, weight times output, in units of 2^-32.
         largest: [L, E], the largest |value| in any of its outputs.
     """
 
@@ -73,11 +74,12 @@ class OutputSums(Exact):
             real = routing.mask[..., None]
             norms = torch.where(real, outputs.norm(dim=-1), 0.0)
             weights = torch.where(real, routing.weights.float(), 0.0)
+            added = norms.double() * weights.double() if routing.weighs_output else norms
             parts = {
                 "counts": real.expand_as(norms).long(),
                 "weights": fixed(weights),
                 "norms": fixed(norms, "an expert"),
-                "contributions": fixed(norms.double() * weights.double(), "an expert"),
+                "contributions": fixed(added, "an expert"),
             }
             for name, values in parts.items():
                 sums = torch.zeros(len(documents), self.counts.shape[-1], dtype=torch.int64, device=values.device)
@@ -161,8 +163,21 @@ def _layer(model: MoEModel, layer: int, sample: Inputs, resamples: int, seed: in
         "rank_correlation_shuffled": _mean_of_defined(stats.spearman(size, shuffled)),
         "norm": size.mean(axis=0),
         "score": score.mean(axis=0),
-        **_where_chosen(size, sample),
+        **_where_chosen(_as_made(model, layer, sample, size), sample),
     }
+
+
+def _as_made(model: MoEModel, layer: int, sample: Inputs, size: Float[np.ndarray, "T E"]) -> Float[np.ndarray, "T E"]:
+    """Norms of the outputs that the model made: where weights act on inputs, not those of the inputs as they are."""
+    if model.spec.moe(layer).weights_on == "output":
+        return size
+    made, experts = np.zeros_like(size), model.experts(layer)
+    for token, expert in sample.chosen.nonzero().tolist():
+        weighted = sample.moe_in[token] * sample.weights[token, expert].to(sample.moe_in.dtype)
+        with torch.no_grad():
+            output = experts(weighted[None], torch.tensor([[expert]], device=weighted.device))
+        made[token, expert] = output.float().norm().item()
+    return made
 
 
 def _mean_of_defined(rho: Float[np.ndarray, " T"]) -> np.float64:
@@ -204,9 +219,17 @@ _VARIABLES: dict[str, Description] = {
     "rank_correlation_interval": (("bound", "layer"), "1", "95 % interval over documents: rank correlation"),
     "rank_correlation_shuffled": (("layer",), "1", "control: the same with scores in random order within each token"),
     "rank_correlation_pooled": (("layer",), "1", "over tokens and experts at once, which mixes in tokens' own norms"),
-    "norm": (_LE, "1", "mean norm of the expert's output over all sampled tokens, chosen or not"),
+    "norm": (
+        _LE,
+        "1",
+        "mean norm of the expert's output, of its input as it is, over all sampled tokens, chosen or not",
+    ),
     "score": (_LE, "1", "mean router score of the expert over all sampled tokens; 1/E if all are alike"),
-    "norm_chosen": (_LE, "1", "mean norm of its output over the tokens that chose it; NaN if none did"),
+    "norm_chosen": (
+        _LE,
+        "1",
+        "mean norm of its output as the model made it, over the tokens that chose it; NaN if none did",
+    ),
     "weight_chosen": (_LE, "1", "mean combine weight over the tokens that chose it; NaN if none did"),
     "tokens": (("layer",), "tokens", "tokens sampled"),
 }
