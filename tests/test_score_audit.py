@@ -206,6 +206,17 @@ def test_figures_show_the_values(audited):
     assert np.allclose(best.y, result.effect.max("expert")) and np.allclose(random.y, result.random_router)
 
 
+def test_a_score_without_a_correlation_is_neither_the_best_nor_the_worst(audited):
+    result = audited[0].copy(deep=True)
+    result["effect"][0, 0] = np.nan  # an expert that the layer does not have
+    result["rank_correlation_overall"].loc[{"score": "frequency"}] = np.nan  # the same for every expert
+    kept = result.rank_correlation_overall.sel(score=[name for name in views.OBSERVED if name != "frequency"])
+    best, _, costs = views.headlines(result)
+    assert f"{float(kept.max()):.2f} [" in best.value and f"{float(kept.min()):.2f}" in best.control
+    assert views.NAMES[str(kept.score.values[kept.values.argmin()])] in best.control
+    assert f"{float(result.effect.max()):.3f} nats/token" in costs.value
+
+
 def test_the_page_is_whole_and_escaped(audited, tmp_path):
     result = audited[0]
     text = views.page(result, tmp_path / "page.html").read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 
 import moe_interp as moe
 from moe_interp import errors
@@ -60,6 +61,31 @@ def made(tmp_path_factory):
         )
         moe.report(model, corpus, target, text="first text", resamples=20, max_tokens=20)
     return target.read_text(encoding="utf-8"), results
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("olmoe", ["no expert: resid_mid", "the heaviest expert"]),
+        (
+            "deepseek_v3",
+            [
+                "no expert: resid_mid",
+                "no routed expert, shared ones only",
+                "the heaviest expert and the shared ones",
+            ],
+        ),
+    ],
+)
+def test_the_lens_names_its_control_with_and_without_shared_experts(family, names):
+    with moe.wrap(build(family)) as model:
+        result = moe.expert_lens(model, torch.arange(3, 11)[None])
+    shared = ["+shared"] if family == "deepseek_v3" else []
+    parts = ["resid_mid", *(f"resid_mid{one}" for one in shared), f"resid_mid+c1{''.join(shared)}"]
+    lines = figures.lens(result).data
+    assert [line.name for line in lines[: len(names)]] == names
+    for line, part in zip(lines, parts, strict=False):
+        np.testing.assert_allclose(line.y, result.kl.sel(part=part).mean("pos"))
 
 
 def without_library(html: str) -> str:

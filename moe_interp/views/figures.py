@@ -183,7 +183,7 @@ def lens(result: xr.Dataset) -> go.Figure:
     shared = "+shared" if "resid_mid+shared" in result["part"].values else ""
     parts: dict[str, tuple[str, Any, str | None]] = {
         "resid_mid": ("no expert: resid_mid", CONTROL, "dash"),
-        f"resid_mid{shared}": ("no routed expert, shared ones only", CONTROL, "dot"),
+        **({f"resid_mid{shared}": ("no routed expert, shared ones only", CONTROL, "dot")} if shared else {}),
         f"resid_mid+c1{shared}": (
             "the heaviest expert and the shared ones" if shared else "the heaviest expert",
             0,

@@ -142,10 +142,10 @@ def routers(result: xr.Dataset) -> go.Figure:
 def headlines(result: xr.Dataset) -> list[Headline]:
     """What is asked, in three lines."""
     rho = result["rank_correlation_overall"]
-    observed = rho.sel(score=[*OBSERVED])
-    best, worst = (str(observed["score"].values[at]) for at in (observed.values.argmax(), observed.values.argmin()))
+    observed = rho.sel(score=[*OBSERVED]).values  # NaN where a score is the same for all experts
+    best, worst = (OBSERVED[np.where(np.isnan(sign * observed), -np.inf, sign * observed).argmax()] for sign in (1, -1))
     at, path = result.sel(score=best), result.sel(score="attribution_path")
-    place, expert = np.unravel_index(result["effect"].values.argmax(), result["effect"].shape)
+    place, expert = np.unravel_index(np.nanargmax(result["effect"].values), result["effect"].shape)
     layer = int(result["layer"].values[place])
     return [
         Headline(
