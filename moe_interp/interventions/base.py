@@ -92,7 +92,7 @@ class Placed(Intervention, abstract=True):
     """An intervention at some layers and some tokens.
 
     Attributes:
-        layers: where; None: every layer that has the point.
+        layers: where, each once; None: every layer that has the point.
         positions: of real tokens, negative ones from the end; None: all.
         tokens: a mark for each real token of each text; None: all.
     """
@@ -103,7 +103,8 @@ class Placed(Intervention, abstract=True):
 
     def __post_init__(self) -> None:
         for name in ("layers", "positions"):
-            object.__setattr__(self, name, positions_of(getattr(self, name)))
+            given = positions_of(getattr(self, name))
+            object.__setattr__(self, name, None if given is None else tuple(dict.fromkeys(given)))
         if self.tokens is not None:
             marks = ByToken.of(self.tokens, what="marks of tokens")
             if str(marks.values.tensor.dtype) != "torch.bool" or marks.values.tensor.dim() != 2:

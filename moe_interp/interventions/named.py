@@ -1,6 +1,7 @@
 """The interventions by name: functions that take what a user has at hand and return plain data."""
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import product
 from typing import Any, SupportsIndex
 
 import torch
@@ -55,11 +56,11 @@ def ablate(
             return mask(layer=layer, expert=expert, positions=positions, tokens=tokens)
         case "mean" if mean is not None:
             layers, experts = some(layer, "layer", _WRITTEN), some(expert, "expert", _WRITTEN)
-            means = Values.of(torch.stack([mean[one, other] for one in layers for other in experts]))
+            means = Values.of(torch.stack([mean[pair] for pair in _pairs(layers, experts)]))
             return Mean(experts=experts, means=means, **where(layers, positions, tokens))
         case "resample" if run is not None:
             layers, experts = layers_of(run, layer), some(expert, "expert", _WRITTEN)
-            pools = [_used(run, one, other) for one in layers for other in experts]
+            pools = [_used(run, *pair) for pair in _pairs(layers, experts)]
             return Resample(
                 experts=experts,
                 means=Values.of(torch.cat(pools)),
@@ -74,6 +75,11 @@ def ablate(
 
 
 _WRITTEN = "Name them: each has a contribution of its own."
+
+
+def _pairs(layers: Iterable[int], experts: Iterable[int]) -> list[tuple[int, int]]:
+    """Each layer with each expert, once."""
+    return list(dict.fromkeys(product(layers, experts)))
 
 
 def _used(run: Run, layer: int, expert: int) -> Tensor:
@@ -198,7 +204,7 @@ def patch(
     """
     if point is None:
         layers, experts = layers_of(run, layer), some(expert, "expert", _OR_POINT)
-        found = [run.contribution(one, other) for one in layers for other in experts]
+        found = [run.contribution(*pair) for pair in _pairs(layers, experts)]
         return Patch(
             experts=experts,
             outputs=tuple(ByToken.of(outputs, run.tokens) for outputs, _, _ in found),

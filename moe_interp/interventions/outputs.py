@@ -114,11 +114,16 @@ class _Contribution(OfExperts, abstract=True):
 
     adds: ClassVar[bool] = True
     all_at_once: ClassVar[bool] = False
+    held: ClassVar[str]  # the field that has something for each layer and expert
 
     def edits(self, spec: ModelSpec) -> list[Edit]:
         """One edit of ``expert_out`` at each layer."""
         if self.layers is None:
             raise BadInput("contributions are of layers", expected="the layers", got="None")
+        held, count = getattr(self, self.held), len(self.layers) * len(self.named)
+        found = len(held.tensor if isinstance(held, Values) else held)
+        if found != count:
+            raise BadInput("not one for each layer and expert", expected=f"{count} {self.held}", got=str(found))
         return super().edits(spec)
 
     def changed(self, outputs: Float[Tensor, "B S K D"], context: Context) -> Change:
@@ -173,6 +178,7 @@ class Patch(_Contribution):
         weights: [B, N] likewise.
     """
 
+    held: ClassVar[str] = "outputs"
     outputs: tuple[ByToken, ...]
     weights: tuple[ByToken, ...]
 
@@ -190,6 +196,7 @@ class Mean(_Contribution):
         means: [X, D], one for each layer and expert, layer by layer.
     """
 
+    held: ClassVar[str] = "means"
     means: Values
 
     def new(self, context: Context, expert: int, place: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,6 +220,7 @@ class Resample(Mean):
         seed: which is drawn depends on it, the layer, the expert, and the text and number of the token.
     """
 
+    held: ClassVar[str] = "counts"
     counts: tuple[int, ...]
     seed: int = 0
 
