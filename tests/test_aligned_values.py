@@ -1,4 +1,4 @@
-"""Values go to the expert, layer and token that they are of."""
+"""Values go to the expert, layer and token that they are of: repeats, masks with holes, reads in part."""
 
 import pytest
 import torch
@@ -59,3 +59,42 @@ def test_means_that_are_not_one_for_each_layer_and_expert_are_refused():
     edit = Mean(layers=(0, 1), experts=(3, 3, 5), means=Values.of(torch.zeros(6, 64)))
     with moe.wrap(build("olmoe")) as model, pytest.raises(BadInput, match="expected 4 means, got 6"):
         model.run(IDS, edit=edit)
+
+
+# ---- masks with holes --------------------------------------------------------------------------------------
+
+HOLES = torch.tensor([[1, 1, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0, 1]])
+
+
+def test_a_run_patched_into_itself_is_itself_whatever_its_mask():
+    inputs = {"input_ids": IDS, "attention_mask": HOLES}
+    with moe.wrap(build("olmoe")) as model:
+        run = model.run(inputs, read=["expert_out", "resid_post"])
+        for edit in (
+            moe.patch(run, layer=1, point="resid_post"),
+            moe.patch(run, layer=1, expert=range(8)),
+            moe.patch_route(run, layer=1),
+        ):
+            assert close(model.run(inputs, edit=edit).logits[HOLES.bool()], run.logits[HOLES.bool()])
+
+
+def test_values_of_a_run_with_holes_are_of_the_nth_real_token():
+    with moe.wrap(build("olmoe")) as model:
+        run = model.run({"input_ids": OTHER, "attention_mask": HOLES}, read="resid_mid")
+        got = model.run(IDS, read="resid_mid", edit=moe.patch(run, layer=LAYER, point="resid_mid"))
+        own = model.run(IDS, read="resid_mid")["resid_mid", LAYER]
+    for text, mask in enumerate(HOLES):
+        real = [column for column in range(7) if mask[column]]
+        for number in range(7):
+            there = number < len(real)
+            expected = run["resid_mid", LAYER][text, real[number]] if there else own[text, number]
+            assert torch.equal(got["resid_mid", LAYER][text, number], expected)
+
+
+def test_values_of_a_run_that_goes_on_from_a_cache_are_refused():
+    with moe.wrap(build("olmoe")) as model:
+        cache = model.hf(input_ids=IDS[:, :4], use_cache=True).past_key_values
+        rest = {"input_ids": IDS[:, 4:], "attention_mask": torch.ones(2, 7, dtype=torch.long), "past_key_values": cache}
+        run = model.run(rest, read="resid_post")
+        with pytest.raises(BadInput, match="values of the end of a text: expected a run of whole texts"):
+            moe.patch(run, layer=1, point="resid_post")

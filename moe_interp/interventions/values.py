@@ -98,7 +98,7 @@ class ByToken:
         """From a tensor [B, S, ...] (or [S] for one text), whose entries ``tokens`` numbers; without, all are real.
 
         Raises:
-            BadInput: not such a tensor.
+            BadInput: not such a tensor, or tokens that go on from a cache.
         """
         if isinstance(given, ByToken):
             return given
@@ -108,9 +108,13 @@ class ByToken:
             if values.dim() < 2 or not values.numel():
                 raise BadInput(f"not {what}", expected="one for each token of each text", got=str(tuple(values.shape)))
             return cls(Values(values), (values.shape[1],) * len(values))
+        if not torch.equal(tokens.at((0,)).any(dim=1), tokens.mask.any(dim=1)):
+            raise BadInput(
+                f"{what} of the end of a text", expected="a run of whole texts", got="one that goes on from a cache"
+            )
         lengths = tokens.mask.sum(dim=1)
-        first = tokens.mask.int().argmax(dim=1, keepdim=True)
-        columns = (first + torch.arange(int(lengths.max()), device=first.device)).clamp(max=values.shape[1] - 1)
+        # The columns of real tokens, in their order: there may be others between them.
+        columns = (~tokens.mask).int().argsort(dim=1, stable=True)[:, : int(lengths.max())]
         tail = values.shape[2:]
         columns = columns.to(values.device).view(*columns.shape, *[1] * len(tail)).expand(*columns.shape, *tail)
         return cls(Values(values.gather(1, columns)), tuple(lengths.tolist()))
