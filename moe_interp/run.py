@@ -146,6 +146,8 @@ class Context:
         ids, weights: [B, S, K], the layer's experts and combine weights, once they are known (after edits of them).
         rows: [B, S], True at the tokens that the layer's mixture sees; None: all.
         weighs_output: whether weights multiply outputs, not inputs of experts.
+        choice, chosen: [B, S, E] and [B, S, K], what the router chose by and whom (after edits of them), where edits
+            are in its choice.
         added: [B, S, D] by expert, what interventions add to ``routed_out`` in an expert's name where it has no slot.
     """
 
@@ -155,6 +157,8 @@ class Context:
     weights: Float[Tensor, "B S K"] | None = None
     rows: Bool[Tensor, "B S"] | None = None
     weighs_output: bool = True
+    choice: Float[Tensor, "B S E"] | None = None
+    chosen: Int[Tensor, "B S K"] | None = None
     added: dict[int, Tensor] = field(default_factory=dict)
 
     @property

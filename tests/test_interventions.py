@@ -4,11 +4,14 @@ import pytest
 import torch
 
 import moe_interp as moe
+from moe_interp.errors import UnsupportedModel
 from tests.reference.model import forward
 from tests.tiny import FAMILIES, build
+from tests.tiny_types import build as build_type
 
 IDS = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(6))
 LAYER = 2
+WIDE = moe.top_k(5, renormalise=True)
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, clean: torch.Tensor) -> bool:
@@ -77,6 +80,41 @@ def test_renormalised_weights_of_more_experts_keep_the_total(family, sums_to):
         own = model.run(IDS, read="router_logits").routing[0].weights.sum(-1)
         wide = model.run(IDS, edit=moe.top_k(6, renormalise=True, layers=0)).routing[0].weights.sum(-1)
         assert torch.allclose(wide, own, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["deepseek_v3", "deepseek_v32", "glm4_moe", "dots1", "kimi_linear", "nemotron_h", "longcat_flash", "zaya", "jamba"],
+)
+def test_renormalised_weights_of_more_experts_sum_to_those_of_the_routers_own(model_type):
+    """Where a bias or groups choose, the K that the router would choose are not the K heaviest of the k."""
+    given = {} if model_type in ("longcat_flash", "zaya", "jamba") else {"norm_topk_prob": False}
+    with moe.wrap(build_type(model_type, **given)) as model:
+        layer = model.layers[0]
+        own, more, wide = (model.run(IDS, edit=edit).routing[layer] for edit in ((), moe.top_k(5), WIDE))
+    for at in torch.cartesian_prod(torch.arange(2), torch.arange(8)).tolist():
+        rows = (routing.weights[at[0], at[1]] for routing in (own, more, wide))
+        total, before, after = sum(next(rows).tolist()), next(rows).tolist(), next(rows).tolist()
+        expected = [weight * total / sum(before) for weight in before]
+        assert after == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_the_routers_own_are_those_that_it_would_choose_under_the_other_edits():
+    with moe.wrap(build_type("deepseek_v3", norm_topk_prob=False, n_group=1)) as model:
+        layer = model.layers[0]
+        push = moe.bias(layer=layer, expert=2, by=-3.0)
+        own = model.run(IDS, edit=push).routing[layer].weights.sum(-1)
+        for edits in ([push, WIDE], [WIDE, push], [WIDE, push, moe.swap(layer=layer, experts=(0, 1))]):
+            assert torch.allclose(model.run(IDS, edit=edits).routing[layer].weights.sum(-1), own, rtol=1e-5)
+        assert not torch.allclose(model.run(IDS).routing[layer].weights.sum(-1), own, rtol=1e-2)
+
+
+@pytest.mark.parametrize("model_type", ["dbrx", "inkling_text"])
+def test_weights_that_depend_on_who_else_is_chosen_are_not_rescaled_to_fewer(model_type):
+    with moe.wrap(build_type(model_type)) as model:
+        with pytest.raises(UnsupportedModel, match="cannot be rescaled to the total of its own K: expected k up to 3"):
+            model.run(IDS, edit=WIDE)
+        assert model.run(IDS, edit=moe.top_k(5)).routing[model.layers[0]].ids.shape[-1] == 5
 
 
 def test_positions_count_real_tokens_from_either_end():

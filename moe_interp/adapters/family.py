@@ -117,7 +117,7 @@ class Family:
             and experts.
         selects: who calls ``torch.topk`` on the scores of all experts, given the router: "router" or "block"; None
             where nobody does, and the choice can be replaced and not masked. A ``call`` that `chooses` does it itself.
-        weights_on, proportional, runs, skips: as in `MoESpec`.
+        weights_on, proportional, runs, skips: as in `MoESpec`; so is alone, given the block.
         sites: sites that differ, given a layer.
         embedding, final: as in `ModelSpec`, given the body; a ``final`` that returns None says that the output does not
             follow from the last residual alone.
@@ -159,6 +159,7 @@ class Family:
     selects: Callable[[Any], Literal["router", "block"] | None] = lambda router: "router"
     weights_on: Literal["output", "input"] = "output"
     proportional: bool = True
+    alone: Callable[[Any], bool] = lambda block: True
     runs: int | None = None
     skips: bool = False
     sites: Callable[[At, bool], Mapping[str, Site]] = lambda layer, mixture: {}
@@ -335,6 +336,7 @@ class Family:
             adds_shared=not self.shared_beside,
             weights_on=self.weights_on,
             proportional=self.proportional,
+            alone=self.alone(block.module),
             runs=self.runs,
             skips=self.skips,
         )

@@ -157,6 +157,7 @@ FAMILIES: dict[str, Family] = {
         shared="mlp.shared_experts",
         scoring=sigmoid,
         renormalises=False,
+        alone=lambda block: False,
         columns=lambda router: router.num_experts,
         mid_join=branch_through("attn_sconv"),
         post_join=branch_through("mlp_sconv"),

@@ -124,6 +124,7 @@ FAMILIES: dict[str, Family] = {
         attention=lambda layer: "norm_attn_norm.attn",
         mid="norm_attn_norm.norm_2",
         renormalises=lambda block: block.moe_normalize_expert_weights == 1,
+        alone=lambda block: block.moe_normalize_expert_weights is None,
     ),
     "qwen4_exp_text": replace(
         _QWEN_SHARED,

@@ -130,6 +130,7 @@ class MoESpec:
         num_experts, top_k: E and K.
         scoring: from logits to ``router_scores``.
         renormalises: whether the router scales the chosen weights to one total.
+        alone: whether a weight, but for that, follows from its own expert's score, whoever else is chosen.
         kernel: what experts compute.
         shared: path of the shared experts.
         width: module and attribute that set how many experts the router chooses; None where that is fixed.
@@ -159,6 +160,7 @@ class MoESpec:
     adds_shared: bool = True
     weights_on: Literal["output", "input"] = "output"
     proportional: bool = True
+    alone: bool = True
     runs: int | None = None
     skips: bool = False
 

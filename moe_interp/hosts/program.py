@@ -19,7 +19,9 @@ from moe_interp.points import POINTS
 from moe_interp.run import Context, Read, Routing, Tokens, TopTokens
 
 _DECODED = 128  # values whose logits are held at a time
-_CONTEXT = {"expert_ids": "ids", "gate_weights": "weights"}
+_CONTEXT = {
+    "selection_scores": "choice", "selected_ids": "chosen", "expert_ids": "ids", "gate_weights": "weights"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ SENT = (
     "interventions.outputs",
     "interventions.places",
     "interventions.routes",
+    "interventions.swaps",
     "interventions.widths",
     "hosts.program",
     "hosts.modes",

@@ -12,7 +12,8 @@ from moe_interp.interventions.arguments import Marks, layers_of, some, where, wh
 from moe_interp.interventions.base import Intervention
 from moe_interp.interventions.outputs import AddToOutput, Mean, Patch, Resample, Scale, SetOutput
 from moe_interp.interventions.places import AddToPoint, Apply, Noise, SetPoint
-from moe_interp.interventions.routes import Bias, Force, Mask, Randomize, Swap, SwapLayers
+from moe_interp.interventions.routes import Bias, Force, Mask, Randomize
+from moe_interp.interventions.swaps import Swap, SwapLayers
 from moe_interp.interventions.values import ByToken, Values
 from moe_interp.interventions.widths import Share, TopK
 from moe_interp.points import editable

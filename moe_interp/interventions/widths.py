@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_interp.adapters.spec import ModelSpec, MoESpec
-from moe_interp.errors import BadInput
-from moe_interp.interventions.base import Change, Edit, Placed, moe_layers_at
+from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.interventions.base import Change, Edit, Placed, layers_at, moe_layers_at
+from moe_interp.points import SELECTION
 from moe_interp.run import Context
 
 
@@ -56,17 +57,29 @@ class TopK(Placed):
         return wider
 
     def edits(self, spec: ModelSpec) -> list[Edit]:
-        """One edit of ``gate_weights`` at each layer."""
-        self.widths(spec)
-        layers = moe_layers_at(spec, self.layers)
-        return [Edit("gate_weights", layer, self._kept(spec.moe(layer))) for layer in layers]
+        """One edit of ``gate_weights`` at each layer, and a look at the choice of routers that must say whose K were.
 
-    def _kept(self, moe: MoESpec) -> Callable[[Tensor, Context], Change]:
+        Raises:
+            UnsupportedModel: K experts would have had other weights, which those of k do not tell.
+        """
+        wider = [layer for layer in self.widths(spec) if self.renormalise and not spec.moe(layer).renormalises]
+        for layer in wider:
+            if not spec.moe(layer).alone:
+                raise UnsupportedModel(
+                    f"weights of layer {layer} of {spec.model_type} cannot be rescaled to the total of its own K",
+                    expected=f"k up to {spec.moe(layer).top_k}, or weights that do not depend on who else is chosen",
+                    got=f"k = {self.k}",
+                    do="Leave renormalise off.",
+                )
+        looks = [Edit(point, layer, _unchanged) for point in SELECTION for layer in layers_at(spec, point, wider)]
+        layers = moe_layers_at(spec, self.layers)
+        return looks + [Edit("gate_weights", layer, self._kept(spec.moe(layer), layer in wider)) for layer in layers]
+
+    def _kept(self, moe: MoESpec, wider: bool) -> Callable[[Tensor, Context], Change]:
         def kept(weights: Float[Tensor, "B S K"], context: Context) -> Change:
-            rank = _rank(weights)
-            light = (rank >= self.k) & self.here(context)[..., None]
+            light = (_rank(weights) >= self.k) & self.here(context)[..., None]
             # A widened router that renormalises has given its k weights the same total already.
-            own = weights if moe.renormalises else weights.masked_fill(rank >= moe.top_k, 0.0)
+            own = weights.masked_fill(_rank_of_choice(context) >= moe.top_k, 0.0) if wider else weights
             return _without(weights, light, own if self.renormalise else None)
 
         return kept
@@ -101,6 +114,15 @@ class Share(Placed):
 def _rank(weights: Float[Tensor, "B S K"]) -> Int[Tensor, "B S K"]:
     """0 for the heaviest slot of a token."""
     return weights.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+
+
+def _rank_of_choice(context: Context) -> Int[Tensor, "B S K"]:
+    """0 for the slot that the router would choose first: by its scores with any bias, not by weight."""
+    return _rank(context.choice.gather(-1, context.chosen))  # type: ignore[union-attr, arg-type]
+
+
+def _unchanged(value: Tensor, context: Context) -> Change:
+    return Change(value, 0)
 
 
 def _without(
