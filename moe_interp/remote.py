@@ -271,7 +271,7 @@ def _fill(program: Program, told: Mapping[str, Any]) -> None:
     """What the server kept, as if the program had run here."""
     for layer, ids in told["ids"].items():
         context = program.context(layer, ids)
-        context.ids, context.weights = ids.long(), told["weights"][layer]
+        context.ids, context.weights, context.added = ids.long(), told["weights"][layer], told["added"][layer]
     whole = {key for key, value in told["values"].items() if key[0] == "expert_ids"}
     program.values = {key: value.long() if key in whole else value for key, value in told["values"].items()}
     program.tops = {key: TopTokens(ids.long(), logprobs) for key, (ids, logprobs) in told["tops"].items()}

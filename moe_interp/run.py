@@ -187,6 +187,7 @@ class Routing:
             a router lets skip all experts.
         logits, scores: [B, S, E], if ``router_logits`` or ``router_scores`` were read at all positions.
         weighs_output: whether weights multiply outputs, not inputs of experts.
+        added: [B, S, D] by expert, what interventions added to ``routed_out`` in its name where it has no slot.
     """
 
     ids: Int[Tensor, "B S K"]
@@ -195,6 +196,16 @@ class Routing:
     logits: Float[Tensor, "B S E"] | None = None
     scores: Float[Tensor, "B S E"] | None = None
     weighs_output: bool = True
+    added: Mapping[int, Float[Tensor, "B S D"]] = field(default_factory=dict)
+
+    def slots_of(self, expert: int) -> Bool[Tensor, "B S K"]:
+        """[B, S, K], the slots that hold an expert."""
+        return (self.ids == expert) & self.mask[..., None]
+
+    def uses(self, expert: int) -> Bool[Tensor, "B S"]:
+        """[B, S], tokens at which an expert has a slot, or was given a contribution without one."""
+        used = self.slots_of(expert).any(dim=-1)
+        return used | (self.added[expert] != 0).any(dim=-1) if expert in self.added else used
 
     def by_rank(self) -> Int[Tensor, "B S K"]:
         """[B, S, K], the slots from the heaviest to the lightest."""
@@ -289,7 +300,7 @@ class Run:
             raise BadInput(
                 f"expert_out of layer {layer} was read in part", expected="all positions", got=str(outputs.shape[1])
             )
-        slots = (routing.ids == expert) & routing.mask[..., None]
+        slots = routing.slots_of(expert)
         used = slots.any(dim=2)
         # An edit may have put an expert into several slots of one token; its output is the same in each.
         first = slots.int().argmax(dim=2)[..., None, None].expand(*used.shape, 1, outputs.shape[-1])
@@ -298,9 +309,10 @@ class Run:
     def contribution(
         self, layer: int, expert: int
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S"], Bool[Tensor, "B S"]]:
-        """What one expert added to ``routed_out``, as output and weight; and the mask of tokens that used it.
+        """What one expert added to ``routed_out``, as output and weight; and the mask of tokens that chose it.
 
-        The weight is 0 where it was not chosen, and 1 where weights multiply the input.
+        The weight is 0 where it was not chosen, and 1 where weights multiply the input, and where an intervention gave
+        it a contribution without a slot.
 
         Raises:
             UnknownName: ``expert_out`` was not read at this layer.
@@ -308,11 +320,16 @@ class Run:
         """
         outputs, used = self.expert(layer, expert)
         routing = self.routing[layer]
-        slots = (routing.ids == expert) & routing.mask[..., None]
-        if routing.weighs_output:
-            return outputs, routing.weights.masked_fill(~slots, 0.0).sum(dim=-1), used
-        whole = self["expert_out", layer].masked_fill(~slots[..., None], 0.0).sum(dim=2)
-        return whole, used.to(outputs.dtype), used
+        slots = routing.slots_of(expert)
+        weights = routing.weights.masked_fill(~slots, 0.0).sum(dim=-1)
+        if not routing.weighs_output:
+            outputs = self["expert_out", layer].masked_fill(~slots[..., None], 0.0).sum(dim=2)
+            weights = used.to(outputs.dtype)
+        if expert in routing.added:  # a slot that it has there is of weight 0
+            given = (routing.added[expert] != 0).any(dim=-1)
+            outputs = torch.where(given[..., None], routing.added[expert], outputs)
+            weights = weights.masked_fill(given, 1.0)
+        return outputs, weights, used
 
     def heaviest(self, layer: int, rank: int = 0) -> Float[Tensor, "B S D"]:
         """Unweighted output of the expert whose weight is the ``rank``-th largest (0: the heaviest) at each token.

@@ -10,6 +10,7 @@ from moe_interp.analyses.effects import Sweep
 from moe_interp.analyses.metrics import LogitDifference
 from moe_interp.encode import pad
 from moe_interp.errors import BadInput, UnknownName, UnsupportedModel
+from tests.reference import interventions as slow
 from tests.reference.model import forward
 from tests.tiny import FAMILIES, build
 from tests.tiny_types import build as build_type
@@ -110,6 +111,60 @@ def test_standing_edits_stand_in_the_sweep():
         for layer in (1, 2):
             expected = whole_passes(model, IDS, moe_nll(), layer, 4)
             assert np.abs(found.effect.sel(layer=layer, expert=4) - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("how", ["zero", "mean", "forbid"])
+def test_a_standing_patch_gives_experts_something_to_lose_without_a_slot(how):
+    hf, layer, others = build("olmoe"), 1, IDS.flip(0) + 1
+    given = forward(hf, others).points
+
+    def patch(table: slow.Table, at: slow.Where) -> None:
+        for expert in range(8):
+            rows = zip(*(given[name, layer][at] for name in ("expert_ids", "gate_weights", "expert_out")), strict=True)
+            table.contribute(expert, sum((w * f for e, w, f in rows if e == expert), torch.zeros(64)))
+
+    def losses(*more: slow.Op) -> np.ndarray:
+        with torch.no_grad():
+            return nll(slow.run(hf, IDS, layer, [("table", patch), *more]).logits)
+
+    base = losses()
+    with moe.wrap(hf) as model:
+        standing = moe.patch(model.run(others, read="expert_out"), layer=layer, expert=range(8))
+        with model.edit(standing):
+            found = moe.expert_effects(model, IDS, how=how, layers=layer)
+            chosen = model.run(IDS, read="expert_out").routing[layer].ids
+            sets = moe.coalitions(model, IDS, [(layer, expert) for expert in range(8)], "nll", size=1)
+            again = model.run(IDS, edit=moe.patch(model.run(others, read="expert_out"), layer=layer, expert=range(8)))
+            assert torch.allclose(again.logits, model.run(IDS).logits, atol=1e-5)
+            for expert in range(8):
+                used = (chosen == expert).any(dim=2)
+                if how == "zero":
+                    expected = losses(("table", lambda table, at, expert=expert: table.scale(expert, 0.0))) - base
+                    assert np.allclose(sets.effect[:, expert], expected, atol=1e-5)
+                    assert np.allclose(sets.tokens[:, expert], (used | (moved(given, layer, expert))).sum(dim=1))
+                elif how == "forbid":
+                    expected = whole_passes(model, IDS, moe_nll(), layer, expert, how="forbid")
+                else:
+                    expected = whole_passes(model, IDS, moe_nll(), layer, expert, how=how, mean=means(model, layer))
+                got = found.effect.sel(layer=layer, expert=expert)
+                assert np.allclose(got, expected, atol=1e-5)
+    if how == "zero":
+        assert (np.abs(found.effect) > 1e-3).sum() > 3
+
+
+def moved(given: dict, layer: int, expert: int) -> torch.Tensor:
+    """Tokens of other texts that use an expert."""
+    return (given["expert_ids", layer] == expert).any(dim=2)
+
+
+def means(model: moe.MoEModel, layer: int) -> dict:
+    """Mean contributions over the tokens that chose an expert, slot by slot; 0 of one that none chose."""
+    run, found = model.run(IDS, read="expert_out"), {}
+    for expert in range(8):
+        ids, weights, outputs = run.routing[layer].ids, run.routing[layer].weights, run["expert_out", layer]
+        rows = [weights[at] * outputs[at] for at in map(tuple, (ids == expert).nonzero().tolist())]
+        found[layer, expert] = torch.stack(rows).mean(0) if rows else torch.zeros(64)
+    return found
 
 
 @pytest.mark.parametrize("dim", [0, 1])

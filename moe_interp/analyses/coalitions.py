@@ -133,10 +133,7 @@ def _checked(model: MoEModel, experts: Sequence[Expert], size: int) -> list[Expe
 def _trials(
     restart: Restart, experts: Sequence[Expert], sets: Sequence[tuple[int, ...]], edits: Sequence[Intervention]
 ) -> list[Trial]:
-    used = []
-    for layer, expert in experts:
-        routing = restart.base.routing[layer]
-        used.append((routing.ids == expert).any(dim=-1) & routing.mask)
+    used = [restart.base.routing[layer].uses(expert) for layer, expert in experts]
     # As long as nobody in it is used, taking a set out changes no token, nor who is chosen later.
     return [
         Trial((number,), torch.stack([used[one] for one in some]).any(dim=0), partial(_chosen, edits, some))

@@ -130,7 +130,7 @@ class Change(NamedTuple):
 
 
 def used_experts(run: Run, layer: int) -> Int[Tensor, " X"]:
-    """Ids of the experts of a layer that some token used."""
+    """Ids of the experts of a layer that some token chose."""
     routing = run.routing[layer]
     return routing.ids[routing.mask].unique()
 
@@ -138,10 +138,12 @@ def used_experts(run: Run, layer: int) -> Int[Tensor, " X"]:
 def tokens_of(run: Run, layer: int, experts: int) -> Int[Tensor, "B E"]:
     """How many tokens of each text used each expert."""
     routing = run.routing[layer]
+    slots = routing.mask[..., None].expand_as(routing.ids)
     counts = torch.zeros(len(routing.ids), experts, dtype=torch.long, device=routing.ids.device)
-    return counts.scatter_add(
-        1, routing.ids.flatten(1), routing.mask[..., None].expand_as(routing.ids).flatten(1).long()
-    )
+    counts = counts.scatter_add(1, routing.ids.flatten(1), slots.flatten(1).long())
+    for expert in routing.added:
+        counts[:, expert] = routing.uses(expert).sum(dim=1)
+    return counts
 
 
 def removals(
@@ -161,14 +163,16 @@ def removals(
         raise BadInput("unknown ablation", expected="how = 'zero', 'mean', 'resample' or 'forbid'", got=repr(how))
     runs = ((layer, sweep.restart.base) for layer in layers) if how == "forbid" else sweep.with_outputs(layers)
     for layer, run in runs:
-        experts = used_experts(run, layer).tolist()
+        # Zero also takes away what an expert was given without a slot; the others act at tokens that chose it.
+        given = run.routing[layer].added if how == "zero" else {}
+        experts = sorted({*used_experts(run, layer).tolist(), *given})
         for expert in experts if only is None else sorted({*experts} & {*only.get(layer, ())}):
             yield _removal(sweep, run, layer, expert, how, mean, seed)
 
 
 def _removal(sweep: "Sweep", run: Run, layer: int, expert: int, how: str, mean: Means | None, seed: int) -> Change:
     routing = run.routing[layer]
-    used = (routing.ids == expert).any(dim=-1) & routing.mask
+    used = routing.uses(expert) if how == "zero" else routing.slots_of(expert).any(dim=-1)
     where: dict[str, Any] = {"layer": layer, "expert": expert, "how": how, "seed": seed}
     if how in ("forbid", "resample"):
         return Change(layer, expert, used, partial(ablate, **where, run=run))
@@ -187,9 +191,10 @@ def patches(
     """Every expert that some token used, here or in other texts of the same lengths, given its contribution there."""
     pairs = zip(sweep.with_outputs(layers), sweep.with_outputs(layers, other), strict=True)
     for (layer, run), (_, there) in pairs:
-        experts = torch.cat([used_experts(run, layer), used_experts(there, layer)]).unique().tolist()
+        sides = [(used_experts(one, layer).tolist(), one.routing[layer].added) for one in (run, there)]
+        experts = sorted({expert for used, given in sides for expert in (*used, *given)})
         for expert in experts if only is None else sorted({*experts} & {*only.get(layer, ())}):
-            used = [(one.routing[layer].ids == expert).any(dim=-1) & one.routing[layer].mask for one in (run, there)]
+            used = [one.routing[layer].uses(expert) for one in (run, there)]
             edit = partial(patch, there, layer=layer, expert=expert)
             delta = partial(_patched, run, there, layer, expert) if sweep.adds_up(run, layer) else None
             yield Change(layer, expert, used[0] | used[1], edit, delta)

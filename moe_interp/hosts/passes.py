@@ -16,7 +16,7 @@ from moe_interp.adapters.formulas import has_nan, logits_of, output_of
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.adapters.sums import follow
 from moe_interp.hosts.choices import choice, rechosen, rechosen_at, topk
-from moe_interp.hosts.program import Edited, Program, tokens_of
+from moe_interp.hosts.program import Edited, Program, nonzero, tokens_of
 from moe_interp.hosts.stock import StockReach
 from moe_interp.points import POINTS, SELECTION
 from moe_interp.run import Read
@@ -95,6 +95,7 @@ class Pass:
             "tops": tops,
             "ids": {layer: _small(context.ids) for layer, context in contexts.items()},  # type: ignore[arg-type]
             "weights": {layer: context.weights for layer, context in contexts.items()},
+            "added": {layer: nonzero(context.added) for layer, context in contexts.items()},
             "touched": list(self.program.touched),
             "output": _kept(gave, keep),
             "nan": has_nan(gave, self.program.tokens.mask.to(gave.device)),

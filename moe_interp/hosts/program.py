@@ -256,7 +256,13 @@ class Program:
         if self.spec.moe(layer).skips:
             seen = seen & (context.weights != 0).any(dim=-1)
         logits, scores = full["router_logits"], full["router_scores"]
-        return Routing(context.ids, context.weights, seen, logits, scores, context.weighs_output)
+        added = nonzero(context.added)
+        return Routing(context.ids, context.weights, seen, logits, scores, context.weighs_output, added)
+
+
+def nonzero(added: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Those that add anything."""
+    return {expert: value for expert, value in added.items() if bool((value != 0).any())}
 
 
 def _composed(interventions: Sequence[Intervention], spec: ModelSpec) -> dict[int, int]:
