@@ -213,8 +213,8 @@ class MoEModel:
     def edit(self, *edits: Intervention | Sequence[Intervention]) -> Iterator["Session"]:
         """Edits that stand inside the ``with``.
 
-        They act in `run` and `generate`, before those given there, so in every analysis; and in calls of the
-        transformers model itself, whose gradients stay as they are.
+        They act in `run` and `generate`, before those given there, so in every analysis (those that call `experts`
+        refuse edits of what these put out); and in calls of the transformers model itself, gradients as they are.
 
         ``with model.edit(...) as standing`` gives what knows how often each touched something in direct calls,
         ``standing.touched``; runs tell it themselves.
@@ -267,7 +267,7 @@ class MoEModel:
         return logits_of(spec, self.hf.get_submodule(spec.unembed)(normed))
 
     def experts(self, layer: int) -> Experts:
-        """The experts of a layer as a function of any input and any expert ids.
+        """The experts of a layer, without standing edits, as a function of any input and any expert ids.
 
         Raises:
             UnknownName: no such MoE layer.

@@ -3,6 +3,7 @@
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +11,10 @@ from hypothesis import strategies as st
 
 import moe_interp as moe
 from moe_interp.adapters.experts import Fused
+from moe_interp.data import Corpus
+from moe_interp.errors import BadInput
 from tests.reference.model import forward
+from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import FAMILIES, build
 
 IDS = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(8))
@@ -301,3 +305,42 @@ def test_the_reference_selects_as_the_model_does():
         hf = build(family)
         ids = forward(hf, IDS).points["expert_ids", LAYER]
         assert torch.equal(opened(family)[1].routing[LAYER].ids, ids)
+
+
+CORPUS = Corpus.from_texts({"a": ["ab cd ef gh", "hello there all"], "b": ["one two three", "xyz uvw rst"]})
+
+
+@pytest.mark.parametrize(
+    ("analysis", "message"),
+    [
+        (lambda model: moe.norm_and_weight(model, CORPUS), "outputs of all experts of layer 2"),
+        (lambda model: moe.expert_similarity(model, CORPUS, weights=False), "outputs of all experts of layer 2"),
+        (lambda model: moe.ensemble_similarity(model, CORPUS), "outputs of experts that were not chosen of layer 2"),
+        (lambda model: moe.attribution_patching(model, IDS, neurons=True, sample=1), "shares of neurons of layer 2"),
+    ],
+)
+def test_analyses_that_call_experts_themselves_refuse_standing_edits_of_these(analysis, message):
+    message = f"{message} would not be those of the edited model"
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        for standing in (moe.scale(layer=2, expert=range(8), by=3.0), moe.swap(layers=(2, 3))):
+            with model.edit(standing), pytest.raises(BadInput, match=message):
+                analysis(model)
+        with model.edit(moe.top_k(2)):
+            analysis(model)
+
+
+def test_layers_that_a_standing_edit_leaves_alone_are_measured_under_it():
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        with model.edit(moe.scale(layer=0, expert=range(8), by=3.0)):
+            found = moe.norm_and_weight(model, CORPUS, layers=2, tokens_per_document=100, resamples=5)
+            sums = moe.super_experts(model, CORPUS, resamples=5).norm.sel(layer=2)
+        assert np.allclose(found.norm_chosen.sel(layer=2), sums, rtol=1e-4)
+
+
+def test_attribution_refuses_standing_edits_that_set_contributions():
+    model, clean = opened("olmoe")
+    with model.edit(moe.patch(clean, layer=LAYER, expert=1)):
+        with pytest.raises(BadInput, match="attributions of layer 2 would not be those of the edited model"):
+            moe.attribution_patching(model, IDS, sample=1)
+        found = moe.attribution_patching(model, IDS, layers=3, sample=None)
+    assert float(found.rank_correlation) > 0.5

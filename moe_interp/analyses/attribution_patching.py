@@ -34,6 +34,7 @@ from moe_interp.adapters.formats import rounds_activations
 from moe_interp.analyses.effects import Sweep, patches, removals, tokens_of, used_experts
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.metrics import KL, AnyMetric, Metric, as_metric
+from moe_interp.analyses.plain import check_not_edited, check_sets_no_contribution
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.interventions import Intervention, apply
@@ -84,8 +85,8 @@ def attribution_patching(
         no such expert or neuron.
 
     Raises:
-        BadInput: inputs that cannot be right, texts of other lengths, ``steps`` or ``sample`` below 1, or a metric
-            without a gradient.
+        BadInput: inputs that cannot be right, texts of other lengths, ``steps`` or ``sample`` below 1, a metric
+            without a gradient, a standing edit that sets contributions, or with ``neurons`` any of experts' outputs.
         UnknownName: a layer that is no MoE layer, or a model without ``routed_out`` where that is needed.
         UnsupportedModel: a metric that the model has no logits for, or neurons of experts whose outputs do not follow
             from them by a matrix alone.
@@ -210,6 +211,8 @@ def estimates(
             expected="another metric, or steps above 1",
             got=f"steps = {steps}",
         )
+    check_sets_no_contribution(model, layers, "attributions")
+    check_not_edited(model, layers if neurons else (), ("expert_out",), "shares of neurons")
     _check(model, inputs, corrupted, layers if neurons else ())
     held = [Read("expert_act", tuple(layers))] if neurons else []
     points = [_weight_point(model, layer) for layer in layers if steps == 1]

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_interp.analyses.collect import Options, Pass
+from moe_interp.analyses.plain import check_not_edited
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
@@ -64,8 +65,10 @@ def sample_inputs(
     """Inputs of the MoE blocks at a few tokens of every document, by layer, and the provenance of the pass.
 
     Raises:
-        BadInput: no tokenizer, or fewer than one token a document.
+        BadInput: no tokenizer, fewer than one token a document, or standing edits of experts, which `every_expert`
+            does not have.
     """
+    check_not_edited(model, layers, ("expert_act", "expert_out"), "outputs of all experts")
     if per_document < 1:
         raise BadInput("too few tokens", expected="at least one a document", got=str(per_document))
     going = Pass(model, corpus, options)

@@ -137,7 +137,7 @@ def norm_and_weight(
         and ``score`` over all sampled tokens, ``norm_chosen`` and ``weight_chosen`` where it was chosen, NaN if never.
 
     Raises:
-        BadInput: no tokenizer.
+        BadInput: no tokenizer, or a standing edit of what experts of these layers put out.
         UnknownName: a layer that is no MoE layer.
     """
     chosen, options = moe_layers(model, layers), Options(special_tokens, max_tokens, batch_tokens)

@@ -4,13 +4,14 @@ An analysis that adds up parts of the residual stream is right where they are ad
 a learned gate, a projection or several streams come between, its numbers would be of something else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from moe_interp.adapters.sums import change_nothing
 from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.interventions import Intervention
 from moe_interp.model import MoEModel
 
 
@@ -95,6 +96,42 @@ def check_decodes_stream(model: MoEModel) -> None:
             f"cannot decode the residual stream of {model.spec.model_type} by itself",
             expected="one stream, whose last value alone gives the logits",
             got="logits that use earlier ones too" if model.spec.final is None else f"{model.spec.streams} streams",
+        )
+
+
+def check_not_edited(model: MoEModel, layers: Sequence[int], points: Collection[str], what: str) -> None:
+    """Refuse standing edits of some points of these layers, or of whose experts run there, which ``what`` would miss.
+
+    Raises:
+        BadInput: naming the first such edit.
+    """
+    for one in model._standing:
+        edited = {edit.layer for edit in one.edits(model.spec) if edit.point in points}
+        expected = f"none of {' and '.join(points)}, nor one that swaps layers"
+        _refuse_standing(one, edited | {*one.exchanges(model.spec)}, layers, what, expected)
+
+
+def check_sets_no_contribution(model: MoEModel, layers: Sequence[int], what: str) -> None:
+    """Refuse standing edits that set contributions in these layers, which then follow from no output and no weight.
+
+    Raises:
+        BadInput: naming the first such edit.
+    """
+    for one in model._standing:
+        edited = {edit.layer for edit in one.edits(model.spec) if one.adds}
+        _refuse_standing(one, edited, layers, what, "none that sets contributions: of these moe.expert_effects tells")
+
+
+def _refuse_standing(
+    one: Intervention, edited: Collection[int | None], layers: Sequence[int], what: str, expected: str
+) -> None:
+    there = [layer for layer in layers if layer in edited]
+    if there:
+        raise BadInput(
+            f"{what} of layer {there[0]} would not be those of the edited model",
+            expected=f"standing edits there: {expected}",
+            got=f"{type(one).__name__} at layers {there}",
+            do="Leave the `with model.edit(...)`, or name other layers.",
         )
 
 

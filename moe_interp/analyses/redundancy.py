@@ -66,7 +66,8 @@ def expert_similarity(
         ``output_cosine_null``; ``output_cka`` with its interval; ``router_cosine`` beside ``router_cosine_null``.
 
     Raises:
-        BadInput: no tokenizer, fewer than five tokens, or a router without a row for each expert.
+        BadInput: no tokenizer, fewer than five tokens, a router without a row for each expert, or a standing edit of
+            what experts of these layers put out.
         UnknownName: a layer that is no MoE layer.
     """
     chosen, options = moe_layers(model, layers), Options(special_tokens, max_tokens, batch_tokens)

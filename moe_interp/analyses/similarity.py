@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_interp.analyses.plain import check_plain, check_same_parts
+from moe_interp.analyses.plain import check_not_edited, check_plain, check_same_parts
 from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
@@ -78,7 +78,8 @@ def ensemble_similarity(
         where a domain has fewer than two. ``tokens``, ``documents``: how many were measured.
 
     Raises:
-        BadInput: no tokenizer, no layers, layers with different parts, or an unknown definition.
+        BadInput: no tokenizer, no layers, layers with different parts, an unknown definition, or a standing edit of
+            what experts put out, which the control by an expert that was not chosen would not have.
         UnknownName: a layer that is no MoE layer.
     """
     if definition not in ("paper", "as_coded"):
@@ -112,6 +113,7 @@ def _layers(model: MoEModel, layers: Indices) -> tuple[int, ...]:
         model.spec.moe(layer)
     check_plain(model, chosen)
     check_same_parts(model, chosen)
+    check_not_edited(model, chosen, ("expert_act", "expert_out"), "outputs of experts that were not chosen")
     return chosen
 
 

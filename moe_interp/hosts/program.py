@@ -322,7 +322,7 @@ def tokens_of(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _decoder_tokens(kwargs: dict[str, Any]) -> dict[str, Tokens]:
     """Those of the decoder; a decoder that makes its inputs from labels has padding where these are left out, -100."""
-    target = kwargs.get("decoder_input_ids")
+    target: Any = kwargs.get("decoder_input_ids")
     target = kwargs.get("decoder_inputs_embeds") if target is None else target
     mask, labels = kwargs.get("decoder_attention_mask"), kwargs.get("labels")
     if target is None and labels is None:
