@@ -174,6 +174,7 @@ class MoEModel:
             provenance=self.provenance(),
             has_head=self.spec.unembed is not None,
             tops=program.tops,
+            places={key: read.positions for key, read in program.reads.items() if read.positions is not None},
         )
 
     def generate(self, inputs: Inputs, *, edit: Edits = (), **options: Any) -> str | list[str] | Tensor:

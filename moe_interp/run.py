@@ -226,6 +226,7 @@ class Run:
         touched: for each intervention, in the order given, how many values (token-slots, tokens) it changed.
         provenance: what was run on what, with which versions.
         tops: what was read as most likely tokens; ``top_tokens`` gives them.
+        places: positions of what was read at some only.
     """
 
     kept: Float[Tensor, "*rows V"] | None
@@ -237,6 +238,7 @@ class Run:
     provenance: Mapping[str, str | int | float] = field(default_factory=dict)
     has_head: bool = True
     tops: Mapping[tuple[str, int | None], TopTokens] = field(default_factory=dict)
+    places: Mapping[tuple[str, int | None], tuple[int, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         texts, longest = self.mask.shape
@@ -280,6 +282,20 @@ class Run:
         point, layer = (key, None) if isinstance(key, str) else key
         return _found(self.values, point, layer)
 
+    def whole(self, point: str, layer: int | None = None) -> Tensor:
+        """The value of a point at all positions.
+
+        Raises:
+            UnknownName: it was not read.
+            BadInput: it was read at some positions only.
+        """
+        value = _found(self.values, point, layer)
+        if (point, layer) in self.places:
+            where = "" if layer is None else f" of layer {layer}"
+            got = f"positions {self.places[point, layer]}"
+            raise BadInput(f"{point}{where} was read in part", expected="a read without positions", got=got)
+        return value
+
     def top_tokens(self, point: str, layer: int | None = None) -> TopTokens:
         """The most likely tokens at a point that was read with ``moe.select(..., top=...)``.
 
@@ -293,13 +309,9 @@ class Run:
 
         Raises:
             UnknownName: ``expert_out`` was not read at this layer.
+            BadInput: it was read at some positions only.
         """
-        outputs = self["expert_out", layer]
-        routing = self.routing[layer]
-        if outputs.shape[:3] != routing.ids.shape:
-            raise BadInput(
-                f"expert_out of layer {layer} was read in part", expected="all positions", got=str(outputs.shape[1])
-            )
+        outputs, routing = self.whole("expert_out", layer), self.routing[layer]
         slots = routing.slots_of(expert)
         used = slots.any(dim=2)
         # An edit may have put an expert into several slots of one token; its output is the same in each.
@@ -336,8 +348,9 @@ class Run:
 
         Raises:
             UnknownName: ``expert_out`` was not read at this layer.
+            BadInput: it was read at some positions only.
         """
-        outputs = self["expert_out", layer]
+        outputs = self.whole("expert_out", layer)
         slot = self.routing[layer].by_rank()[..., rank, None, None]
         return outputs.gather(2, slot.expand(*slot.shape[:3], outputs.shape[-1])).squeeze(2)
 

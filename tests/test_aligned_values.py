@@ -98,3 +98,34 @@ def test_values_of_a_run_that_goes_on_from_a_cache_are_refused():
         run = model.run(rest, read="resid_post")
         with pytest.raises(BadInput, match="values of the end of a text: expected a run of whole texts"):
             moe.patch(run, layer=1, point="resid_post")
+
+
+# ---- reads in part -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", [(2, 1, 0), (-1, 0), (1, 0)])
+def test_a_read_at_some_positions_stands_for_no_whole(positions):
+    read = [moe.select(point, positions=positions) for point in ("expert_out", "resid_mid", "router_logits")]
+    with moe.wrap(build("olmoe")) as model:
+        whole, run = model.run(IDS[:, :3], read="expert_out"), model.run(IDS[:, :3], read=read)
+        expected = whole["expert_out", 1][:, list(positions)]
+        assert torch.equal(run["expert_out", 1], expected)
+        message = "expert_out of layer 1 was read in part: expected a read without positions, got positions "
+        for ask in (
+            lambda: run.expert(1, 0),
+            lambda: run.contribution(1, 0),
+            lambda: run.heaviest(1),
+            lambda: moe.patch(run, layer=1, expert=0),
+            lambda: moe.ablate(layer=1, expert=int(run.routing[1].ids[0, 0, 0]), how="resample", run=run),
+        ):
+            with pytest.raises(BadInput, match=message):
+                ask()
+        with pytest.raises(BadInput, match="resid_mid of layer 1 was read in part"):
+            moe.patch(run, layer=1, point="resid_mid")
+        assert run.routing[1].logits is None
+
+
+def test_values_are_of_the_tokens_that_they_are_said_to_be_of():
+    tokens = moe.wrap(build("olmoe")).run(IDS).tokens
+    with pytest.raises(BadInput, match=r"values of other tokens: expected .* \(2, 7\), got \(2, 9\)"):
+        moe.ByToken.of(torch.zeros(2, 9, 64), tokens)

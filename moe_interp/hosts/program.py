@@ -247,17 +247,17 @@ class Program:
         context = self.contexts[layer]
         if context.ids is None or context.weights is None:
             raise BadInput(f"the experts of layer {layer} did not run", expected="a whole forward pass")
-        whole = {name: self.values.get((name, layer)) for name in ("router_logits", "router_scores")}
-        full = {
-            name: value if value is not None and value.shape[1] == context.ids.shape[1] else None
-            for name, value in whole.items()
-        }
         seen = context.tokens.mask if context.rows is None else context.tokens.mask & context.rows
         if self.spec.moe(layer).skips:
             seen = seen & (context.weights != 0).any(dim=-1)
-        logits, scores = full["router_logits"], full["router_scores"]
+        logits, scores = (self._whole(name, layer) for name in ("router_logits", "router_scores"))
         added = nonzero(context.added)
         return Routing(context.ids, context.weights, seen, logits, scores, context.weighs_output, added)
+
+    def _whole(self, point: str, layer: int) -> Tensor | None:
+        """What was read at all positions."""
+        read = self.reads.get((point, layer))
+        return self.values.get((point, layer)) if read is not None and read.positions is None else None
 
 
 def nonzero(added: Mapping[int, Tensor]) -> dict[int, Tensor]:

@@ -216,9 +216,7 @@ def patch(
     given = positions_of(layer)
     if given is not None and len(given) > 1:
         raise BadInput("a point of several layers", expected="one layer", got=str(given))
-    value = run[editable(point).name] if given is None else run[editable(point).name, given[0]]
-    if value.shape[:2] != run.mask.shape:
-        raise BadInput(f"{point!r} was read in part", expected="a read at all positions", got=str(tuple(value.shape)))
+    value = run.whole(editable(point).name, None if given is None else given[0])
     return SetPoint(point=point, values=ByToken.of(value, run.tokens), **where(layer, positions, tokens))
 
 

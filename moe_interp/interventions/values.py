@@ -98,7 +98,7 @@ class ByToken:
         """From a tensor [B, S, ...] (or [S] for one text), whose entries ``tokens`` numbers; without, all are real.
 
         Raises:
-            BadInput: not such a tensor, or tokens that go on from a cache.
+            BadInput: not such a tensor, one of other tokens, or tokens that go on from a cache.
         """
         if isinstance(given, ByToken):
             return given
@@ -108,6 +108,9 @@ class ByToken:
             if values.dim() < 2 or not values.numel():
                 raise BadInput(f"not {what}", expected="one for each token of each text", got=str(tuple(values.shape)))
             return cls(Values(values), (values.shape[1],) * len(values))
+        if values.shape[:2] != tokens.mask.shape:
+            got, expected = (str(tuple(shape)) for shape in (values.shape[:2], tokens.mask.shape))
+            raise BadInput(f"{what} of other tokens", expected=f"one for each of [batch, pos] = {expected}", got=got)
         if not torch.equal(tokens.at((0,)).any(dim=1), tokens.mask.any(dim=1)):
             raise BadInput(
                 f"{what} of the end of a text", expected="a run of whole texts", got="one that goes on from a cache"
