@@ -69,6 +69,19 @@ def test_more_experts_than_the_model_chooses_follow_its_own_recipe():
     assert close(run.logits, expected.logits, expected.logits)
 
 
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_a_block_that_counts_the_routers_experts_counts_those_of_the_wider_router(renormalise):
+    hf, wide = (build_type("openai_privacy_filter", num_experts_per_tok=k) for k in (3, 5))
+    with torch.no_grad():
+        expected, clean = wide(IDS).logits, hf(IDS).logits
+    with moe.wrap(hf) as model:
+        before = model.run(IDS).output
+        got = model.run(IDS, edit=moe.top_k(5, renormalise=renormalise)).output
+        assert torch.equal(model.run(IDS).output, before)
+    assert close(got, expected, clean)
+    assert (expected - clean).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(("family", "sums_to"), [("qwen3_moe", 1.0), ("mixtral", 1.0), ("gpt_oss", 1.0)])
 def test_renormalised_weights_of_more_experts_keep_the_total(family, sums_to):
     with moe.wrap(build(family)) as model:

@@ -110,6 +110,7 @@ class Family:
         renormalises: None: the router's own ``norm_topk_prob`` says; a function is given the block.
         kernel: what experts compute; None: fused experts, as the module says itself.
         num_experts, top_k: attributes in the block; ``top_k`` None: the router's, a number where it is fixed.
+        counts_too: an attribute of the block that says K once more.
         wide: whether the router, given here, takes another number of experts in ``top_k``.
         columns: how many of the router's logits are experts, given the router; None: all.
         returns_logits: whether the router is called for the logits and returns just these, as a plain linear map does.
@@ -152,6 +153,7 @@ class Family:
     kernel: Kernel | None = None
     num_experts: str = "experts.num_experts"
     top_k: str | int | None = None
+    counts_too: str | None = None
     wide: Callable[[Any], bool] = lambda router: True
     columns: Callable[[Any], int | None] = lambda router: None
     returns_logits: bool = False
@@ -345,9 +347,10 @@ class Family:
     def _top_k(self) -> str:
         return f"{self.router}.top_k" if self.top_k is None else str(self.top_k)
 
-    def _width(self, block: At) -> tuple[str, str]:
+    def _width(self, block: At) -> tuple[tuple[str, str], ...]:
         owner, _, name = self._top_k.rpartition(".")
-        return block(owner), name
+        too = () if self.counts_too is None else ((block.path, self.counts_too),)
+        return (block(owner), name), *too
 
 
 def bare(module: nn.Module) -> Any:

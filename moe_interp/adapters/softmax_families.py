@@ -70,6 +70,7 @@ FAMILIES: dict[str, Family] = {
     "openai_privacy_filter": Family(
         router="router",
         renormalises=True,
+        counts_too="num_experts",
         routed_steps=lambda block: (Times(float(block.module.num_experts)),),
         kind="encoder",
         options={},

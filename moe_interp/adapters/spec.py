@@ -133,7 +133,7 @@ class MoESpec:
         alone: whether a weight, but for that, follows from its own expert's score, whoever else is chosen.
         kernel: what experts compute.
         shared: path of the shared experts.
-        width: module and attribute that set how many experts the router chooses; None where that is fixed.
+        width: modules and attributes that say how many experts the router chooses; None where that is fixed.
         experts_input: steps from ``moe_in`` to what experts are given.
         routed_steps: steps on ``routed_out`` before the shared experts are added.
         whole_steps: steps on their sum, which give ``moe_out``.
@@ -153,7 +153,7 @@ class MoESpec:
     renormalises: bool
     kernel: Kernel
     shared: str | None = None
-    width: tuple[str, str] | None = None
+    width: tuple[tuple[str, str], ...] | None = None
     experts_input: tuple[Step, ...] = ()
     routed_steps: tuple[Step, ...] = ()
     whole_steps: tuple[Step, ...] = ()

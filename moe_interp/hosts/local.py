@@ -188,8 +188,8 @@ class LocalHost:
     def widened(self, widths: Mapping[int, int]) -> Iterator[None]:
         """Let routers choose another number of experts (by layer) inside the ``with``."""
         with ExitStack() as stack:
-            for layer, k in widths.items():
-                owner, name = self.spec.moe(layer).width or ("", "")
+            everywhere = [(*place, k) for layer, k in widths.items() for place in self.spec.moe(layer).width or ()]
+            for owner, name, k in everywhere:
                 router = bare(self.hf.get_submodule(owner))
                 stack.callback(setattr, router, name, getattr(router, name))
                 setattr(router, name, k)

@@ -215,7 +215,7 @@ def describe(hf: Any) -> ModelSpec:
         scoring=Scoring("softmax"),
         renormalises=moe.renormalise,
         kernel=Separate(up="up", down="down"),
-        width=("moe", "top_k"),
+        width=(("moe", "top_k"),),
     )
     inside = dict.fromkeys(EXPERTS_POINTS, ExpertsCall("moe.experts"))
     return ModelSpec(
