@@ -2,18 +2,16 @@
 
 import json
 import math
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import moe_interp as moe
+from moe_interp import cli
 from moe_interp.checkpoint import REFERENCE
 from moe_interp.data import SAMPLE
 
@@ -134,12 +132,6 @@ def test_the_bundled_tuned_lens_is_nearer_to_the_output_at_every_layer(model):
     assert (quality["agreement_gain"] > 0).all()
 
 
-def cli(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moe_interp.cli", *arguments]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-
-
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -158,9 +150,13 @@ def cli(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
         (["report", "--limit", "2", "--max-tokens", "32", "-o", "r.html"], "r.html"),
     ],
 )
-def test_commands_run_on_the_bundled_model(arguments, told, tmp_path):
-    done = cli(*arguments, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert told in done.stdout
+def test_commands_run_on_the_bundled_model(arguments, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "console", Console(width=200))
+    with pytest.raises(SystemExit) as done:
+        cli.main(arguments)
+    printed = capsys.readouterr()
+    assert done.value.code == 0, printed.err
+    assert told in printed.out
     wanted = [arguments[arguments.index("-o") + 1]] if "-o" in arguments else []
     assert [file.name for file in tmp_path.iterdir()] == wanted

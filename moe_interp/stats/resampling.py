@@ -140,7 +140,7 @@ def _linearised(
 def _error(residual: np.ndarray, under: np.ndarray, strata: np.ndarray) -> Float[np.ndarray, "*rest"]:
     """Standard error of the linearised ratio (Cochran 1977, eq. 6.13)."""
     squares = _spread(np.ones((1, len(residual))), residual, under, strata, np.zeros(1))[0]
-    return np.sqrt(squares) / under.sum(axis=0)
+    return np.asarray(np.sqrt(squares) / under.sum(axis=0))
 
 
 def _outer(t: Float[np.ndarray, "R *rest"], level: float) -> Float[np.ndarray, "2 *rest"]:
