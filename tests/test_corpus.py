@@ -86,6 +86,7 @@ first = {
 for name in ("routing", "perplexity", "coactivation", "score_audit", "ensemble_similarity", "mean_contributions"):
     first[name] = lambda given, name=name: getattr(moe, name)(model, given)
 first |= {"documents": moe.Corpus, "inputs": lambda given: model.run(None)}
+first["rows"] = lambda given: model.run([[1, 2], [3.5]])
 for name, call in first.items():
     for given in (["a text"], "text"):
         try:
@@ -100,12 +101,13 @@ def test_texts_and_names_of_files_are_told_from_corpora(tmp_path):
     command = [sys.executable, "-c", REFUSED]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     rows = [line.split("|") for line in done.stdout.splitlines()]
-    assert len(rows) == 2 * 14
+    assert len(rows) == 2 * 15
     made_by = "a corpus: moe.read_corpus(path), or moe.Corpus.from_texts({domain: texts}), got "
     for number, (name, kind, message) in enumerate(rows):
         got = "'text'" if number % 2 else "['a text']"
         expected = {
             "documents": f"not documents: expected {made_by}{got}",
             "inputs": "not model inputs: expected text, texts or token ids, got None",
+            "rows": "not model inputs: expected text, texts or token ids, got [[1, 2], [3.5]]",
         }
         assert (kind, message) == ("BadInput", expected.get(name, f"not a corpus: expected {made_by}{got}"))
