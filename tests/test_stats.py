@@ -240,7 +240,10 @@ def test_block_jackknife_of_a_mean_is_the_textbook_interval():
     np.testing.assert_allclose(high - low, 2 * t.ppf(0.975, 11) * error)
     empty = np.concatenate([blocks, np.zeros((3, 3))])
     np.testing.assert_allclose(stats.block_jackknife(lambda total: total[:2] / total[2], empty)[0], mean)
-    assert np.isnan(stats.block_jackknife(lambda total: total[:2], blocks[:1])[1]).all()
+    one, ends = stats.block_jackknife(lambda total: total[:2], blocks[:1], debias=False)
+    assert np.array_equal(one, blocks[0, :2]) and np.isnan(ends).all()
+    one, ends = stats.block_jackknife(lambda total: total[:2], blocks[:1])  # the bias takes a second block
+    assert np.isnan(one).all() and np.isnan(ends).all()
 
 
 # Where there is nothing to say

@@ -308,8 +308,8 @@ def block_jackknife(
         level: coverage aimed at.
 
     Returns:
-        The estimate, and lower and upper end of its interval; both may leave the statistic's range. NaN with fewer
-        than two blocks that hold anything.
+        The estimate, and lower and upper end of its interval; both may leave the statistic's range. With fewer than
+        two blocks that hold anything the interval is NaN, and so is an estimate whose bias was to be taken off.
     """
     from scipy.stats import t
 
@@ -318,7 +318,7 @@ def block_jackknife(
     whole = np.asarray(statistic(total), float)
     count = len(held)
     if count < 2:
-        return np.full_like(whole, np.nan), np.full((2, *whole.shape), np.nan)
+        return np.full_like(whole, np.nan) if debias else whole, np.full((2, *whole.shape), np.nan)
     without = np.stack([statistic(total - one) for one in held])
     centre = without.mean(axis=0)
     error = np.sqrt((count - 1) / count * ((without - centre) ** 2).sum(axis=0))
