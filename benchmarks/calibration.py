@@ -107,7 +107,9 @@ def label_rejections(extra: float, repeats: int, documents: int = 48) -> dict[st
         chosen[..., 5] |= forced
         counts = np.stack([(chosen & part[:, None, :, None]).sum(axis=2) for part in (~label, label)], axis=1)
         tokens = np.stack([(~label).sum(axis=1), label.sum(axis=1)], axis=1)
-        p = stats.sign_flip_max(differences(counts, tokens), flips=199, seed=seed)[1]
+        p = stats.sign_flip_max(
+            differences(counts, np.repeat(tokens[..., None], counts.shape[2], axis=2)), flips=199, seed=seed
+        )[1]
         found.append((p[:, 5] <= 0.05).mean())
         any_wrong.append((np.delete(p, 5, axis=1).min(axis=1) <= 0.05).mean())
     return {"family-wise": float(np.mean(any_wrong)), "expert found": float(np.mean(found))}

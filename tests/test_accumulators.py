@@ -337,6 +337,32 @@ def interrupt_after(calls: int, model, monkeypatch) -> None:
     monkeypatch.setattr(model, "run", interrupted)
 
 
+def test_a_pass_under_standing_edits_is_not_taken_up(tmp_path):
+    path = tmp_path / "states.npz"
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        sums = {"pairs": PairCounts.empty(model.layers, 8, 3)}
+        says = "a pass under edits cannot be taken up: expected a model without standing edits, or resume=None, got 1"
+        with model.edit(moe.ablate(layer=0, expert=1)):
+            with pytest.raises(BadInput, match=says):
+                collect(model, CORPUS, sums, resume=path)
+            collect(model, CORPUS, sums)
+        assert not path.exists()
+
+
+def test_one_document_gives_estimates_without_intervals():
+    one = Corpus.from_texts({"a": ["hello there all of you"]})
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        flows = moe.transitions(model, one)
+        vocabulary = moe.vocabulary_specialization(model, one, at_least=2)
+        pairs = moe.expert_similarity(model, one, tokens=20, weights=False)
+    np.testing.assert_allclose(flows.gain, flows.mutual_information - flows.mutual_information_shuffled)
+    np.testing.assert_allclose(vocabulary.gain, vocabulary.specialization - vocabulary.specialization_null)
+    others = ~np.eye(8, dtype=bool)
+    assert np.isfinite(pairs.output_cosine.values[:, others]).all()
+    for interval in (flows.gain_interval, vocabulary.gain_interval, pairs.output_cosine_interval):
+        assert np.isnan(interval).all()
+
+
 def test_one_pass_feeds_all_and_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     with moe.wrap(build("deepseek_v3"), Special(), name="tiny") as model:
         sizes = model.layers, 8, 3

@@ -166,6 +166,18 @@ def random_result() -> tuple[xr.Dataset, list[dict], RoutingCounts]:
     return sums.result(GROUPS, DOMAINS, provenance={"model": "random"}, resamples=50, seed=2), choices, sums
 
 
+def test_where_every_expert_is_chosen_there_is_no_margin():
+    with moe.wrap(build("mixtral", num_experts_per_tok=8), StubTokenizer()) as model:
+        corpus = Corpus.from_texts({"a": ["ab cd", "ef gh"]})
+        found = routing(model, corpus, resamples=5)
+        with moe.RoutingWatch(model, every=1) as watch, watch.step(0):
+            model.hf(torch.arange(3, 9)[None])
+    assert np.isnan(found.margin).all() and np.isnan(found.margin_interval).all()
+    assert np.isnan(watch.table().margin).all()
+    np.testing.assert_allclose(found.specialization, 1.0)
+    assert float(found.max_vio_overall.max()) == 0.0
+
+
 def documents_of(domain: str) -> list[int]:
     return np.flatnonzero(GROUPS == DOMAINS.index(domain)).tolist()
 

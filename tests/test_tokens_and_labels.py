@@ -257,7 +257,7 @@ def test_the_control_is_the_rest_of_the_same_documents():
     rest = (5 * 10 / 10 + 10 * 5 / 20) / 15
     assert float(result.specialization_rest.sel(label="mark", layer=0, expert=0)) == pytest.approx(rest)
     assert float(result.specialization.sel(label="mark", layer=0, expert=0)) == pytest.approx(12 / 15)
-    found = labelling.differences(counts, tokens)
+    found = labelling.differences(counts, tokens[..., None])
     np.testing.assert_allclose(found[0, 1, 0], [2 - 5 * 12 / 15, 3 - 5 * 3 / 15])
     np.testing.assert_allclose(found[2], 0)
     np.testing.assert_allclose(found.sum(axis=1), 0, atol=1e-12)
@@ -269,7 +269,9 @@ def test_a_planted_expert_for_a_label_is_found_and_nothing_else():
     for _ in range(20):
         own = rng.dirichlet(np.full(16, 3.0), size=30)  # every document has its own preferences
         counts = np.stack([rng.multinomial(180, own), rng.multinomial(20, own * 0.9 + 0.1 * (np.arange(16) == 4))], 1)
-        p = stats.sign_flip_max(labelling.differences(counts[:, :, None], counts.sum(axis=2)), flips=199)[1, 0]
+        p = stats.sign_flip_max(labelling.differences(counts[:, :, None], counts.sum(axis=2)[..., None]), flips=199)[
+            1, 0
+        ]
         found.append(p[4] <= 0.05)
         wrong.append(np.delete(p, 4).min() <= 0.05)
     assert np.mean(found) >= 0.9

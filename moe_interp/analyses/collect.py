@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm import tqdm
 
 from moe_interp.analyses.exact import Exact
 from moe_interp.data import Batch, Corpus, batches
-from moe_interp.errors import BadData, UnsupportedModel
+from moe_interp.errors import BadData, BadInput, UnsupportedModel
 from moe_interp.model import MoEModel, Reads
 from moe_interp.results import whole_file
 from moe_interp.run import Read, Run, Tokens
@@ -92,6 +94,14 @@ def sizes(model: MoEModel) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
     return model.layers, max(counts.values()), top_k
 
 
+def over_experts(scores: Float[Tensor, "*rest C"], experts: int) -> Float[Tensor, "*rest E"]:
+    """Router scores of the experts, summing to 1 over them, where a router has a class more that is no expert."""
+    if scores.shape[-1] == experts:
+        return scores
+    own = scores[..., :experts]
+    return own / own.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)
+
+
 def special_ids(model: MoEModel) -> list[int]:
     """Ids of the tokenizer's special tokens, but for the one that stands for unknown words of a text."""
     tokenizer = model.tokenizer
@@ -134,11 +144,17 @@ def collect(
         The provenance of the pass, for `result`.
 
     Raises:
-        BadInput: the model has no tokenizer.
+        BadInput: the model has no tokenizer, or ``resume`` is asked for under standing edits.
         BadData: ``resume`` holds the states of another pass.
     """
     going = Pass(model, corpus, options)
     path = None if resume is None else Path(resume)
+    if path is not None and model._standing:
+        raise BadInput(
+            "a pass under edits cannot be taken up",
+            expected="a model without standing edits, or resume=None",
+            got=f"{len(model._standing)} of them, which a file cannot be told from others by",
+        )
     mark = _mark(going, sums)
     done = 0 if path is None or not path.exists() else _take_up(path, sums, mark)
     read = [Read(point) for point in sorted({point for one in sums.values() for point in one.reads})]

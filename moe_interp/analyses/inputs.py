@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_interp.analyses.collect import Options, Pass
+from moe_interp.analyses.collect import Options, Pass, over_experts
 from moe_interp.analyses.plain import check_not_edited
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         moe_in: [T, D], in the model's own dtype.
-        scores: [T, E], the router's.
+        scores: [T, E], the router's, over experts alone.
         chosen: [T, E], whether the router chose the expert.
         weights: [T, E], combine weights; 0 where it was not chosen.
         documents: [T], numbers in the corpus, ascending.
@@ -88,9 +88,8 @@ def sample_inputs(
 
 def _at(run: Run, layer: int, row: int, columns: Int[Tensor, " t"], document: int, experts: int) -> Inputs:
     routing = run.routing[layer]
-    scores = run["router_scores", layer][row, columns].float()
+    scores = over_experts(run["router_scores", layer][row, columns].float(), experts)
     ids, weights = routing.ids[row, columns], routing.weights[row, columns].float()
-    scores = scores[:, :experts]  # a router may have a class that is no expert
     return Inputs(
         run["moe_in", layer][row, columns],
         scores,

@@ -18,11 +18,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, collect, sizes
 from moe_interp.analyses.exact import Exact, Provenance, flat_counts, of_each, one_or_each, told_top_k
+from moe_interp.analyses.routing_values import taken
 from moe_interp.data import Corpus, check_corpus
 from moe_interp.encode import GIVE_TOKENIZER, token_text
 from moe_interp.errors import BadInput
@@ -227,20 +228,20 @@ class LabelCounts(Exact):
         self, labels: Sequence[str], *, provenance: Provenance, resamples: int = 1000, seed: int = 0
     ) -> xr.Dataset:
         """The Dataset that `routing_by_label` gives."""
-        chose, tokens = self.counts.sum(axis=0), self.tokens.sum(axis=0)
+        chose, seen = self.counts.sum(axis=0), taken(self.counts, self.top_k)
         ends = [
-            stats.bootstrap_ratio(self.counts[:, group], self.tokens[:, group], resamples=resamples, seed=seed)
+            stats.bootstrap_ratio(self.counts[:, group], seen[:, group], resamples=resamples, seed=seed)
             for group in range(len(labels))
         ]
         values = {
-            "tokens": tokens,
+            "tokens": self.tokens.sum(axis=0),
             "documents": (self.tokens > 0).sum(axis=0),
             "counts": chose,
-            "specialization": stats.ratio(chose, tokens),
+            "specialization": stats.ratio(chose, seen.sum(axis=0)),
             "specialization_interval": np.stack(ends, axis=1),
-            "specialization_rest": _rest(self.counts, self.tokens),
+            "specialization_rest": _rest(self.counts, seen),
             "specialization_baseline": one_or_each(np.array(self.top_k) / self.counts.shape[-1]),
-            "specialization_p": stats.sign_flip_max(differences(self.counts, self.tokens), flips=resamples, seed=seed),
+            "specialization_p": stats.sign_flip_max(differences(self.counts, seen), flips=resamples, seed=seed),
         }
         coords: dict[str, Any] = {
             "bound": ["low", "high"],
@@ -254,22 +255,22 @@ class LabelCounts(Exact):
         )
 
 
-def differences(counts: Int[np.ndarray, "N G L E"], tokens: Int[np.ndarray, "N G"]) -> Float[np.ndarray, "N G L E"]:
+def differences(counts: Int[np.ndarray, "N G L E"], tokens: Num[np.ndarray, "N G L"]) -> Float[np.ndarray, "N G L E"]:
     """Choices of a document's tokens with a label, above what the document's own share of the expert predicts.
 
-    n_g (s_g - s) for n_g tokens: 0 in documents that have only such tokens, or none.
+    n_g (s_g - s) for n_g tokens that take experts of the layer: 0 in documents that have only such tokens, or none.
     """
     share = stats.ratio(counts.sum(axis=1), tokens.sum(axis=1))
-    expected = tokens[:, :, None, None] * np.nan_to_num(share)[:, None]
+    expected = tokens[..., None] * np.nan_to_num(share)[:, None]
     return counts - expected
 
 
-def _rest(counts: Int[np.ndarray, "N G L E"], tokens: Int[np.ndarray, "N G"]) -> Float[np.ndarray, "G L E"]:
+def _rest(counts: Int[np.ndarray, "N G L E"], tokens: Num[np.ndarray, "N G L"]) -> Float[np.ndarray, "G L E"]:
     """Share among tokens without the label of the same documents, documents weighing by their tokens with it."""
     others = stats.ratio(counts.sum(axis=1, keepdims=True) - counts, tokens.sum(axis=1, keepdims=True) - tokens)
     both = (tokens > 0) & (tokens < tokens.sum(axis=1, keepdims=True))
-    weight = np.where(both, tokens, 0)[:, :, None, None]
-    return stats.ratio((weight * np.nan_to_num(others)).sum(axis=0), weight.sum(axis=(0, 2, 3)))
+    weight = np.where(both, tokens, 0)
+    return stats.ratio((weight[..., None] * np.nan_to_num(others)).sum(axis=0), weight.sum(axis=0))
 
 
 _GLE = ("label", "layer", "expert")
@@ -277,7 +278,11 @@ _VARIABLES: dict[str, Description] = {
     "tokens": (("label",), "tokens", "tokens with the label"),
     "documents": (("label",), "documents", "documents that have some"),
     "counts": (_GLE, "tokens", "tokens with the label that chose the expert"),
-    "specialization": (_GLE, "1", "share of the tokens with the label that chose the expert, 0 ... 1"),
+    "specialization": (
+        _GLE,
+        "1",
+        "share of the tokens with the label that chose the expert, of those that take any, 0 ... 1",
+    ),
     "specialization_interval": (("bound", *_GLE), "1", "95 % interval over documents: specialization"),
     "specialization_rest": (_GLE, "1", "the same share among the other tokens of the same documents"),
     "specialization_baseline": (("layer?",), "1", "specialization under a uniform router, K/E"),

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import moe_interp.stats as stats
-from moe_interp.analyses.collect import Options, collect, sizes
+from moe_interp.analyses.collect import Options, collect, over_experts, sizes
 from moe_interp.analyses.exact import (
     UNIT,
     Exact,
@@ -37,7 +37,7 @@ from moe_interp.analyses.exact import (
     of_each,
     told_top_k,
 )
-from moe_interp.analyses.routing_values import LOAD, PER_TOKEN, dataset, from_counts, switch_loss, taken
+from moe_interp.analyses.routing_values import LOAD, by_name, dataset, from_counts, switch_loss, taken
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
@@ -124,14 +124,14 @@ def _layer_sums(routing: Routing, experts: int) -> dict[str, Int[Tensor, "B _"]]
     mask, ids = routing.mask.cpu()[..., None], routing.ids.cpu()
     weights, logits, scores = (
         torch.where(mask, values.cpu().double(), 0.0)  # padding may hold anything, NaN too
-        for values in (routing.weights, routing.logits, routing.scores)
+        for values in (routing.weights, routing.logits, over_experts(routing.scores, experts))
     )
     empty = torch.zeros(len(ids), experts, dtype=torch.int64)
     per_token = torch.where(mask, _per_token(ids, weights, logits, scores), 0.0)
     return {
         "counts": empty.scatter_add(1, ids.flatten(1), mask.expand_as(ids).flatten(1).long()),
         "weights": empty.scatter_add(1, ids.flatten(1), fixed(weights).flatten(1)),
-        "scores": fixed_sums(scores[..., :experts]),  # a router may have a class that is no expert
+        "scores": fixed_sums(scores),
         "per_token": fixed_sums(per_token),
     }
 
@@ -139,7 +139,7 @@ def _layer_sums(routing: Routing, experts: int) -> dict[str, Int[Tensor, "B _"]]
 def _per_token(
     ids: Int[Tensor, "B S K"],
     weights: Float[Tensor, "B S K"],
-    logits: Float[Tensor, "B S E"],
+    logits: Float[Tensor, "B S C"],
     scores: Float[Tensor, "B S E"],
 ) -> Float[Tensor, "B S 5"]:
     """What `PER_TOKEN` names, for every token."""
@@ -175,8 +175,8 @@ def _means(sums: RoutingCounts, groups: np.ndarray, domains: int, resamples: int
     values["utilisation_overall_interval"] = overall / chosen
     values["utilisation_interval"] = values["specialization_interval"] / chosen
     for suffix in ("", "_interval"):
-        stacked = np.moveaxis(values.pop(f"per_token{suffix}"), -1, 0)
-        values |= {f"{name}{suffix}": part for name, part in zip(PER_TOKEN, stacked, strict=True)}
+        named = by_name(values.pop(f"per_token{suffix}"), sums.top_k, sums.counts.shape[-1])
+        values |= {f"{name}{suffix}": part for name, part in named.items()}
     return values
 
 

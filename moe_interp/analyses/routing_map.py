@@ -1,6 +1,7 @@
 """The routing map: for one text, tokens x layers, the heaviest expert and its share of the weight."""
 
 import numpy as np
+import torch
 import xarray as xr
 from jaxtyping import Bool
 from torch import Tensor
@@ -20,8 +21,9 @@ def routing_map(model: MoEModel, text: Inputs) -> xr.Dataset:
             their place.
 
     Returns:
-        Dims pos, layer: ``heaviest_expert``; ``heaviest_share`` of the token's combine weight, 1/K ... 1;
-        ``token``, the text of each token (empty where there are positions and no tokens).
+        Dims pos, layer: ``heaviest_expert``; ``heaviest_share`` of the token's combine weight, 1/K ... 1; -1 and NaN
+        where the token skips all experts; ``token``, the text of each token (empty where there are positions and no
+        tokens).
 
     Raises:
         BadInput: an empty text, one over the context length, text for a model without a tokenizer, more than one text
@@ -33,8 +35,12 @@ def routing_map(model: MoEModel, text: Inputs) -> xr.Dataset:
     dims = ("pos", "layer")
     variables = {
         "token": Variable(("pos",), _tokens(run, model, kept), "text", "text of the token, empty where there is none"),
-        "heaviest_expert": Variable(dims, np.stack(experts, 1), "expert", "expert with the largest combine weight"),
-        "heaviest_share": Variable(dims, np.stack(shares, 1), "1", "its share of the combine weight, 1/K ... 1"),
+        "heaviest_expert": Variable(
+            dims, np.stack(experts, 1), "expert", "expert with the largest combine weight; -1: none"
+        ),
+        "heaviest_share": Variable(
+            dims, np.stack(shares, 1), "1", "its share of the combine weight, 1/K ... 1; NaN: none"
+        ),
     }
     coords = {"pos": np.arange(int(kept.sum())), "layer": np.array(model.layers, dtype=np.int64)}
     return labelled(variables, coords, analysis="routing_map", provenance=model.provenance())
@@ -62,4 +68,5 @@ def _tokens(run: Run, model: MoEModel, kept: Bool[Tensor, " S"]) -> list[str]:
 def _heaviest(routing: Routing, kept: Bool[Tensor, " S"]) -> tuple[np.ndarray, np.ndarray]:
     weights, ids = routing.weights[0].cpu()[kept].double(), routing.ids[0].cpu()[kept]
     largest, slot = weights.max(dim=1)
-    return ids.gather(1, slot[:, None])[:, 0].numpy(), (largest / weights.sum(dim=1)).numpy()
+    expert = ids.gather(1, slot[:, None])[:, 0].where(routing.mask[0].cpu()[kept], -1)
+    return expert.numpy(), (largest / weights.sum(dim=1)).where(expert >= 0, torch.nan).numpy()

@@ -89,6 +89,12 @@ def _uniform(tokens: Float[np.ndarray, "D L"], top_k: Sequence[int], experts: in
     return {f"{name}_uniform": one_or_each(np.stack([loads[one][name] for one in layers], axis=1)) for name in LOAD}
 
 
+def by_name(per_token: Float[np.ndarray, "*rest L P"], top_k: Sequence[int], experts: int) -> Values:
+    """What `PER_TOKEN` names, each [..., L]; no margin at a layer that leaves no expert out."""
+    found = dict(zip(PER_TOKEN, np.moveaxis(per_token, -1, 0), strict=True))
+    return found | {"margin": np.where(np.array(top_k) < experts, found["margin"], np.nan)}
+
+
 # The labelled result
 
 _DLE, _DL, _LE = ("domain", "layer", "expert"), ("domain", "layer"), ("layer", "expert")
@@ -118,7 +124,7 @@ _PLAIN: dict[str, Description] = {
         _DL,
         "1",
         "mean over tokens of the lowest score chosen minus the highest left out, -1 ... 1; below 0 where a "
-        "bias or groups of experts overrule the scores",
+        "bias or groups of experts overrule the scores; NaN where K = E, which leaves none out",
     ),
     "heaviest_weight": (_DL, "1", "mean combine weight of a token's heaviest slot"),
     "weight_sum": (_DL, "1", "mean sum of a token's combine weights; 1 if renormalised and not scaled"),

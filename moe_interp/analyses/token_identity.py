@@ -2,7 +2,8 @@
 
 1. A first pass counts which experts each id goes to, by folds of documents. For a document of one fold, the chance that
    id x chooses expert e is N_{x,e} / N_x in the other folds. Ids that occur there fewer than m times are left out.
-2. A second pass counts choices per document over the other tokens. Specialization by domain then stands beside what the
+2. A second pass counts choices per document over the other tokens, those that skip all experts with them: ids predict
+   that, too. Specialization by domain then stands beside what the
    ids predict, summed over the same tokens, and `gain` is the difference: context, whatever it is made of. (Ids that
    only one domain has explain its specialization by themselves: French is a language and a vocabulary.)
 3. `overlap`: share of a token's K experts that are among the K that its id went to most in the other folds, beside the

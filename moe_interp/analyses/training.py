@@ -25,7 +25,7 @@ from moe_interp import stats
 from moe_interp.analyses.collect import sizes
 from moe_interp.analyses.exact import UNIT
 from moe_interp.analyses.routing import RoutingCounts
-from moe_interp.analyses.routing_values import LOAD, PER_TOKEN, from_counts, switch_loss, taken
+from moe_interp.analyses.routing_values import LOAD, by_name, from_counts, switch_loss, taken
 from moe_interp.errors import BadInput
 from moe_interp.hosts.local import ATTRIBUTE
 from moe_interp.hosts.program import tokens_at, tokens_of
@@ -93,7 +93,7 @@ def routing_health(sums: RoutingCounts) -> xr.Dataset:
     for name in LOAD:
         values |= {name: whole[name][0], f"{name}_uniform": whole[f"{name}_uniform"][0]}
     means = stats.ratio(sums.per_token.sum(axis=0) / UNIT, seen)
-    values |= dict(zip(PER_TOKEN, means.T, strict=True))
+    values |= by_name(means, sums.top_k, counts.shape[-1])
     coords: dict[str, ArrayLike] = {"layer": np.array(sums.layers), "expert": np.arange(counts.shape[-1])}
     return labelled(described(values, _VARIABLES), coords, analysis="routing_health", provenance={})
 
@@ -106,7 +106,7 @@ _VARIABLES: dict[str, Description] = {
     "load_balance_as_coded": ((), "1", "load-balance loss as transformers codes it; K at balance"),
     "entropy": (_L, "nats", "mean entropy of a token's router scores, 0 (sure) ... ln E"),
     "entropy_baseline": ((), "nats", "entropy of equal scores, ln E"),
-    "margin": (_L, "1", "mean of the lowest score chosen minus the highest left out"),
+    "margin": (_L, "1", "mean of the lowest score chosen minus the highest left out; NaN where K = E"),
     "heaviest_weight": (_L, "1", "mean combine weight of a token's heaviest slot"),
     "weight_sum": (_L, "1", "mean sum of a token's combine weights"),
     "z_loss": (_L, "1", "router z-loss: mean squared logsumexp of the router logits"),

@@ -1,7 +1,7 @@
 """Vocabulary specialization: how much of a token id's routing goes to one expert, beside what chance makes of it.
 
 1. For token id x seen N_x times, max_e N_{x,e} / N_x (Muennighoff et al. 2024, arXiv 2409.02060, section 5.4), averaged
-   over the ids seen at least m times, which weigh the same.
+   over the ids seen at least m times, which weigh the same. Tokens that skip all experts of a layer are not in its N_x.
 2. The null: every occurrence draws K distinct experts by the layer's load, whatever the token. It is large: an id
    seen once scores 1 whatever happens. `gain` is the difference at the same counts. The load is that of the whole
    corpus: where documents differ in load and in the ids that they hold, their topics count as gain.
@@ -76,7 +76,7 @@ def vocabulary_result(
     if not len(ids):
         got = f"at most {occurrences.sum(axis=0).max()} occurrences of one"
         raise BadInput("no token id occurs often enough", expected=f"{at_least} or more", got=got)
-    found = [_layer(sums, index, ids, occurrences, seed) for index in range(len(sums.layers))]
+    found = [_layer(sums, index, ids, seed) for index in range(len(sums.layers))]
     values = {name: np.stack([one[name] for one in found], axis=-1 if "interval" in name else 0) for name in found[0]}
     values["occurrences"] = occurrences[:, ids].sum(axis=0)
     values["token"] = np.array([token_text(tokenizer, int(token)) for token in ids])
@@ -91,35 +91,40 @@ def vocabulary_result(
     )
 
 
-def _layer(
-    sums: TokenCounts, index: int, ids: np.ndarray, occurrences: Int[np.ndarray, "Z V"], seed: int
-) -> dict[str, Any]:
-    """One layer: folds' tables of the ids kept, with how often each occurs as one more column."""
-    tables = [sums.table(index, fold) for fold in range(sums.folds)]
-    load = sum(table.sum(axis=0) for table in tables) / occurrences.sum()
-    null = stats.largest_share_null(stats.inclusion_weights(load), sums.top_k[index], seed=seed)
-    blocks = np.stack(
-        [np.column_stack([table[ids].toarray(), occurrences[fold, ids]]) for fold, table in enumerate(tables)]
-    )
+def _layer(sums: TokenCounts, index: int, ids: np.ndarray, seed: int) -> dict[str, Any]:
+    """One layer, from the folds' tables."""
+    tables, top_k = [sums.table(index, fold) for fold in range(sums.folds)], sums.top_k[index]
+    load = top_k * stats.shares(np.asarray(sum(table.sum(axis=0) for table in tables)))
+    null = stats.largest_share_null(stats.inclusion_weights(load), top_k, seed=seed)
+    blocks = np.stack([table[ids].toarray() for table in tables])
     total = blocks.sum(axis=0)
-    shares = total[:, :-1] / total[:, -1:]
-    gain, interval = stats.block_jackknife(partial(_gain, null=null), blocks, debias=False)
+    gain, interval = stats.block_jackknife(partial(_gain, null=null, top_k=top_k), blocks, debias=False)
+    share, by_chance = _largest(total, null, top_k)
+    there = ~np.isnan(share)
     return {
-        "specialization": shares.max(axis=1).mean(),
-        "specialization_null": null(total[:, -1]).mean(),
+        "specialization": share[there].mean(),
+        "specialization_null": by_chance[there].mean(),
         "gain": gain,
         "gain_interval": interval,
-        "expert": shares.argmax(axis=1),
-        "share": shares.max(axis=1),
-        "share_null": null(total[:, -1]),
+        "expert": total.argmax(axis=1),
+        "share": share,
+        "share_null": by_chance,
     }
 
 
-def _gain(table: Int[np.ndarray, "X E1"], null: Any) -> Float[np.ndarray, ""]:
-    counts, occurs = table[:, :-1], table[:, -1]
-    kept = occurs > 0
-    shares = counts[kept].max(axis=1) / occurs[kept]
-    return np.asarray((shares - null(occurs[kept])).mean())
+def _largest(
+    counts: Int[np.ndarray, "X E"], null: Any, top_k: int
+) -> tuple[Float[np.ndarray, " X"], Float[np.ndarray, " X"]]:
+    """Largest share of each id's tokens that take experts, and by chance; NaN for an id whose tokens take none."""
+    taken = counts.sum(axis=1) / top_k
+    by_chance = np.where(taken > 0, null(np.maximum(taken, 1)), np.nan)
+    return stats.ratio(counts.max(axis=1), taken), by_chance
+
+
+def _gain(counts: Int[np.ndarray, "X E"], null: Any, top_k: int) -> Float[np.ndarray, ""]:
+    share, by_chance = _largest(counts, null, top_k)
+    there = ~np.isnan(share)
+    return np.asarray((share[there] - by_chance[there]).mean())
 
 
 _LX = ("layer", "token_id")
@@ -137,7 +142,7 @@ _VARIABLES: dict[str, Description] = {
     ),
     "gain_interval": (("bound", "layer"), "1", "95 % interval over folds of documents: gain"),
     "expert": (_LX, "expert", "the expert that most of the id's tokens chose"),
-    "share": (_LX, "1", "share of the id's tokens that chose it, K/E ... 1"),
+    "share": (_LX, "1", "share of the id's tokens that chose it, of those that take any, K/E ... 1"),
     "share_null": (_LX, "1", "mean of the largest share of so many tokens that draw K experts by the layer's load"),
     "occurrences": (("token_id",), "tokens", "how often the id occurs"),
     "token": (("token_id",), "text", "the token"),

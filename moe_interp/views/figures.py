@@ -158,14 +158,15 @@ def strongest(routing: xr.Dataset) -> go.Figure:
 
 
 def routing_map(result: xr.Dataset) -> go.Figure:
-    """Tokens x layers: the number of the heaviest expert, coloured by its share of the token's weight."""
+    """Tokens x layers: the number of the heaviest expert, coloured by its share of the token's weight; or a dash."""
+    experts = result["heaviest_expert"].values.T
     tokens = [f"{number} {escaped(str(token))}" for number, token in enumerate(result["token"].values)]
     figure = go.Figure(
         go.Heatmap(
             z=result["heaviest_share"].values.T,
             x=tokens,
             y=[f"layer {layer}" for layer in result["layer"].values],
-            text=result["heaviest_expert"].values.T,
+            text=np.where(experts < 0, "–", experts.astype(str)),
             texttemplate="%{text}",
             hovertemplate="%{x}, %{y}: expert %{text}, %{z:.2f} of the weight<extra></extra>",
             colorscale="Blues",
