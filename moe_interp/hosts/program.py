@@ -322,13 +322,13 @@ def tokens_of(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _decoder_tokens(kwargs: dict[str, Any]) -> dict[str, Tokens]:
     """Those of the decoder; a decoder that makes its inputs from labels has padding where these are left out, -100."""
-    target: Any = kwargs.get("decoder_input_ids")
-    target = kwargs.get("decoder_inputs_embeds") if target is None else target
-    mask, labels = kwargs.get("decoder_attention_mask"), kwargs.get("labels")
-    if target is None and labels is None:
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+    given = next((name for name in names if kwargs.get(name) is not None), None)
+    if given is None:
         return {}
-    if target is None:
-        target, mask = labels, labels != -100 if mask is None else mask
+    target, mask = kwargs[given], kwargs.get("decoder_attention_mask")
+    if mask is None and given == "labels":
+        mask = target != -100
     if isinstance(mask, Mapping):  # masks by kind of attention, which a model made for itself
         mask = None
     if isinstance(mask, Tensor) and mask.dim() == 2:  # some cover the prompt, whose tokens are the encoder's
