@@ -13,6 +13,7 @@ import moe_interp as moe
 from moe_interp.adapters.experts import Fused
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
+from tests.reference import interventions as slow
 from tests.reference.model import forward
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import FAMILIES, build
@@ -287,6 +288,48 @@ def test_a_group_that_was_not_chosen_has_no_weight_to_give():
     with moe.wrap(hf) as model:  # forbidding stays within the groups as long as there are enough
         left = model.run(IDS[:1, :1], edit=moe.mask(layer=LAYER, expert=min(chosen))).routing[LAYER].ids
     assert set(left.flatten().tolist()) == inside - {min(chosen)}
+
+
+@pytest.mark.parametrize(
+    ("family", "given"), [("deepseek_v3", {}), ("deepseek_v2", {"topk_method": "group_limited_greedy"})]
+)
+def test_forbidding_leaves_a_next_best_or_is_refused(family, given):
+    """Groups of four, of which one is chosen, and K = 3: where that is the first, two of it cannot be forbidden."""
+    hf, forbidden = build(family, **given), (0, 1, 5)
+
+    def barred(row: torch.Tensor, at: slow.Where) -> torch.Tensor:
+        return torch.stack([row.new_tensor(-torch.inf) if e in forbidden else score for e, score in enumerate(row)])
+
+    with moe.wrap(hf) as model:
+        ids = model.run(IDS).routing[LAYER].ids
+        first = (ids < 4).all(dim=2)
+        assert 0 < first.sum() < first.numel()
+        text, position = first.nonzero()[0].tolist()
+        message = f"too few experts left at layer 2 for token {position} of text {text}: expected at least 3.*got 2"
+        for edits in (
+            moe.mask(layer=LAYER, expert=forbidden),
+            [moe.mask(layer=LAYER, expert=expert) for expert in forbidden],
+            moe.mask(layer=LAYER, expert=forbidden, positions=position),
+        ):
+            with pytest.raises(BadInput, match=message):
+                model.run(IDS, edit=edits)
+        got = model.run(IDS, edit=moe.mask(layer=LAYER, expert=forbidden, tokens=~first))
+    expected = slow.run(hf, IDS, LAYER, [("selection", barred)], lambda at: not bool(first[at]))
+    assert (got.logits - expected.logits).abs().max() < 1e-5 * expected.logits.abs().max()
+    assert (got.logits - forward(hf, IDS).logits).abs().max() > 1e-3
+
+
+def test_without_groups_the_next_best_are_those_of_all():
+    hf, forbidden = build("deepseek_v3", n_group=1, topk_group=1), (0, 1, 4, 6)
+
+    def barred(row: torch.Tensor, at: slow.Where) -> torch.Tensor:
+        return torch.stack([row.new_tensor(-torch.inf) if e in forbidden else score for e, score in enumerate(row)])
+
+    with moe.wrap(hf) as model:
+        got, clean = model.run(IDS, edit=moe.mask(layer=LAYER, expert=forbidden)), model.run(IDS)
+    expected = slow.run(hf, IDS, LAYER, [("selection", barred)]).logits
+    assert (got.logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (got.logits - clean.logits).abs().max() > 1e-3
 
 
 def test_the_bias_of_a_router_beats_a_mask_of_its_logits():

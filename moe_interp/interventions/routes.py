@@ -6,6 +6,7 @@ router's own recipe from the scores as they were. Otherwise ``expert_ids`` and `
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -60,7 +61,7 @@ class _OfScores(OfExperts, abstract=True):
 
 @dataclass(frozen=True, kw_only=True)
 class Mask(_OfScores):
-    """Forbid experts: the next best run."""
+    """Forbid experts: the next best run, of the groups that the router chose where it chooses groups first."""
 
     all_at_once: ClassVar[bool] = False
 
@@ -69,12 +70,40 @@ class Mask(_OfScores):
         layers = moe_layers_at(spec, self.layers) if self.on == "selection" else ()
         return dict.fromkeys(layers, frozenset(self.named))
 
+    def edits(self, spec: ModelSpec) -> list[Edit]:
+        """One edit of the scores (or ``router_logits``) at each layer, which refuses to leave a token too few."""
+        edits = super().edits(spec)
+        if self.on == "logits":
+            return edits
+        return [edit._replace(fn=partial(self._checked, spec.moe(edit.layer or 0).top_k)) for edit in edits]
+
+    def _checked(self, k: int, scores: Float[Tensor, "B S E"], context: Context) -> Change:
+        """The change, where the router's choice leaves it a next best."""
+        left = (_open(scores) & ~self.columns(scores, context)).sum(dim=-1)
+        few = (left < k) & self.seen(context)
+        if bool(few.any()):
+            text, column = few.nonzero()[0].tolist()
+            raise BadInput(
+                f"too few experts left at layer {context.layer} for token {int(context.tokens.index[text, column])} of "
+                f"text {int(context.tokens.texts[text])}",
+                expected=f"at least {k} in the groups that the router chose: no others have a score to be next best by",
+                got=str(int(left[text, column])),
+                do="Forbid fewer, or force others with weights of your own.",
+            )
+        return self.changed(scores, context)
+
     def changed(self, scores: Float[Tensor, "B S E"], context: Context) -> Change:
         """Scores that lose against all others, also against those of groups that were not chosen."""
         columns = self.columns(scores, context)
         if self.on == "selection":
             scores = scores.clamp(min=torch.finfo(scores.dtype).min)
         return Change(scores.masked_fill(columns, -torch.inf), int(columns.any(dim=-1).sum()))
+
+
+def _open(scores: Float[Tensor, "B S E"]) -> Bool[Tensor, "B S E"]:
+    """Experts that are not forbidden and whose group was chosen; scores of others are the lowest, or 0."""
+    closed, none = scores <= torch.finfo(scores.dtype).min, scores == 0
+    return ~closed & ~(none & (~none & ~closed).any(dim=-1, keepdim=True))
 
 
 @dataclass(frozen=True, kw_only=True)
