@@ -203,7 +203,7 @@ def test_batches_do_not_matter_and_seeds_do() -> None:
     other = perplexity(model, CORPUS, resamples=20, seed=1)
     assert (other.perplexity_random.sel(k=1) != whole.perplexity_random.sel(k=1)).all()
     np.testing.assert_array_equal(other.perplexity, whole.perplexity)
-    assert (other.perplexity_interval != whole.perplexity_interval).any()
+    assert (other.perplexity_overall_interval != whole.perplexity_overall_interval).any()
 
 
 def test_intervals_resample_documents_in_pairs() -> None:

@@ -37,8 +37,7 @@ def resampling_weights(strata: Int[np.ndarray, " N"], resamples: int, seed: int)
     Raises:
         BadInput: fewer than one resample.
     """
-    if resamples < 1:
-        raise BadInput("too few resamples", expected="at least 1", got=str(resamples))
+    _check_resamples(resamples)
     rng = np.random.default_rng(seed)
     weights = np.zeros((resamples, strata.size))
     for stratum in np.unique(strata):
@@ -46,6 +45,11 @@ def resampling_weights(strata: Int[np.ndarray, " N"], resamples: int, seed: int)
         equal = np.full(members.size, 1 / members.size)
         weights[:, members] = rng.multinomial(members.size, equal, size=resamples)
     return weights
+
+
+def _check_resamples(resamples: int) -> None:
+    if resamples < 1:
+        raise BadInput("too few resamples", expected="at least 1", got=str(resamples))
 
 
 def bootstrap_ratio(
@@ -77,8 +81,10 @@ def bootstrap_ratio(
 
     Returns:
         Lower and upper end, in the ratio's units. NaN where a stratum has fewer than two documents, which say
-        nothing about the spread between documents, and where a resample's denominator is zero.
+        nothing about the spread between documents, and where a resample's denominator is zero, or fewer than two
+        documents have one.
     """
+    _check_resamples(resamples)
     strata = np.zeros(len(numerator), int) if strata is None else strata
     ends = np.full((2, *numerator.shape[1:]), np.nan)
     if len(strata) == 0 or np.unique(strata, return_counts=True)[1].min() < 2:
@@ -123,8 +129,9 @@ def _student(
     from scipy.stats import t
 
     whole, residual, under = _linearised(top, bottom)
+    freedom = (under > 0).sum(axis=0) - len(np.unique(strata))  # of documents that have anything; NaN if none is left
     with np.errstate(divide="ignore", invalid="ignore"):
-        half = t.ppf((1 + level) / 2, len(top) - len(np.unique(strata))) * _error(residual, under, strata)
+        half = t.ppf((1 + level) / 2, freedom) * _error(residual, under, strata)
     return np.stack([whole - half, whole + half])
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from math import isnan
 from typing import Any
 
+import numpy as np
 import xarray as xr
 from rich.markup import escape
 from rich.table import Table
@@ -20,6 +21,11 @@ def figure(value: Any, interval: Iterable[Any] | None = None, digits: int = 2) -
     low, high = map(float, interval)
     ends = "–" if isnan(low) or isnan(high) else f"{low:.{digits}f}, {high:.{digits}f}"
     return escape(f"{figure(value, digits=digits)} [{ends}]")
+
+
+def uniform(baseline: xr.DataArray) -> str:
+    """A share in per cent; all that there are where layers choose different numbers of experts."""
+    return " or ".join(f"{share:.1f}" for share in np.unique(100 * baseline.values))
 
 
 def routing(result: xr.Dataset) -> Table:

@@ -6,6 +6,8 @@ A *choice* is what one token did at one layer: a dict of document, layer, ids, w
 import math
 from itertools import combinations
 
+from scipy.stats import t as student
+
 
 def count(choices, document, layer, expert):
     """Tokens of a document that chose the expert at the layer."""
@@ -199,6 +201,9 @@ def bootstrap_interval(top, bottom, draws, level=0.95, strata=None):
         return found, math.sqrt(squares) / sum(bottom[d] for d in documents)
 
     whole, error = estimate(range(len(top)))
+    if len(top) < 5:  # Student's
+        half = student.ppf((1 + level) / 2, len(top) - len(set(strata))) * error
+        return whole - half, whole + half
     distances = []
     for drawn in draws:
         found, spread = estimate([d for d, times in enumerate(drawn) for _ in range(round(times))])
