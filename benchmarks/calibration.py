@@ -15,6 +15,7 @@ K distinct experts by these (Gumbel top-K). Routers:
 import argparse
 import time
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 from tqdm import tqdm
@@ -76,6 +77,22 @@ def coverage(kind: str, repeats: int, each: int) -> dict[str, float]:
             hit.append(inside.mean())
             special += [inside[:, 5].mean()] if domain == 0 else []
     return {"all": float(np.mean(hit)), "expert 5, domain 0": float(np.mean(special))}
+
+
+def few_documents(each: int, strata: int, repeats: int) -> tuple[float, float]:
+    """How often intervals of three shares hold the truth: studentised resamples, and what `bootstrap_ratio` does."""
+    truth, held = np.array([0.05, 0.1, 0.3]), {1: [], stats.resampling.FEW: []}
+    labels = np.repeat(np.arange(strata), each)
+    for few, inside in held.items():
+        rng = np.random.default_rng(0)
+        with patch.object(stats.resampling, "FEW", few):
+            for seed in range(repeats):
+                tokens = np.maximum(20, rng.lognormal(4.5, 0.6, size=len(labels))).astype(int)
+                counts = rng.binomial(tokens[:, None], rng.beta(25 * truth, 25 * (1 - truth), size=(len(labels), 3)))
+                low, high = stats.bootstrap_ratio(counts, tokens, strata=labels, resamples=400, seed=seed)
+                inside.append((low <= truth) & (truth <= high))
+    always, ours = (float(np.mean(inside)) for inside in held.values())
+    return always, ours
 
 
 def rejections(kind: str, factor: float, repeats: int, each: int = EACH) -> dict[str, float]:
@@ -205,6 +222,10 @@ def main() -> None:
         for each in (12, EACH, 60):
             held, special = coverage(kind, repeats // 2, each).values()
             print(f"| {kind} | {each} | {held:.3f} | {special:.3f} |")
+    table("documents", "studentised resamples hold the truth", "ours: Student's below five")
+    for each, strata in ((2, 1), (3, 1), (4, 1), (5, 1), (2, 11), (3, 11)):
+        always, ours = few_documents(each, strata, 6 * repeats)
+        print(f"| {each}{f' in each of {strata} domains' if strata > 1 else ''} | {always:.3f} | {ours:.3f} |")
     table("router", "any expert of a domain and layer", "the planted one", "any layer of a domain, by divergence")
     for kind, factor in (("none", 1.0), ("collapse", 1.0), ("planted", 1.5), ("planted", 2.0), ("planted", 3.0)):
         wide, found, divergence = rejections(kind, factor, repeats).values()
