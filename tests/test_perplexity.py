@@ -177,7 +177,7 @@ def test_more_random_slots_of_several() -> None:
     model, layer, text = model_of("olmoe"), 1, "abc"
 
     def without(dropped: tuple[int, ...]) -> Keep:
-        def keep(weights: list[float], position: int) -> list[float]:
+        def keep(weights: list[float], position: int, scores: list[float]) -> list[float]:
             light = dropped[position] if position < 2 else -1
             return [0.0 if slot == light else weight for slot, weight in enumerate(weights)]
 
