@@ -1,6 +1,5 @@
 """The commands by label, by expert and over training: what they print and write is what the library gives."""
 
-import json
 import re
 from functools import cache
 
@@ -199,11 +198,8 @@ def test_saturation_of_folders_compares_them_with_the_last(capsys, tmp_path):
         hf, tokenizer = model.hf, model.tokenizer
     hf.save_pretrained(tmp_path / "early")
     tokenizer.save_pretrained(tmp_path / "early")
-    short = tmp_path / "short.jsonl"
-    records = [{"text": document.text[:300], "domain": document.domain} for document in corpus()]
-    short.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    printed = run(capsys, "saturation", str(tmp_path / "early"), str(REFERENCE), "--data", str(short))
-    expected = moe.router_saturation([tmp_path / "early", REFERENCE], moe.read_corpus(short))
+    printed = run(capsys, "saturation", str(tmp_path / "early"), str(REFERENCE), "--limit", "2")
+    expected = moe.router_saturation([tmp_path / "early", REFERENCE], corpus())
     assert ((expected.saturation[0] > 0.3) & (expected.saturation[0] < 1)).all()
     assert rows(printed) == [[step, *cells(expected, step)] for step in ("early", REFERENCE.name)]
     first, last = expected.independent.mean("layer").values
