@@ -238,7 +238,7 @@ ONE = {"layer": LAYER, "expert": 1}
         (lambda run: moe.ablate(layer=None, expert=1, how="mean", mean={}), "no layer: expected one layer or several"),
         (lambda run: moe.steer(torch.ones(64), layer=2), "no expert.*Name experts, or a point"),
         (lambda run: moe.patch(run, layer=2), "no expert.*Name experts, or a point"),
-        (lambda run: moe.patch(run, layer=3, expert=1), "which layer of 'expert_out': expected a layer at which it was read: .2., got 3"),
+        (lambda run: moe.patch(run, layer=3, expert=1), "which layer of 'expert_out'.*got 3"),
         (lambda run: moe.patch(run, layer=2, expert=1, point="moe_out"), "a point or an expert"),
         (
             lambda run: moe.patch_route(run, layer=9),
