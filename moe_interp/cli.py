@@ -117,7 +117,9 @@ def routing(
     result = moe.routing(_load(model, dtype, device_map, trust_remote_code), corpus, max_tokens=max_tokens)
     _save(result, output)
     console.print(tables.routing(result))
-    console.print(f"Specialization under a uniform router: {tables.uniform(result['specialization_baseline'])} %")
+    console.print(
+        f"Specialization under a uniform router: {tables.several(100 * result['specialization_baseline'], 1)} %"
+    )
 
 
 @app.command()
@@ -144,7 +146,7 @@ def labels(
     result = moe.routing_by_label(opened, corpus, label, max_tokens=max_tokens)
     _save(result, output)
     console.print(tables.labels(result))
-    console.print(f"Under a uniform router: {tables.uniform(result['specialization_baseline'])} %")
+    console.print(f"Under a uniform router: {tables.several(100 * result['specialization_baseline'], 1)} %")
 
 
 @app.command()
@@ -209,7 +211,7 @@ def saturation(
     console.print(tables.saturation(result))
     first = float(result["independent"].isel(step=0).mean())
     console.print(
-        f"Uniform router: {float(result['saturation_baseline'].mean()):.2f}; by loads alone at the first: {first:.2f}"
+        f"Uniform router: {tables.several(result['saturation_baseline'], 2)}; by loads alone at the first: {first:.2f}"
     )
 
 

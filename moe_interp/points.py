@@ -90,10 +90,15 @@ def editable(name: str) -> Point:
     """
     found = point(name)
     if not found.editable:
-        raise BadInput(
-            f"point {name!r} cannot be edited",
-            expected="a point that the forward pass uses",
-            got="one derived from router_logits",
-            do="Edit 'router_logits' instead.",
-        )
+        raise read_only(name)
     return found
+
+
+def read_only(name: str) -> BadInput:
+    """Why a point that is not editable is refused."""
+    return BadInput(
+        f"point {name!r} cannot be edited",
+        expected="a point that the forward pass uses",
+        got="one derived from router_logits",
+        do="Edit 'router_logits' instead.",
+    )

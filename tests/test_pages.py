@@ -96,7 +96,6 @@ def test_the_page_about_coming_from_elsewhere(page):
     assert torch.equal(names["output"], run.expert(3, 5)[0])
 
 
-@pytest.mark.slow
 def test_the_page_about_results(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page("results.md")

@@ -60,6 +60,12 @@ def test_intervals_move_and_scale_with_the_values_and_stay_within_the_documents(
     assert stats.bootstrap_mean(np.array([0.3, 0.3, 0.3])).tolist() == [pytest.approx(0.3)] * 2
 
 
+def test_p_of_one_test_counts_the_observed_one_too():
+    assert stats.permutation_p(3.0, np.array([1.0, 2.0, 3.0, 4.0])) == 3 / 5
+    assert stats.permutation_p(9.0, np.arange(9.0)) == 1 / 10  # never 0
+    assert np.isnan(stats.permutation_p(np.nan, np.arange(9.0)))
+
+
 def test_few_documents_have_students_interval():
     ends = stats.bootstrap_ratio(np.array([1, 4]), np.array([2, 4]))  # 5 / 6, residuals -+ 2 / 3 of 6
     half = student.ppf(0.975, 1) * np.sqrt(2 * 2 * (2 / 3) ** 2) / 6

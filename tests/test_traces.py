@@ -200,7 +200,7 @@ def test_what_the_experts_were_called_with_is_read_late_and_not_edited(door):
 def test_scores_are_read_and_an_edit_in_place_is_refused(door, edit):
     lm, options = door("qwen3_moe")
     points = trace_points(lm)
-    refused = pytest.raises(Exception, match="a point that cannot be edited.*on router_scores.*Edit router_logits")
+    refused = pytest.raises(Exception, match="point 'router_scores' cannot be edited.*Edit 'router_logits' instead")
     with refused, lm.trace(TEXTS[0], use_cache=False, **options):
         edit(points.layers[2].router_scores)
     with lm.trace(TEXTS[0], use_cache=False, **options):

@@ -551,6 +551,10 @@ def test_a_study_is_read_back_without_its_images(digits, tmp_path):
     (tmp_path / "base-2-07.nc").write_bytes((tmp_path / "base-2-00.nc").read_bytes())  # of a seed that was cut short
     again = vision_study.read_study(tmp_path)
     assert again.keys() == found.keys()
+    first = (tmp_path / "short-2-00.nc").rename(tmp_path / "kept.nc")  # seed 0 is no longer whole: 1 stays, for all
+    for kind, (trial,) in vision_study.read_study(tmp_path).items():
+        assert trial.equals(found[kind][1]), kind
+    first.rename(tmp_path / "short-2-00.nc")
     for kind, trials in found.items():
         assert all(one.equals(other) for one, other in zip(trials, again[kind], strict=True)), kind
     results = vision_study.findings(again)
@@ -560,6 +564,10 @@ def test_a_study_is_read_back_without_its_images(digits, tmp_path):
         vision_study.findings(again)
     with pytest.raises(BadData, match="no study in"):
         vision_study.read_study(tmp_path / "empty")
+    run_study(replace(SMALL, trials=1, plan=replace(SMALL.plan, batch=16)), digits, tmp_path / "other", quiet=True)
+    (tmp_path / "other" / "base-2-00.nc").rename(tmp_path / "base-2-00.nc")
+    with pytest.raises(BadData, match="trials of several studies in .*: expected one study, got different batch"):
+        vision_study.read_study(tmp_path)
 
 
 def test_studies_and_devices_that_cannot_be_are_refused(digits, tmp_path):

@@ -24,7 +24,7 @@ from scipy.spatial.distance import cdist
 
 from moe_interp.errors import BadInput
 from moe_interp.results import Variable, labelled, provenance_of
-from moe_interp.stats import jackknife_interval, mutual_information, ratio, shares, student_interval
+from moe_interp.stats import jackknife_interval, mutual_information, permutation_p, ratio, shares, student_interval
 
 Trials = Sequence[xr.Dataset]
 PERMUTATIONS = 999
@@ -289,12 +289,11 @@ def _consistency(tables: np.ndarray, permutations: int, rng: np.random.Generator
     null = np.array(
         [table_agreement(np.stack([rng.permutation(table) for table in tables])) for _ in range(permutations)]
     )
-    p = (1 + (null >= observed - 1e-12).sum()) / (1 + permutations) if np.isfinite(observed) else np.nan
     return {
         "consistency": _number(observed, "1", "correlation of trials' matched tables, mean over pairs, -1 ... 1"),
         "consistency_interval": Variable(("bound",), pairs_interval(pairs).clip(-1, 1), "1", JACKKNIFE),
         "consistency_null": _number(null.mean(), "1", "its mean with permuted classes, matched anew"),
-        "consistency_p": _number(p, "1", "of the permutation test"),
+        "consistency_p": _number(permutation_p(observed, null), "1", "of the permutation test"),
     }
 
 

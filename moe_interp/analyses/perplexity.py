@@ -244,7 +244,7 @@ class _Grid(NamedTuple):
 def _grid(model: MoEModel, ks: int | Iterable[int] | None, renormalise: bool | str, per_layer: bool) -> _Grid:
     own, experts = _own(model, per_layer), min(model.spec.moe(layer).num_experts for layer in model.layers)
     every = range(1, max(own.values()) + 1)
-    chosen = list(every) if ks is None else [ks] if isinstance(ks, int) else list(ks)
+    chosen = list(every) if ks is None else [ks] if isinstance(ks, int | np.integer) else list(ks)
     whole = all(isinstance(k, int | np.integer) and not isinstance(k, bool) for k in chosen)
     if not chosen or not whole or not 1 <= min(chosen) <= max(chosen) <= experts:
         raise BadInput("ks cannot be right", expected=f"whole numbers from 1 to {experts}", got=str(chosen))

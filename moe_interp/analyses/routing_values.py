@@ -22,7 +22,7 @@ PER_TOKEN = ("entropy", "margin", "heaviest_weight", "weight_sum", "z_loss")
 def switch_loss(
     chosen: Float[np.ndarray, "*rest E"], score: Float[np.ndarray, "*rest E"]
 ) -> Float[np.ndarray, "*rest"]:
-    """Load-balance loss E sum_e f_e P_e: f the share of decisions, P the mean score; 1 at balance, at most E.
+    """Load-balance loss E sum_e f_e P_e: f the share of decisions, P the mean score; 0 ... E, 1 where either is even.
 
     With shares of tokens in place of decisions, and all layers pooled first, it is what transformers has:
     K at balance, and opposite imbalances of two layers cancel.
@@ -129,7 +129,11 @@ _PLAIN: dict[str, Description] = {
     "heaviest_weight": (_DL, "1", "mean combine weight of a token's heaviest slot"),
     "weight_sum": (_DL, "1", "mean sum of a token's combine weights; 1 if renormalised and not scaled"),
     "z_loss": (_DL, "1", "router z-loss: mean squared logsumexp of the router logits"),
-    "load_balance": (("layer",), "1", "Switch load-balance loss over all tokens; 1 at balance ... E"),
+    "load_balance": (
+        ("layer",),
+        "1",
+        "Switch load-balance loss over all tokens, 0 ... E; 1 where loads or scores are even",
+    ),
     "load_balance_as_coded": (
         (),
         "1",

@@ -64,10 +64,8 @@ def token_identity(
     """
     if folds < 2:
         raise BadInput("too few folds", expected="two or more", got=str(folds))
-    (layers, experts, top_k), going = (
-        sizes(model),
-        Pass(model, corpus, Options(special_tokens, max_tokens, batch_tokens)),
-    )
+    layers, experts, top_k = sizes(model)
+    going = Pass(model, corpus, Options(special_tokens, max_tokens, batch_tokens))
     sums = TokenCounts.empty(layers, experts, top_k, model.spec.vocab_size, folds=folds)
     for run, batch in going.runs((), "experts by token id"):
         sums.update(run, batch.documents)

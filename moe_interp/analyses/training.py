@@ -102,7 +102,7 @@ _L = ("layer",)
 _VARIABLES: dict[str, Description] = {
     "tokens": ((), "tokens", "real tokens"),
     "utilisation": (("layer", "expert"), "1", "share of decisions that go to the expert; uniform: 1/E"),
-    "load_balance": (_L, "1", "Switch load-balance loss; 1 at balance ... E"),
+    "load_balance": (_L, "1", "Switch load-balance loss, 0 ... E; 1 where loads or scores are even"),
     "load_balance_as_coded": ((), "1", "load-balance loss as transformers codes it; K at balance"),
     "entropy": (_L, "nats", "mean entropy of a token's router scores, 0 (sure) ... ln E"),
     "entropy_baseline": ((), "nats", "entropy of equal scores, ln E"),

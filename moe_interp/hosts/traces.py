@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.errors import BadInput, UnknownName
-from moe_interp.points import POINTS, Scope, editable
+from moe_interp.points import POINTS, Scope, editable, read_only
 
 OF_EXPERTS = ("expert_act", "expert_out", "routed_out")
 CALLED_WITH = ("expert_ids", "gate_weights")
@@ -152,13 +152,8 @@ class Derived(ReadOnly):
 
     @classmethod
     def refused(cls, edit: str) -> BadInput:
-        """It is derived from router logits."""
-        return BadInput(
-            "a point that cannot be edited",
-            expected="a point that the forward pass uses",
-            got=f"{edit} on router_scores, derived from router_logits",
-            do="Edit router_logits instead; .clone() gives a copy to work on.",
-        )
+        """It is derived from router logits; a ``.clone()`` of it is the user's own."""
+        return read_only("router_scores")
 
 
 def _point_property(name: str) -> property:

@@ -25,7 +25,13 @@ from moe_interp.stats.measures import (
     spearman,
     spearman_interval,
 )
-from moe_interp.stats.permutation import max_statistic_p, permutation_max, share_difference, sign_flip_max
+from moe_interp.stats.permutation import (
+    max_statistic_p,
+    permutation_max,
+    permutation_p,
+    share_difference,
+    sign_flip_max,
+)
 from moe_interp.stats.resampling import (
     block_jackknife,
     bootstrap_debias,
@@ -63,6 +69,7 @@ __all__ = [
     "npmi",
     "pair_inclusion",
     "permutation_max",
+    "permutation_p",
     "ratio",
     "resampling_weights",
     "share_difference",

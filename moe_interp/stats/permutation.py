@@ -54,6 +54,12 @@ def permutation_max(
     return np.stack(p_values), np.stack(controls)
 
 
+def permutation_p(observed: float, permuted: Float[np.ndarray, " M"]) -> float:
+    """Share of permutations, the identity included, whose statistic reaches the observed one; NaN if that is NaN."""
+    reached = (permuted >= observed - 1e-12).sum()
+    return float((1 + reached) / (1 + len(permuted))) if np.isfinite(observed) else np.nan
+
+
 def max_statistic_p(permuted: Float[np.ndarray, "R *family M"]) -> Float[np.ndarray, "*family M"]:
     """Single-step adjusted p of M tests; row 0 of R has the observed labels, the others are permutations.
 

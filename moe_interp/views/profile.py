@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
 from moe_interp.errors import UnknownName
 from moe_interp.results import provenance_of
 from moe_interp.views.page import template, write
+from moe_interp.views.tables import several
 from moe_interp.views.tokens import shown
 
 _LEVEL = 0.05
@@ -142,7 +142,7 @@ def profile_page(profiles: xr.Dataset, path: str | Path) -> Path:
     text = template("profiles.html.j2").render(
         rows=profile_rows(profiles),
         provenance=provenance_of(profiles),
-        baseline=" or ".join(f"{100 * one:.1f}" for one in np.unique(profiles["specialization_baseline"].values)),
+        baseline=several(100 * profiles["specialization_baseline"], 1),
         level=_LEVEL,
     )
     return write(text, target)

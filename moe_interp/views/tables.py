@@ -23,9 +23,9 @@ def figure(value: Any, interval: Iterable[Any] | None = None, digits: int = 2) -
     return escape(f"{figure(value, digits=digits)} [{ends}]")
 
 
-def uniform(baseline: xr.DataArray) -> str:
-    """A share in per cent; all that there are where layers choose different numbers of experts."""
-    return " or ".join(f"{share:.1f}" for share in np.unique(100 * baseline.values))
+def several(baseline: xr.DataArray, digits: int) -> str:
+    """A number; all that there are where layers choose different numbers of experts."""
+    return " or ".join(f"{one:.{digits}f}" for one in np.unique(baseline.values))
 
 
 def routing(result: xr.Dataset) -> Table:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 
 from moe_interp.analyses.class_routing import best_assignment, class_correlation, class_covariance
 from moe_interp.analyses.specialists import Findings, welch_interval
-from moe_interp.stats import jackknife_interval
+from moe_interp.stats import jackknife_interval, permutation_p
 from moe_interp.zoo.vision_images import VEHICLES
 
 # Tables 1 to 3 of the paper, in per cent
@@ -81,7 +81,7 @@ class Cells:
 
     def p(self, null: Float[np.ndarray, " permutations"]) -> float:
         """Of the correlation."""
-        return p_value(self.correlation, null)
+        return permutation_p(self.correlation, null)
 
     def text(self, c: int, e: int) -> str:
         """Ours and theirs, with marks."""
@@ -132,11 +132,6 @@ def cell_correlation(ours: Float[np.ndarray, "C E"], published: Float[np.ndarray
     return float(np.corrcoef(ours[:, best_assignment(ours, published)].ravel(), published.ravel())[0, 1])
 
 
-def p_value(observed: float, null: np.ndarray) -> float:
-    """Share of the null that reaches what was observed, itself included."""
-    return float((1 + (null >= observed - 1e-12).sum()) / (1 + len(null)))
-
-
 def relations(result: xr.Dataset, paper: list[list[float]]) -> tuple[float, float]:
     """Do the same classes go together? Needs no numbers of experts, so that nothing depends on how they were matched.
 
@@ -154,7 +149,7 @@ def relations(result: xr.Dataset, paper: list[list[float]]) -> tuple[float, floa
 
     observed = correlation(np.arange(len(ours)))
     null = [correlation(permuted_within(groups, rng)) for _ in range(PERMUTATIONS)]
-    return observed, p_value(observed, np.array(null))
+    return observed, permutation_p(observed, np.array(null))
 
 
 # Correlations within and between groups of classes

@@ -5,7 +5,7 @@ make results of them.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -268,20 +268,36 @@ def _finished(job: _Job, images: Images) -> xr.Dataset:
 def read_study(folder: Path) -> dict[str, list[xr.Dataset]]:
     """The trials in a folder as `run_study` returns them, with no need of the images they were made from.
 
-    A study that was cut short gives the seeds that all kinds have, but for the kind scored-E, of which there are fewer.
+    Of a study that was cut short, the seeds that all kinds have; of the kind scored-E, which may have fewer, its own.
 
     Raises:
-        BadData: no whole trial of a study there, or a file that is none.
+        BadData: no whole trial of a study there, a file that is none, or trials of two studies.
     """
-    found: dict[str, list[xr.Dataset]] = {}
+    found: dict[str, dict[str, xr.Dataset]] = {}
     for path in sorted(folder.glob("*-*-*.nc")):
-        found.setdefault(path.stem.rpartition("-")[0], []).append(_read(path))
-    counts = [len(trials) for kind, trials in found.items() if not kind.startswith("scored")]
-    if not counts or not _expert_counts(found):
+        kind, _, seed = path.stem.rpartition("-")
+        found.setdefault(kind, {})[seed] = _read(path)
+    seeds = [trials.keys() for kind, trials in found.items() if not kind.startswith("scored")]
+    whole = set(seeds[0]).intersection(*seeds) if seeds else set()
+    if not whole or not _expert_counts(found):
         raise BadData(
             f"no study in {folder}", expected="a file a trial (base-2-00.nc, ...)", got=f"trials of {sorted(found)}"
         )
-    return {kind: trials[: min(counts)] for kind, trials in found.items()}
+    _check_one_study(folder, [trial for trials in found.values() for trial in trials.values()])
+    return {kind: [trials[seed] for seed in sorted(trials) if seed in whole] for kind, trials in found.items()}
+
+
+_VARIED = {"experts", "top_k", "depth", "neurons", "random", "renormalise", "seed"}  # by `Study.plans`
+
+
+def _check_one_study(folder: Path, trials: list[xr.Dataset]) -> None:
+    same = {"study", "images", "train_images", "test_images"} | {one.name for one in fields(Plan)} - _VARIED
+    settings = {tuple((key, provenance_of(trial).get(key)) for key in sorted(same)) for trial in trials}
+    if len(settings) > 1:
+        differ = sorted({key for one in settings for other in settings for key, _ in set(one) - set(other)})
+        raise BadData(
+            f"trials of several studies in {folder}", expected="one study", got=f"different {', '.join(differ)}"
+        )
 
 
 def _read(path: Path) -> xr.Dataset:
@@ -298,7 +314,7 @@ def _read(path: Path) -> xr.Dataset:
     return found
 
 
-def _expert_counts(found: dict[str, list[xr.Dataset]]) -> list[int]:
+def _expert_counts(found: Iterable[str]) -> list[int]:
     return sorted(int(kind.removeprefix("base-")) for kind in found if kind.startswith("base-"))
 
 
