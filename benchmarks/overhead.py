@@ -8,6 +8,7 @@ The plain forward stands there twice, so that the second (A/A) shows the noise.
     python benchmarks/overhead.py --only reads      8 x 128 tokens; step: one decoding step
     python benchmarks/overhead.py --only doors      the same through nnsight and TransformerLens
     python benchmarks/overhead.py --only edits      what interventions cost, or save
+    python benchmarks/overhead.py --only logits     what is saved where nobody wants logits
 """
 
 import argparse
@@ -35,11 +36,11 @@ PLAIN = "plain transformers (grouped_mm)"
 Step = Callable[[], object]
 
 
-def olmoe() -> OlmoeForCausalLM:
-    """Hidden 512, expert width 256, vocabulary 1,000, 8 layers, 64 experts, top-8; random."""
+def olmoe(vocabulary: int = 1000) -> OlmoeForCausalLM:
+    """Hidden 512, expert width 256, 8 layers, 64 experts, top-8; random."""
     torch.manual_seed(0)
     config = OlmoeConfig(
-        vocab_size=1000, eos_token_id=1, hidden_size=512, intermediate_size=256, num_hidden_layers=8,
+        vocab_size=vocabulary, eos_token_id=1, hidden_size=512, intermediate_size=256, num_hidden_layers=8,
         num_attention_heads=8, num_key_value_heads=8, num_experts=64, num_experts_per_tok=8, norm_topk_prob=False,
     )  # fmt: skip
     hf = OlmoeForCausalLM(config).eval()
@@ -184,12 +185,25 @@ def edit_rows(inputs: dict[str, object], stack: ExitStack) -> dict[str, Step]:
     return rows
 
 
+def logit_rows(inputs: dict[str, object], stack: ExitStack) -> dict[str, Step]:
+    """A vocabulary as large as OLMoE's, with its logits and without."""
+    vocabulary, routing = 50_304, ["expert_ids", "gate_weights"]
+    bare = olmoe(vocabulary)
+    model = stack.enter_context(moe.wrap(olmoe(vocabulary)))
+    return {
+        PLAIN: plain(bare, inputs),
+        "the same again (A/A)": plain(bare, inputs),
+        "ids and gate weights": lambda: model.run(inputs, read=routing),
+        "ids and gate weights, output=False": lambda: model.run(inputs, read=routing, output=False),
+    }
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=["reads", "step", "doors", "edits"])
+    parser.add_argument("--only", choices=["reads", "step", "doors", "edits", "logits"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     random.seed(0)
@@ -201,6 +215,7 @@ def main() -> None:
         "step": (rows_for, decoding_step(ids), "one decoding step after 128 tokens, batch of 8", 5),
         "doors": (door_rows, inputs, "8 x 128 tokens, through every door", 1),
         "edits": (edit_rows, inputs, "8 x 128 tokens, under edits", 1),
+        "logits": (logit_rows, inputs, "8 x 128 tokens, vocabulary 50,304", 1),
     }
     for name in [options.only] if options.only else tables:
         make, given, title, times = tables[name]

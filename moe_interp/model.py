@@ -130,7 +130,8 @@ class MoEModel:
             read: names of points (at all their layers) or ``moe.select(...)``.
             edit: interventions, carried out in order.
             grad: keep the graph, so that gradients reach what was read.
-            output: keep the logits, which are large.
+            output: keep the logits, which are large; else the model unembeds the last token of each text alone, unless
+                it is given labels.
 
         Raises:
             UnknownName: a point, layer or expert that the model does not have.
@@ -144,9 +145,19 @@ class MoEModel:
         reads = [as_read(one) for one in listed(read, (str, Read))]
         model_inputs = self._complete(inputs)
         session = Session(self._host, interventions, reads, grad, self.decode)
-        with self._in_place_of_standing(), session():
+        unembedded: list[Tensor] = []
+
+        def last_alone(hidden: Tensor) -> Tensor:
+            unembedded.append(hidden)
+            return hidden[:, -1:]
+
+        with ExitStack() as stack:
+            stack.enter_context(self._in_place_of_standing())
+            stack.enter_context(session())
+            if not output and "labels" not in model_inputs:
+                stack.enter_context(self._host.unembedding(last_alone))
             returned = self.forward(model_inputs)
-        self._check_finite(returned, session.program.tokens.mask, bool(interventions))
+        self._check_finite(next(iter(unembedded), returned), session.program.tokens.mask, bool(interventions))
         return self._run_of(session.program, model_inputs, returned if output else None)
 
     def _complete(self, inputs: Inputs) -> dict[str, Any]:

@@ -204,20 +204,15 @@ class Restart:
     def _only(self, at: Bool[Tensor, "R S"]) -> Iterator[list[bool]]:
         """The unembedding sees these tokens alone; what is yielded is not empty if it did."""
         seen: list[bool] = []
-        path = self.model.spec.unembed
 
-        def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not args or args[0].shape[:2] != at.shape or args[0].dim() != 3:
-                return None
+        def gather(hidden: Tensor) -> Tensor:
+            if hidden.shape[:2] != at.shape:
+                return hidden
             seen.append(True)
-            return (args[0][at][None], *args[1:])
+            return hidden[at][None]
 
-        handle = None if path is None else self.model.hf.get_submodule(path).register_forward_pre_hook(gather)
-        try:
+        with self.model._host.unembedding(gather):
             yield seen
-        finally:
-            if handle is not None:
-                handle.remove()
 
     @contextmanager
     def _forms(self) -> Iterator[dict[str, Any]]:

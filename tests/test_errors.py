@@ -183,6 +183,18 @@ def test_weights_with_nan(tmp_path):
         moe.load(tmp_path)
 
 
+def test_nan_at_a_token_whose_logits_are_not_made():
+    hf, ids = build("olmoe"), torch.arange(3, 90)[None]
+    with moe.wrap(hf) as opened:
+        last = opened.layers[-1]
+        chosen = opened.run(ids, output=False).routing[last].ids[0]
+        expert = next(int(one) for one in chosen[0] if one not in chosen[-1])
+        hf.model.layers[last].mlp.experts.down_proj.data[expert, 0, 0] = torch.nan
+        for output in (True, False):
+            with pytest.raises(errors.BadCheckpoint, match="1 NaN or infinite values"):
+                opened.run(ids, output=output)
+
+
 def test_checkpoints_that_are_not_there(tmp_path):
     for path in (tmp_path / "nothing", str(tmp_path / "nothing"), "./nothing", "../nothing", Path("nothing/at/all")):
         with pytest.raises(errors.BadCheckpoint, match="cannot load .*: expected a folder .*json, got no such folder"):

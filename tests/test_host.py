@@ -120,6 +120,23 @@ def test_gradients_reach_points_of_frozen_models():
             assert gradient.abs().max() > 0
 
 
+def test_a_run_without_output_unembeds_the_last_tokens_alone():
+    hf, seen = build("olmoe"), []
+    hf.lm_head.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+    with moe.wrap(hf) as model:
+        read = [*(set(model.points) - {"resid_post"}), moe.select("resid_post", top=3)]
+        whole, some = (model.run(IDS, read=read, output=output) for output in (True, False))
+        model.run({"input_ids": IDS, "labels": IDS}, output=False)
+    vocabulary = hf.config.vocab_size
+    assert [shape for shape in seen if len(shape) == 3] == [(2, 8, vocabulary), (2, 1, vocabulary), (2, 8, vocabulary)]
+    assert whole.values.keys() == some.values.keys()
+    for key, value in whole.values.items():
+        assert torch.equal(value, some.values[key]), key
+    assert whole.tops.keys() == some.tops.keys()
+    for key, top in whole.tops.items():
+        assert all(torch.equal(mine, its) for mine, its in zip(top, some.tops[key], strict=True)), key
+
+
 def test_plain_hooks_see_the_points():
     hf = build("olmoe")
     with moe.wrap(hf) as model:

@@ -265,7 +265,7 @@ def _seen(model: MoEModel, inputs: Inputs, held: Sequence[Read], slopes: Slopes,
         return outputs
 
     looks = [apply("expert_out", partial(look, layer=layer), layers=layer) for layer in layers]
-    run = model.run(inputs, read=held, edit=looks)
+    run = model.run(inputs, read=held, edit=looks, output=False)
     for layer, routing in run.routing.items():
         if layer in products and routing.weighs_output:
             products[layer] = products[layer] * routing.weights.double()
@@ -379,8 +379,9 @@ def _path(model: MoEModel, inputs: Inputs, corrupted: Inputs | None, steps: int)
     """Edits at 0, 1/m, ..., (m-1)/m of the way: the first is the run itself."""
     if steps == 1:
         return [[]]
-    own = model.run(inputs, read=[Read("routed_out", model.layers)])
-    other = None if corrupted is None else model.run(corrupted, read=[Read("routed_out", model.layers)])
+    read = [Read("routed_out", model.layers)]
+    own = model.run(inputs, read=read, output=False)
+    other = None if corrupted is None else model.run(corrupted, read=read, output=False)
 
     def at(share: float) -> list[Intervention]:
         sums = {layer: (1 - share) * own["routed_out", layer] for layer in model.layers}

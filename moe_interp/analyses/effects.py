@@ -303,7 +303,8 @@ class Sweep:
         together = max(1, _HELD // size)
         for first in range(0, len(layers), together):
             part = tuple(layers[first : first + together])
-            run = self.model.run(given, read=[Read("expert_out", part), Read("resid_post", part)])
+            read = [Read("expert_out", part), Read("resid_post", part)]
+            run = self.model.run(given, read=read, output=False)
             yield from ((layer, run) for layer in part)
 
 

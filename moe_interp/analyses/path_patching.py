@@ -140,7 +140,7 @@ def _heard(pair: Pair, layer: int, delta: Float[Tensor, "B S D"]) -> Run:
     the experts' new outputs."""
     edits = [*_shifted(pair, "resid_mid", layer, delta), patch_route(pair.base, layer=layer)]
     read = [select("router_logits", layers=layer), select("expert_out", layers=layer)]
-    return pair.restart.model.run(pair.restart.inputs, read=read, edit=edits)
+    return pair.restart.model.run(pair.restart.inputs, read=read, edit=edits, output=False)
 
 
 def _shifted(pair: Pair, point: str, layer: int, delta: Float[Tensor, "B S D"]) -> list[Intervention]:

@@ -211,6 +211,24 @@ class LocalHost:
                 delattr(module, name)
 
     @contextmanager
+    def unembedding(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Change what the unembedding is given of a batch, [B, S, D], inside the ``with``; some tokens alone, say.
+
+        Rows [n, D], of a residual that is decoded on the way, are left as they are.
+        """
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            return (change(args[0]), *args[1:]) if args and args[0].dim() == 3 else None
+
+        path = self.spec.unembed
+        handle = None if path is None else self.hf.get_submodule(path).register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    @contextmanager
     def exchanged(self, whose: Mapping[int, int]) -> Iterator[None]:
         """Let the experts of other layers run in place of a layer's own inside the ``with``."""
         before = {layer: self.taps[layer].stand_in for layer in whose}
