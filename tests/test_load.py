@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import moe_interp as moe
+from moe_interp.adapters import describe
 from tests.tiny_types import build, inputs, runner
 
 KINDS = {
@@ -13,6 +14,18 @@ KINDS = {
     "openai_privacy_filter": "OpenAIPrivacyFilterForTokenClassification",
     "glm4v_moe_text": "Glm4vMoeTextModel",
     "diffusion_gemma": "DiffusionGemmaForBlockDiffusion",
+}
+
+# Models whose config's defaults are the published ones: billions of parameters, layers, those that are mixtures, E, K.
+PUBLISHED = {
+    "deepseek_v3": (671.0, 61, 58, 256, 8),
+    "gpt_oss": (116.8, 36, 36, 128, 4),
+    "jamba": (51.6, 32, 16, 16, 2),
+    "llama4_text": (107.8, 48, 48, 16, 1),
+    "mixtral": (46.7, 32, 32, 8, 2),
+    "phimoe": (41.9, 32, 32, 16, 2),
+    "qwen2_moe": (14.3, 24, 24, 60, 4),
+    "qwen3_next": (79.7, 48, 48, 512, 10),
 }
 
 
@@ -33,6 +46,28 @@ def test_a_saved_model_loads_into_its_own_class_and_gives_the_same(model_type, n
     assert (got.output - expected.output).abs().max() < 1e-5 * expected.output.abs().max()
     for key, value in expected.values.items():
         assert (got.values[key] - value).abs().max() < 1e-5 * value.abs().max(), key
+
+
+def full_size(model_type, **changes):
+    """A model of the config's defaults, without memory for its weights."""
+    tiny = build(model_type)
+    with torch.device("meta"):
+        return type(tiny)(type(tiny.config)(**changes))
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_models_are_described_at_their_published_size(model_type):
+    hf = full_size(model_type)
+    spec = describe(hf)
+    billions = sum(parameter.numel() for parameter in hf.parameters()) / 1e9
+    found = (round(billions, 1), spec.num_layers, len(spec.moe_layers), spec.num_experts, spec.top_k)
+    assert found == PUBLISHED[model_type]
+    assert spec.d_model == hf.get_input_embeddings().embedding_dim
+
+
+def test_a_config_that_leaves_out_k_is_refused():
+    with pytest.raises(moe.MoEError, match="'gate.top_k' of DeepseekV2Moe is no count: .*, got None"):
+        describe(full_size("deepseek_v2", num_experts_per_tok=None))
 
 
 def test_a_model_without_a_head_says_so():

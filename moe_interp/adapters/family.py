@@ -13,7 +13,7 @@ from torch import nn
 from moe_interp.adapters.checks import check_modules, check_types
 from moe_interp.adapters.experts import Fused, Kernel
 from moe_interp.adapters.module_list import LinearGate
-from moe_interp.adapters.reading import attribute, model_type, outline, sizes, takes, text_config
+from moe_interp.adapters.reading import attribute, count, model_type, outline, sizes, takes, text_config
 from moe_interp.adapters.spec import (
     BlockCall,
     ExpertsCall,
@@ -325,8 +325,8 @@ class Family:
             block=layer.sub(self.block).path,
             router=router.path,
             experts=experts.path,
-            num_experts=int(attribute(block.module, self.num_experts)),
-            top_k=self.top_k if isinstance(self.top_k, int) else int(attribute(block.module, self._top_k)),
+            num_experts=count(block.module, self.num_experts),
+            top_k=self.top_k if isinstance(self.top_k, int) else count(block.module, self._top_k),
             scoring=self.scoring(router.module),
             renormalises=attribute(router.module, "norm_topk_prob") if renormalises is None else renormalises,
             kernel=self.kernel or Fused.of(experts.module, experts.path),

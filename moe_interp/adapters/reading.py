@@ -49,6 +49,24 @@ def attribute(owner: Any, path: str) -> Any:
     return found
 
 
+def count(owner: Any, path: str) -> int:
+    """An attribute that is a number of something.
+
+    Raises:
+        UnsupportedModel: there is none, or it is no number.
+    """
+    found = attribute(owner, path)
+    try:
+        return int(found)
+    except (TypeError, ValueError):
+        raise UnsupportedModel(
+            f"{path!r} of {type(owner).__name__} is no count",
+            expected="a whole number",
+            got=repr(found),
+            do="A config may have left it out.",
+        ) from None
+
+
 def takes(module: nn.Module, argument: str) -> bool:
     """Whether a module's forward can be given an argument of this name."""
     parameters = inspect.signature(module.forward).parameters.values()
