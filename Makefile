@@ -18,8 +18,8 @@ test: lint types  ## lint, types, tests, and the wheel in an environment of its 
 	$(PYTEST) -m "not slow"
 	$(MAKE) wheel-check
 
-test-all: lint types  ## the same with the slow tests
-	$(PYTEST)
+test-all: lint types  ## the same with the slow tests, and all annotations run, not only shapes
+	ANNOTATIONS=all $(PYTEST)
 	$(MAKE) wheel-check
 
 lint: .venv/dev  ## ruff: rules and formatting

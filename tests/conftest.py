@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.shapes  # noqa: F401  # before anything of the package is imported
 from moe_interp.points import POINTS
 from tests.tiny_types import TYPES
 

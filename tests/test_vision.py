@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import time
@@ -443,45 +444,52 @@ def digits():
 
 
 SMALL = Study("test", experts=(2,), trials=2, plan=Plan(width=8, neurons=8, epochs=1, batch=32))
+ONE = replace(SMALL, trials=1)
 
 
-def test_a_study_resumes_where_it_stopped(digits, tmp_path, monkeypatch):
-    trials, made = vision_study.trial, []
+@pytest.fixture(scope="module")
+def made(digits, tmp_path_factory):
+    """The small study: its folder and its trials, for tests that change neither."""
+    folder = tmp_path_factory.mktemp("small")
+    return folder, run_study(SMALL, digits, folder, quiet=True)
+
+
+def test_a_study_resumes_where_it_stopped(digits, made, tmp_path, monkeypatch):
+    trials, done = vision_study.trial, []
 
     def interrupted(*args, **options):
-        if len(made) == 4:
+        if len(done) == 4:
             raise KeyboardInterrupt
-        made.append(args)
+        done.append(args)
         return trials(*args, **options)
 
     monkeypatch.setattr(vision_study, "trial", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_study(SMALL, digits, tmp_path, quiet=True)
+        run_study(ONE, digits, tmp_path, quiet=True)
     assert len(list(tmp_path.iterdir())) == 4  # and no half-written file
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     monkeypatch.setattr(vision_study, "trial", trials)
-    found = run_study(SMALL, digits, tmp_path, quiet=True)
-    assert {kind: len(some) for kind, some in found.items()} == {
+    found = run_study(ONE, digits, tmp_path, quiet=True)
+    assert all((tmp_path / name).stat().st_mtime_ns == when for name, when in before.items())
+    _, whole = made
+    assert {kind: len(some) for kind, some in whole.items()} == {
         "dense-1": 2, "base-2": 2, "short-2": 2, "dense-2": 2, "random-2": 2, "scored-2": 2,
     }  # fmt: skip
-    assert all((tmp_path / name).stat().st_mtime_ns == when for name, when in before.items())
-    whole = run_study(SMALL, digits, tmp_path / "whole", quiet=True)
-    for kind, some in whole.items():
-        for one, other in zip(some, found[kind], strict=True):
-            assert one.equals(other), kind
+    assert found.keys() == whole.keys()
+    for kind, (first, second) in whole.items():
+        assert first.equals(found[kind][0]) and not second.equals(first), kind
 
 
-def test_workers_make_the_same_trials(digits, tmp_path):
-    study = replace(SMALL, trials=1)
-    alone = run_study(study, digits, tmp_path / "alone", quiet=True)
-    together = run_study(study, digits, tmp_path / "together", workers=2, quiet=True)
+def test_workers_make_the_same_trials(digits, made, tmp_path):
+    _, alone = made
+    together = run_study(ONE, digits, tmp_path, workers=2, quiet=True)
     assert alone.keys() == together.keys()
-    for kind, (one,) in alone.items():
+    for kind, (one, _) in alone.items():
         assert one.equals(together[kind][0]), kind
 
 
 def test_an_error_in_a_worker_ends_the_study_and_leaves_whole_trials(digits, tmp_path):
-    study = replace(SMALL, trials=1, plan=replace(SMALL.plan, learning_rate=-1.0))
+    study = replace(ONE, plan=replace(SMALL.plan, learning_rate=-1.0))
     with pytest.raises(ValueError, match="Invalid learning rate"):
         run_study(study, digits, tmp_path, workers=2, quiet=True)
     assert not list(tmp_path.iterdir())
@@ -497,7 +505,7 @@ def die(job):
 def test_a_worker_that_dies_is_told_of(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(vision_study, "_work", die)
     with pytest.raises(BadInput, match="Use fewer workers"):
-        run_study(replace(SMALL, trials=1), digits, tmp_path, workers=2, quiet=True)
+        run_study(ONE, digits, tmp_path, workers=2, quiet=True)
 
 
 def test_probes_are_fitted_on_all_classes_also_where_files_are_in_their_order(monkeypatch):
@@ -509,20 +517,21 @@ def test_probes_are_fitted_on_all_classes_also_where_files_are_in_their_order(mo
     assert len(seen) == 3 and all(len(one) == 20 and len(one.unique()) == 5 for one in seen)
 
 
-def test_a_folder_of_another_study_is_refused(digits, tmp_path):
-    run_study(replace(SMALL, trials=1), digits, tmp_path, quiet=True)
-    other = replace(SMALL, trials=1, plan=replace(SMALL.plan, neurons=16))
+def test_a_folder_of_another_study_is_refused(digits, made, tmp_path):
+    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
+    other = replace(ONE, plan=replace(SMALL.plan, neurons=16))
     with pytest.raises(BadData, match=r"dense-1-00.nc is a trial of another study: expected \{'neurons': 16\}"):
         run_study(other, digits, tmp_path, quiet=True)
-    next(tmp_path.glob("base-2*")).unlink()  # one is missing: refused before it is trained
+    for path in tmp_path.glob("base-2*"):
+        path.unlink()  # one is missing: refused before it is trained
     with pytest.raises(BadData, match="is a trial of another study"):
         run_study(other, digits, tmp_path, quiet=True)
     assert not list(tmp_path.glob("base-2*"))
 
 
-def test_trials_of_other_images_and_files_that_are_no_trials_are_refused(digits, tmp_path):
-    study = replace(SMALL, trials=1)
-    run_study(study, digits, tmp_path, quiet=True)
+def test_trials_of_other_images_and_files_that_are_no_trials_are_refused(digits, made, tmp_path):
+    study = ONE
+    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
     darker = replace(digits, train=digits.train // 2)
     with pytest.raises(BadData, match="images_sha256"):
         run_study(study, darker, tmp_path, quiet=True)
@@ -546,8 +555,9 @@ def test_trials_of_other_images_and_files_that_are_no_trials_are_refused(digits,
         run_study(study, digits, tmp_path / "file", quiet=True)
 
 
-def test_a_study_is_read_back_without_its_images(digits, tmp_path):
-    found = run_study(SMALL, digits, tmp_path, quiet=True)
+def test_a_study_is_read_back_without_its_images(digits, made, tmp_path):
+    folder, found = made
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "base-2-07.nc").write_bytes((tmp_path / "base-2-00.nc").read_bytes())  # of a seed that was cut short
     again = vision_study.read_study(tmp_path)
     assert again.keys() == found.keys()
@@ -564,7 +574,7 @@ def test_a_study_is_read_back_without_its_images(digits, tmp_path):
         vision_study.findings(again)
     with pytest.raises(BadData, match="no study in"):
         vision_study.read_study(tmp_path / "empty")
-    run_study(replace(SMALL, trials=1, plan=replace(SMALL.plan, batch=16)), digits, tmp_path / "other", quiet=True)
+    run_study(replace(ONE, plan=replace(SMALL.plan, batch=16)), digits, tmp_path / "other", quiet=True)
     (tmp_path / "other" / "base-2-00.nc").rename(tmp_path / "base-2-00.nc")
     with pytest.raises(BadData, match="trials of several studies in .*: expected one study, got different batch"):
         vision_study.read_study(tmp_path)
