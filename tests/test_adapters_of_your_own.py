@@ -296,6 +296,15 @@ def test_a_pooled_head_fails_by_name_and_a_row_can_say_so(opened):
     assert not any("logits" in check.name and "decode" in check.name for check in audit.checks)
 
 
+def test_a_forward_that_needs_the_logits_of_all_tokens_gets_them(opened):
+    hf = build()
+    forward = hf.forward
+    hf.forward = lambda features: forward(features).view(*features.shape[:2], V)
+    with opened(hf) as model:
+        run = model.run({"features": X}, read="expert_out", output=False)
+        assert torch.equal(run["expert_out", 0], model.run({"features": X}, read="expert_out")["expert_out", 0])
+
+
 def test_one_input_does_not_pass_by_broadcasting(opened):
     """[1, V] against [1, S, V] could be compared, and says nothing."""
     with opened(build(pooled=True)) as model:

@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_interp.adapters.experts import run_experts
@@ -214,19 +215,18 @@ class LocalHost:
     def unembedding(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Change what the unembedding is given of a batch, [B, S, D], inside the ``with``; some tokens alone, say.
 
-        Rows [n, D], of a residual that is decoded on the way, are left as they are.
+        Rows [n, D], of a residual that is decoded on the way, are left as they are. So is a module that is not one of
+        transformers' models: its forward may count on logits of every token.
         """
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             return (change(args[0]), *args[1:]) if args and args[0].dim() == 3 else None
 
-        path = self.spec.unembed
-        handle = None if path is None else self.hf.get_submodule(path).register_forward_pre_hook(hook)
-        try:
+        with ExitStack() as stack:
+            if self.spec.unembed is not None and isinstance(self.hf.get_submodule(self.spec.entry), PreTrainedModel):
+                unembedding = self.hf.get_submodule(self.spec.unembed)
+                stack.callback(unembedding.register_forward_pre_hook(hook).remove)
             yield
-        finally:
-            if handle is not None:
-                handle.remove()
 
     @contextmanager
     def exchanged(self, whose: Mapping[int, int]) -> Iterator[None]:
