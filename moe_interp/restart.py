@@ -250,12 +250,21 @@ class Restart:
         text = torch.zeros(count, dtype=torch.long, device=self.tokens.mask.device)
         at = self.tokens.mask[text]
         expected = self.base.output[text][at]
-        bound = 1e3 * torch.finfo(expected.dtype).eps * float(expected.abs().max())
-        for first in starts:
-            got, _ = self._logits(text, [Block(self.edits, slice(0, count), text)], first, at)
-            if not float((got - expected).abs().max()) <= bound:
-                return False
-        return True
+        blocks = [Block(self.edits, slice(0, count), text)]
+        return all(_alike(self._logits(text, blocks, first, at)[0], expected) for first in starts)
+
+
+def _alike(got: Float[Tensor, "n V"], expected: Float[Tensor, "n V"]) -> bool:
+    """Whether logits are the same but for rounding.
+
+    In 16 bits rounding alone can make single tokens choose other experts, so that half of them must be alike; logits
+    that follow from something else differ at most tokens, by about as much as they are large (0.7 and more).
+    """
+    rounding = 1e3 * torch.finfo(expected.dtype).eps
+    if rounding < 0.1:
+        return float((got - expected).abs().max()) <= rounding * float(expected.abs().max())
+    apart, size = (got.float() - expected.float()).norm(dim=-1), expected.float().norm(dim=-1)
+    return float((apart / size.clamp_min(torch.finfo(size.dtype).tiny)).median()) <= 0.1
 
 
 def _of_rows(value: Any, rows: Tensor, count: int) -> Any:

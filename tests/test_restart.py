@@ -38,12 +38,26 @@ def test_marks_of_all_texts_fit_a_variant_of_some():
     assert not torch.allclose(found.logits, clean[found.texts, found.columns], atol=1e-4)
 
 
-def test_a_router_that_mixes_texts_is_run_one_variant_at_a_time():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_router_that_mixes_texts_is_run_one_variant_at_a_time(dtype):
     """Doge's view of its router's logits mixes the tokens of a batch, so that company changes what a text does."""
-    with moe.wrap(build_type("doge")) as model:
+    with moe.wrap(build_type("doge", dtype=dtype)) as model:
         expected = [model.run(IDS[:1], edit=moe.top_k(k, layers=1)).logits[0] for k in (1, 2)]
         restart = Restart(model, IDS[:1])
         found = {one.number: one for one in restart.run([Variant([moe.top_k(k, layers=1)]) for k in (1, 2)])}
     assert not restart.separable
     for number, logits in enumerate(expected):
         assert torch.allclose(found[number].logits, logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_in_16_bits_is_no_reason_for_whole_passes(dtype):
+    with moe.wrap(build("olmoe").to(dtype)) as model:
+        restart = Restart(model, BATCH)
+    assert restart.exact and restart.separable
+
+
+def test_layers_that_hand_on_more_than_the_residual_are_found_out_in_16_bits_too():
+    with moe.wrap(build_type("inkling2_text", dtype=torch.bfloat16)) as model:
+        restart = Restart(model, IDS)
+    assert restart.separable and not restart.exact
