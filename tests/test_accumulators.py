@@ -397,8 +397,10 @@ def test_one_pass_feeds_all_and_goes_on_where_it_was_interrupted(tmp_path, monke
         with pytest.raises(BadData, match="is of another pass"):
             collect(model, CORPUS, empty(), Options(batch_tokens=17), resume=path)
         (tmp_path / "bad.npz").write_bytes(b"no")
-        with pytest.raises(BadData, match="cannot read"):
-            collect(model, CORPUS, empty(), options, resume=tmp_path / "bad.npz")
+        (tmp_path / "cut.npz").write_bytes(path.read_bytes()[:-100])
+        for name in ("bad.npz", "cut.npz"):
+            with pytest.raises(BadData, match="cannot read"):
+                collect(model, CORPUS, empty(), options, resume=tmp_path / name)
         counted_too = empty()
         collect(model, CORPUS, counted_too, Options(special_tokens=True))
         assert counted_too["routing"].tokens.tolist() == [12, 3, 14, 9, 6]

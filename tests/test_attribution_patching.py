@@ -94,6 +94,14 @@ def test_patching_is_change_of_contribution_times_gradient(family):
     assert np.abs(found.attribution).max() > 0.01
 
 
+def test_routers_are_followed_at_the_run_itself_however_long_the_path():
+    with moe.wrap(build("mixtral")) as model:
+        one, more = (moe.attribution_patching(model, IDS, OTHER, DIFFERENCE, steps=n, sample=4) for n in (1, 3))
+    assert np.abs(one.router_attribution).max() > 1e-3
+    assert np.allclose(one.router_attribution, more.router_attribution, atol=1e-6)
+    assert not np.allclose(one.attribution, more.attribution, atol=1e-6)
+
+
 @pytest.mark.parametrize("corrupted", [None, OTHER])
 def test_the_exact_effects_are_those_of_ablating_and_of_patching(corrupted):
     with moe.wrap(build("qwen3_moe")) as model:

@@ -218,5 +218,7 @@ def test_layers_with_different_numbers_of_experts_are_refused():
     says = (
         "layers with different numbers of experts: expected as many in every MoE layer, got 8 in layer 0, 7 in layer 1"
     )
-    with pytest.raises(UnsupportedModel, match=says):
-        moe.routing(model, CORPUS)
+    for analysis in (moe.routing, moe.norm_and_weight, moe.expert_similarity):
+        with pytest.raises(UnsupportedModel, match=says):
+            analysis(model, CORPUS)
+    assert moe.norm_and_weight(model, CORPUS, layers=[0, 2]).sizes["expert"] == 8

@@ -94,6 +94,15 @@ def test_sums_of_sizes_merge_and_resume(tmp_path):
             np.testing.assert_array_equal(values, other.state()[name], err_msg=name)
 
 
+def test_sums_that_are_too_large_to_be_exact_are_an_error():
+    model = model_of("olmoe")
+    run = model.run("ab cd ef", read="expert_out")
+    norms = run["expert_out", 0].norm(dim=-1)
+    run.values["expert_out", 0] *= float(2**30 / norms.max())  # each can be kept, some of their sums cannot
+    with pytest.raises(BadCheckpoint, match="sums over a document are too large"):
+        OutputSums.empty(1, model.layers, EXPERTS).update(run, np.array([0]))
+
+
 def test_outputs_that_are_not_finite_are_an_error():
     model = model_of("olmoe")
     run = model.run("ab", read="expert_out")
@@ -244,6 +253,13 @@ def test_cosines_of_outputs_and_router_rows_equal_loops(family):
             low, high = here.output_cosine_interval
             assert low <= here.output_cosine <= high
     assert float(result.router_cosine_null) == 64**-0.5
+
+
+def test_weights_are_compared_without_a_null_too():
+    options = {"layers": 1, "tokens": 40}
+    one, other = (expert_similarity(model_of("olmoe"), CORPUS, null_pairs=pairs, **options) for pairs in (0, 2))
+    assert one.weights.equals(other.weights) and one.weights.notnull().any()
+    assert one.weights_null.isnull().all() and other.weights_null.notnull().all()
 
 
 def test_matching_finds_an_expert_whose_neurons_were_permuted():

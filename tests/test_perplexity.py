@@ -324,6 +324,17 @@ def test_a_result_survives_a_file(tmp_path: Any) -> None:
     assert "over all domains" in again.ratio_random_overall.attrs["description"]
 
 
+def test_slots_of_a_model_that_is_widened_are_drawn_among_those_that_it_chooses() -> None:
+    model = model_of("olmoe")
+    with model.edit(moe.top_k(5)):
+        got = perplexity(model, CORPUS, resamples=20)
+        with pytest.raises(BadInput, match="two interventions contradict each other .*k=5.*k=4"):
+            perplexity(model, CORPUS, ks=[1, 4])
+    assert got.k.values.tolist() == [1, 2, 3, 5]
+    assert got.perplexity_random.notnull().all()
+    assert np.allclose(got.perplexity.sel(k=5), got.perplexity_full)
+
+
 def test_one_document_has_no_interval() -> None:
     corpus = Corpus.from_texts({"plain": ["The cat", "so it"], "code": ["f(x)=2", "y"], "empty": ["z"]})
     got = perplexity(model_of("olmoe"), corpus, ks=[1], resamples=20)

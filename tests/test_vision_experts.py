@@ -95,3 +95,16 @@ def test_ablating_a_vision_expert_is_zeroing_its_matrix(model_type):
     assert run.touched == (int((routing.ids[routing.mask] == expert).sum()),)
     assert (expected - plain).abs().max() > 1e-3 * plain.abs().max()
     assert (run.output - expected).abs().max() < 1e-5 * plain.abs().max()
+
+
+def test_a_watch_counts_the_tokens_that_each_kind_of_expert_takes():
+    hf, arguments, _ = seen("ernie4_5_vl_moe")
+    with moe.wrap(hf) as model:
+        routing = {layer: one for layer, one in model.run(arguments).routing.items() if layer in model.layers}
+    with moe.RoutingWatch(hf, every=1) as watch, watch.step(0):
+        hf(**arguments)
+    table = watch.table().sel(step=0)
+    for layer, one in routing.items():
+        assert not one.mask.all()  # images are among the tokens
+        load = one.ids[one.mask].flatten().bincount(minlength=hf.config.get_text_config().moe_num_experts).double()
+        assert torch.allclose(torch.from_numpy(table.utilisation.sel(layer=layer).values), load / load.sum())

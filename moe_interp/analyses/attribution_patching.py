@@ -81,8 +81,8 @@ def attribution_patching(
         ``effect_mean``: the exact change, NaN outside the sample of ``sampled`` experts. ``rank_correlation``: of the
         two over the sample, -1 ... 1 with 0 for no relation, with ``_interval`` (bound), 95 % over draws of experts.
         With ``neurons`` ``neuron_attribution`` (layer, expert, neuron), mean over texts. With ``corrupted``
-        ``router_attribution`` (layer, expert, text), through the logit and apart from the above. NaN where a layer has
-        no such expert or neuron.
+        ``router_attribution`` (layer, expert, text), through the logit and apart from the above, by the gradient at the
+        run itself whatever ``steps`` are (0 for "kl"). NaN where a layer has no such expert or neuron.
 
     Raises:
         BadInput: inputs that cannot be right, texts of other lengths, ``steps`` or ``sample`` below 1, a metric
@@ -325,7 +325,7 @@ def _mean_slopes(
     held: Sequence[Read],
     path: Sequence[Sequence[Intervention]],
 ) -> tuple[Run, Slopes]:
-    """The run as it is, and the mean along the path of the gradients by some points.
+    """The run as it is, and the mean along the path of the gradients by some points (of routers: those at the run).
 
     Raises:
         BadInput: the metric has no gradient.
@@ -351,15 +351,8 @@ def _mean_slopes(
             expected="one that follows from the logits by differentiable steps",
             got="gradients of 0",
         )
-    return first, {point: slope / len(path) for point, slope in sums.items()}
-
-
-def _slopes(total: Float[Tensor, ""], values: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients by some values; 0 by those that it does not depend on."""
-    if not total.requires_grad:
-        return [torch.zeros_like(value) for value in values]
-    found = torch.autograd.grad(total, values, allow_unused=True)
-    return [torch.zeros_like(value) if one is None else one for value, one in zip(values, found, strict=True)]
+    # Along the path all sums of experts are set, so that routers do nothing: theirs are of the first place alone.
+    return first, {point: slope if point[0] == "router_logits" else slope / len(path) for point, slope in sums.items()}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -81,8 +82,16 @@ def sizes(model: MoEModel) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
     Raises:
         UnsupportedModel: layers with different numbers of experts, whose loads have nothing in common.
     """
-    standing = {layer: k for one in model._standing for layer, k in one.widths(model.spec).items()}
-    counts = {layer: model.spec.moe(layer).num_experts for layer in model.layers}
+    return model.layers, experts_of(model, model.layers), tuple(top_ks(model).values())
+
+
+def experts_of(model: MoEModel, layers: Sequence[int]) -> int:
+    """E of these MoE layers.
+
+    Raises:
+        UnsupportedModel: it differs.
+    """
+    counts = {layer: model.spec.moe(layer).num_experts for layer in layers}
     if len(set(counts.values())) > 1:
         raise UnsupportedModel(
             "layers with different numbers of experts",
@@ -90,8 +99,13 @@ def sizes(model: MoEModel) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
             got=", ".join(f"{experts} in layer {layer}" for layer, experts in counts.items()),
             do="model.run(...).routing has the choices of each layer.",
         )
-    top_k = tuple(standing.get(layer, model.spec.moe(layer).top_k) for layer in model.layers)
-    return model.layers, max(counts.values()), top_k
+    return max(counts.values())
+
+
+def top_ks(model: MoEModel) -> dict[int, int]:
+    """K of each MoE layer that text reaches, as standing edits widen it."""
+    standing = {layer: k for one in model._standing for layer, k in one.widths(model.spec).items()}
+    return {layer: standing.get(layer, model.spec.moe(layer).top_k) for layer in model.layers}
 
 
 def over_experts(scores: Float[Tensor, "*rest C"], experts: int) -> Float[Tensor, "*rest E"]:
@@ -183,7 +197,7 @@ def _take_up(path: Path, sums: Mapping[str, Exact], mark: str) -> int:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise BadData(f"cannot read {path}", expected="states that collect wrote", got=str(error)) from error
     if str(arrays.get("mark")) != mark:
         raise BadData(

@@ -190,6 +190,20 @@ def fixed_sums(values: Float[Tensor, "B S X"], what: str = "the router") -> Int[
     return units.sum(dim=1)
 
 
+def fixed_by(
+    ids: Int[Tensor, "B S K"], values: Float[Tensor, "B S K"], size: int, what: str = "the router"
+) -> Int[Tensor, "B size"]:
+    """Sums of the values of each id over the tokens of each row, in units of 2^-32.
+
+    Raises:
+        BadCheckpoint: a value is not finite, or a sum is too large to be kept.
+    """
+    units = fixed(values, what)
+    sums = values.double().new_zeros(len(ids), size).scatter_add_(1, ids.flatten(1), values.double().flatten(1).abs())
+    _check_held(sums.max().item() if sums.numel() else 0.0)
+    return units.new_zeros(len(ids), size).scatter_add_(1, ids.flatten(1), units.flatten(1))
+
+
 def add_fixed(
     total: Int[np.ndarray, "N *rest"], documents: Int[np.ndarray, " B"], parts: Int[np.ndarray, "B *rest"]
 ) -> None:
@@ -211,7 +225,7 @@ def _check_held(largest: float) -> None:
             "sums over a document are too large to be kept exactly",
             expected=f"below 2^{LIMIT.bit_length() - 1}",
             got=f"{largest:.3g}",
-            do="Router values explode (the z-loss grows with the square of logits): look at router_logits.",
+            do="Values explode: look at router_logits (the z-loss grows with their square) and at norms of expert_out.",
         )
 
 

@@ -18,8 +18,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 import moe_interp.stats as stats
-from moe_interp.analyses.collect import Options, Pass
-from moe_interp.analyses.exact import UNIT, Exact, fixed
+from moe_interp.analyses.collect import Options, Pass, experts_of
+from moe_interp.analyses.exact import UNIT, Exact, add_fixed, fixed_by
 from moe_interp.analyses.inputs import Inputs, every_expert, moe_layers, per_document, sample_inputs
 from moe_interp.data import Corpus
 from moe_interp.model import MoEModel
@@ -65,7 +65,7 @@ class OutputSums(Exact):
         """Adds a run that read expert_out, at those layers where it did.
 
         Raises:
-            BadCheckpoint: an output of a real token that is not finite.
+            BadCheckpoint: an output of a real token that is not finite, or sums too large to be kept exactly.
         """
         for index, layer in enumerate(self.layers):
             if ("expert_out", layer) not in run.values:
@@ -76,15 +76,16 @@ class OutputSums(Exact):
             weights = torch.where(real, routing.weights.float(), 0.0)
             added = norms.double() * weights.double() if routing.weighs_output else norms
             parts = {
-                "counts": real.expand_as(norms).long(),
-                "weights": fixed(weights),
-                "norms": fixed(norms, "an expert"),
-                "contributions": fixed(added, "an expert"),
+                "weights": (weights, "the router"),
+                "norms": (norms, "an expert"),
+                "contributions": (added, "an expert"),
             }
-            for name, values in parts.items():
-                sums = torch.zeros(len(documents), self.counts.shape[-1], dtype=torch.int64, device=values.device)
-                sums.scatter_add_(1, routing.ids.flatten(1), values.flatten(1))
-                np.add.at(getattr(self, name)[:, index], documents, sums.cpu().numpy())
+            for name, (values, whose) in parts.items():
+                sums = fixed_by(routing.ids, values, self.counts.shape[-1], whose)
+                add_fixed(getattr(self, name)[:, index], documents, sums.cpu().numpy())
+            counts = real.long().new_zeros(len(documents), self.counts.shape[-1])
+            counts.scatter_add_(1, routing.ids.flatten(1), real.expand_as(norms).long().flatten(1))
+            np.add.at(self.counts[:, index], documents, counts.cpu().numpy())
             peaks = torch.where(real, outputs.abs().amax(dim=-1), 0.0).double()
             largest = torch.from_numpy(self.largest[index]).to(peaks.device)
             self.largest[index] = (
@@ -139,8 +140,10 @@ def norm_and_weight(
     Raises:
         BadInput: no tokenizer, or a standing edit of what experts of these layers put out.
         UnknownName: a layer that is no MoE layer.
+        UnsupportedModel: layers with different numbers of experts.
     """
     chosen, options = moe_layers(model, layers), Options(special_tokens, max_tokens, batch_tokens)
+    experts = experts_of(model, chosen)
     sample, where = sample_inputs(model, corpus, chosen, per_document=tokens_per_document, options=options, seed=seed)
     parts = [_layer(model, layer, sample[layer], resamples, seed) for layer in chosen]
     values = {name: np.stack([one[name] for one in parts], axis=-1 if "interval" in name else 0) for name in parts[0]}
@@ -148,7 +151,7 @@ def norm_and_weight(
     coords: dict[str, Any] = {
         "bound": ["low", "high"],
         "layer": np.array(chosen, dtype=np.int64),
-        "expert": np.arange(model.spec.num_experts),
+        "expert": np.arange(experts),
     }
     how = {"tokens_per_document": tokens_per_document, "resamples": resamples, "seed": seed}
     return labelled(described(values, _VARIABLES), coords, analysis="norm_and_weight", provenance={**where, **how})

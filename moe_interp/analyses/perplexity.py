@@ -24,11 +24,13 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from moe_interp.analyses.collect import top_ks
 from moe_interp.analyses.exact import told_top_k
 from moe_interp.analyses.plain import check_writes_text
 from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, apply, top_k
+from moe_interp.interventions.base import check_together
 from moe_interp.interventions.widths import keep_slots
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
@@ -149,7 +151,7 @@ def _edits(model: MoEModel, arm: Arm, order: Mapping[int, Int[Tensor, "B S K"]])
 def _random_order(model: MoEModel, batch: Batch, seed: int) -> dict[int, Int[Tensor, "B S K"]]:
     """A random order of every real token's slots at every layer, the same however documents are batched."""
     mask = batch.inputs["attention_mask"].bool()
-    own = {layer: model.spec.moe(layer).top_k for layer in model.layers}
+    own = top_ks(model)
     order = {layer: torch.zeros(*mask.shape, k, dtype=torch.int64) for layer, k in own.items()}
     for row, document in enumerate(batch.documents):
         shape = (int(mask[row].sum()), len(own), max(own.values()))
@@ -243,7 +245,8 @@ class _Grid(NamedTuple):
 
 def _grid(model: MoEModel, ks: int | Iterable[int] | None, renormalise: bool | str, per_layer: bool) -> _Grid:
     own, experts = _own(model, per_layer), min(model.spec.moe(layer).num_experts for layer in model.layers)
-    every = range(1, max(own.values()) + 1)
+    # Of a model that a standing edit widens, those of the model alone and the wider one: others would contradict it.
+    every = sorted({*range(1, model.spec.top_k + 1), *own.values()})
     chosen = list(every) if ks is None else [ks] if isinstance(ks, int | np.integer) else list(ks)
     whole = all(isinstance(k, int | np.integer) and not isinstance(k, bool) for k in chosen)
     if not chosen or not whole or not 1 <= min(chosen) <= max(chosen) <= experts:
@@ -252,11 +255,13 @@ def _grid(model: MoEModel, ks: int | Iterable[int] | None, renormalise: bool | s
         raise BadInput("unknown renormalise", expected="True, False or 'both'", got=repr(renormalise))
     settings = (False, True) if renormalise == "both" else (bool(renormalise),)
     distinct = tuple(sorted({int(k) for k in chosen}))
+    for k in distinct:
+        check_together([*model._standing, top_k(k, layers=model.layers)], model.spec)
     return _Grid(own, distinct, settings)
 
 
 def _own(model: MoEModel, per_layer: bool) -> dict[int | None, int]:
-    own: dict[int | None, int] = {layer: model.spec.moe(layer).top_k for layer in model.layers}
+    own: dict[int | None, int] = dict(top_ks(model).items())
     distinct = set(own.values())
     if not per_layer and len(distinct) > 1:
         raise BadInput(

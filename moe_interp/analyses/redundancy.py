@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import moe_interp.stats as stats
 from moe_interp.adapters.experts import ExpertWeights
-from moe_interp.analyses.collect import Options
+from moe_interp.analyses.collect import Options, experts_of
 from moe_interp.analyses.inputs import Inputs, every_expert, moe_layers, sample_inputs
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
@@ -69,8 +69,10 @@ def expert_similarity(
         BadInput: no tokenizer, fewer than five tokens, a router without a row for each expert, or a standing edit of
             what experts of these layers put out.
         UnknownName: a layer that is no MoE layer.
+        UnsupportedModel: layers with different numbers of experts.
     """
     chosen, options = moe_layers(model, layers), Options(special_tokens, max_tokens, batch_tokens)
+    experts = np.arange(experts_of(model, chosen))
     each = -(-tokens // len(corpus))
     sample, where = sample_inputs(model, corpus, chosen, per_document=each, options=options, seed=seed)
     if len(sample[chosen[0]].documents) < 5:
@@ -78,10 +80,9 @@ def expert_similarity(
     parts = []
     for layer in tqdm(chosen, desc="similarity of experts", unit="layer"):
         part = _by_outputs(model, layer, _first(sample[layer], tokens), seed) | {"router_cosine": _router(model, layer)}
-        parts.append(part | _by_weights(model, layer, null_pairs if weights else 0, seed))
+        parts.append(part | _by_weights(model, layer, weights, null_pairs, seed))
     values = {name: np.stack([one[name] for one in parts], axis=1 if "interval" in name else 0) for name in parts[0]}
     values["router_cosine_null"] = np.array(model.spec.d_model**-0.5)
-    experts = np.arange(model.spec.num_experts)
     coords: dict[str, Any] = {
         "bound": ["low", "high"],
         "layer": np.array(chosen, dtype=np.int64),
@@ -197,10 +198,10 @@ def matched_cosine(left: Float[Tensor, "F M"], right: Float[Tensor, "F M"]) -> f
     return float(products[rows, columns].sum() / (left.norm() * right.norm()).item())
 
 
-def _by_weights(model: MoEModel, layer: int, null_pairs: int, seed: int) -> dict[str, Any]:
+def _by_weights(model: MoEModel, layer: int, wanted: bool, null_pairs: int, seed: int) -> dict[str, Any]:
     count = model.spec.moe(layer).num_experts
     matched, plain = np.full((2, count, count), np.nan)
-    if not null_pairs:
+    if not wanted:
         return {"weights": matched, "weights_unmatched": plain, "weights_null": np.array(np.nan)}
     experts = [neurons(model.weights(layer, expert)) for expert in range(count)]
     width = model.weights(layer, 0).up.shape[1]  # of what experts work in, which may be less than the residual
@@ -211,10 +212,10 @@ def _by_weights(model: MoEModel, layer: int, null_pairs: int, seed: int) -> dict
             plain[one, other] = plain[other, one] = product.item()
     rng = np.random.default_rng([seed, layer])
     null = []
-    for _ in range(null_pairs):
+    for _ in range(null_pairs if count > 1 else 0):
         one, other = rng.choice(count, 2, replace=False)
         null.append(matched_cosine(experts[one], _permuted(experts[other], width, rng)))
-    return {"weights": matched, "weights_unmatched": plain, "weights_null": np.mean(null)}
+    return {"weights": matched, "weights_unmatched": plain, "weights_null": np.mean(null) if null else np.array(np.nan)}
 
 
 def _permuted(vectors: Float[Tensor, "F M"], width: int, rng: np.random.Generator) -> Float[Tensor, "F M"]:

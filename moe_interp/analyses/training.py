@@ -28,7 +28,7 @@ from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.routing_values import LOAD, by_name, from_counts, switch_loss, taken
 from moe_interp.errors import BadInput
 from moe_interp.hosts.local import ATTRIBUTE
-from moe_interp.hosts.program import tokens_at, tokens_of
+from moe_interp.hosts.program import seen_by, tokens_at, tokens_of
 from moe_interp.model import MoEModel
 from moe_interp.opening import wrap
 from moe_interp.results import Description, described, labelled
@@ -280,8 +280,8 @@ class RoutingWatch:
         for layer in layers:
             seen = {name: self._seen[point, layer] for point, name in _POINTS.items()}
             tokens = tokens_at(known, spec.layers[layer].stack, seen["ids"])  # of an encoder or of a decoder
-            takes = (seen["weights"] != 0).any(dim=-1) if spec.moe(layer).skips else tokens.mask
-            routing[layer] = Routing(mask=tokens.mask & takes, **seen)  # type: ignore[arg-type]
+            mask = seen_by(spec.moe(layer), tokens.mask, self.model._host.taps[layer].rows, seen["weights"])
+            routing[layer] = Routing(mask=mask, **seen)  # type: ignore[arg-type]
         # The last layer is of the stack that gives the output, whose tokens are those of the run.
         run = Run(torch.zeros(*tokens.mask.shape, 1), None, tokens, routing, {})
         self._sums.update(run, np.zeros(len(tokens.mask), np.int64))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_interp.adapters.spec import ModelSpec
+from moe_interp.adapters.spec import ModelSpec, MoESpec
 from moe_interp.errors import BadInput
 from moe_interp.interventions.base import Edit, Intervention, check_together, layers_at
 from moe_interp.points import POINTS
@@ -115,14 +115,14 @@ class Program:
             if layer is not None and any(self.interventions[number].drops for number, _, _ in there)
         }
 
-    def begin(self, known: Mapping[str, Tokens], cached: bool = False) -> None:
-        """Before every forward pass: which tokens are real, by stack; ``cached`` if earlier ones are not shown.
+    def begin(self, known: Mapping[str, Tokens], whole: bool = True) -> None:
+        """Before every forward pass: which tokens are real, by stack; ``whole`` if these are all that there will be.
 
         Raises:
             BadInput: edits at positions that no text has.
         """
         self.known, self.contexts, self.parts = known, {}, {}
-        if known and not cached:
+        if known and whole:
             self._check_positions(list(known.values()))
 
     def _check_positions(self, texts: Sequence[Tokens]) -> None:
@@ -247,9 +247,7 @@ class Program:
         context = self.contexts[layer]
         if context.ids is None or context.weights is None:
             raise BadInput(f"the experts of layer {layer} did not run", expected="a whole forward pass")
-        seen = context.tokens.mask if context.rows is None else context.tokens.mask & context.rows
-        if self.spec.moe(layer).skips:
-            seen = seen & (context.weights != 0).any(dim=-1)
+        seen = seen_by(self.spec.moe(layer), context.tokens.mask, context.rows, context.weights)
         logits, scores = (self._whole(name, layer) for name in ("router_logits", "router_scores"))
         added = nonzero(context.added)
         return Routing(context.ids, context.weights, seen, logits, scores, context.weighs_output, added)
@@ -258,6 +256,12 @@ class Program:
         """What was read at all positions."""
         read = self.reads.get((point, layer))
         return self.values.get((point, layer)) if read is not None and read.positions is None else None
+
+
+def seen_by(moe: MoESpec, mask: Tensor, rows: Tensor | None, weights: Tensor) -> Tensor:
+    """[B, S], the real tokens that a mixture sees (``rows``; None: all) and that take an expert there."""
+    seen = mask if rows is None else mask & rows
+    return seen & (weights != 0).any(dim=-1) if moe.skips else seen
 
 
 def nonzero(added: Mapping[int, Tensor]) -> dict[int, Tensor]:
