@@ -14,6 +14,7 @@ under a description that does not fit the model, fails by name; its detail says 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from moe_interp.adapters.formats import check_weights, rounds_activations
 from moe_interp.adapters.formulas import block_output, joined
 from moe_interp.adapters.sums import Join, follow
 from moe_interp.errors import BadCheckpoint, BadInput, RemoteFailure
-from moe_interp.interventions import apply
+from moe_interp.interventions import Intervention, apply
 from moe_interp.model import MoEModel
 from moe_interp.points import POINTS
 from moe_interp.run import Run
@@ -307,7 +308,7 @@ def _layers(relation: Relation, model: MoEModel, run: Run) -> list[int]:
 
 
 def _edit_takes(point: str, model: MoEModel, inputs: Any, clean: Run) -> Check:
-    run = model.run(inputs, read=list(model.points), edit=apply(point, _changes(point, model)))
+    run = model.run(inputs, read=list(model.points), edit=_changes(point, model))
     moved = _relative(run.output, clean.output)
     skipped = BROKEN_BY.get(point, set())
     holding = [
@@ -323,12 +324,15 @@ def _edit_takes(point: str, model: MoEModel, inputs: Any, clean: Run) -> Check:
     return Check(f"edit of {point} takes", error, _limit(model), f"moves the output by {moved:.0e} ({worst.name})")
 
 
-def _changes(point: str, model: MoEModel) -> Callable[[Tensor], Tensor]:
+def _changes(point: str, model: MoEModel) -> list[Intervention]:
     if point == "expert_ids":
-        return lambda ids: (ids + 1) % model.spec.num_experts
-    if point == "router_logits":
-        return lambda logits: -logits
-    return _every_other
+        spec = model.spec
+        return [apply(point, partial(_next, count=spec.moe(at).num_experts), layers=at) for at in spec.moe_layers]
+    return [apply(point, torch.neg if point == "router_logits" else _every_other)]
+
+
+def _next(ids: Tensor, count: int) -> Tensor:
+    return (ids + 1) % count
 
 
 def _every_other(value: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class MoEModel:
     def _open(self, hf: nn.Module, spec: ModelSpec) -> None:
         self.spec, self._closed = spec, False
         self._host = open_host(hf, spec)
+        self.spec = self._host.spec  # of a model that is open already, what it was opened by
 
     def close(self) -> None:
         """Leave the transformers model as it was found."""
@@ -130,8 +131,8 @@ class MoEModel:
             read: names of points (at all their layers) or ``moe.select(...)``.
             edit: interventions, carried out in order.
             grad: keep the graph, so that gradients reach what was read.
-            output: keep the logits, which are large; else the model unembeds the last token of each text alone, unless
-                it is given labels.
+            output: keep the logits, which are large; else a model of transformers unembeds the last token of each text
+                alone, unless it is given labels.
 
         Raises:
             UnknownName: a point, layer or expert that the model does not have.
@@ -201,14 +202,14 @@ class MoEModel:
             UnsupportedModel: a model that does not write text.
         """
         self._check_open()
-        if self.spec.kind == "other":
+        if self.spec.kind not in ("causal", "encoder-decoder") or self.spec.unembed is None:
             raise UnsupportedModel(
                 f"{self.spec.model_type} generates nothing",
-                expected="a model of tokens",
-                got="one without",
+                expected="a model that predicts tokens, with its head",
+                got="one without a head" if self.spec.unembed is None else f"a model of kind {self.spec.kind!r}",
                 do="Use run.",
             )
-        session = Session(self._host, [*self._standing, *listed(edit, Intervention)])
+        session = Session(self._host, [*self._standing, *listed(edit, Intervention)], whole=False)
         model_inputs = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
         with self._in_place_of_standing(), session():
             ids = cast(Any, self.hf.get_submodule(self.spec.entry)).generate(**model_inputs, **options)
@@ -276,7 +277,9 @@ class MoEModel:
         normed = follow(self.hf, spec.final, hidden)
         if spec.unembed is None:
             return normed
-        return logits_of(spec, self.hf.get_submodule(spec.unembed)(normed))
+        # As rows, which no run takes for the hidden states of its own batch.
+        logits = self.hf.get_submodule(spec.unembed)(normed.reshape(-1, normed.shape[-1]))
+        return logits_of(spec, logits.reshape(*normed.shape[:-1], -1))
 
     def experts(self, layer: int) -> Experts:
         """The experts of a layer, without standing edits, as a function of any input and any expert ids.

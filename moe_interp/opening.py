@@ -14,7 +14,7 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str | None = None, remote: 
     """Open a model that is already in memory; nothing in it is copied or changed for good.
 
     An architecture that is in no table is opened if its structure is a common one and an audit passes; that runs it a
-    few times.
+    few times. A model that is open already keeps the description that it was opened by: close it to try another.
 
     Args:
         model: a transformers model; or an nnsight model or a TransformerBridge, of which the transformers model inside
@@ -86,7 +86,11 @@ def _wrap_unseen(hf: nn.Module, tokenizer: Any, name: str | None) -> MoEModel:
     failed: list[str] = []
     for spec in proposals(hf):
         model = MoEModel(hf, tokenizer, name, spec)
-        audit = model.audit()
+        try:
+            audit = model.audit()
+        except BaseException:
+            model.close()
+            raise
         if audit.passed:
             return model
         model.close()

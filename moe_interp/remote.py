@@ -120,12 +120,12 @@ class RemoteMoEModel(MoEModel):
         told = self._send(SentPass(self.lm, self.spec, blocks, ()), given, at)
         return told["output"], told["touched"]
 
-    def _program(self, given: Mapping[str, Any], edits: Any, reads: Sequence[Read]) -> Program:
+    def _program(self, given: Mapping[str, Any], edits: Any, reads: Sequence[Read], whole: bool = True) -> Program:
         """The same program here: it refuses what cannot be right before anything is sent."""
         program = Program(self.spec, edits, reads, decode=lambda hidden: hidden)
         if program.widths or program.exchanges:
             self._refuse("edits of modules", "top_k above the model's own K and swapped layers need the model here.")
-        program.begin(tokens_of(self.spec, (), dict(given)))
+        program.begin(tokens_of(self.spec, (), dict(given)), whole)
         return program
 
     def _send(self, job: SentPass, given: Mapping[str, Any], output: bool | Tensor) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class RemoteMoEModel(MoEModel):
             )
         edits = [*self._standing, *listed(edit, Intervention)]
         given = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
-        self._program(given, edits, ())
+        self._program(given, edits, (), whole=False)
         ids = self._send_generation(SentPass(self.lm, self.spec, edits, ()), given, options)
         return self._written(inputs, ids)
 

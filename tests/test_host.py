@@ -68,6 +68,7 @@ def test_wrapping_twice_is_undone_by_the_last_to_close():
     outer = moe.wrap(hf)
     with moe.wrap(hf) as inner:
         assert torch.equal(inner.run(IDS).logits, outer.run(IDS).logits)
+        assert inner.spec is outer.spec  # which the hooks that are there were made by
     assert outer.run(IDS, read="expert_out")["expert_out", 0].abs().sum() > 0
     outer.close()
     outer.close()
@@ -135,6 +136,14 @@ def test_a_run_without_output_unembeds_the_last_tokens_alone():
     assert whole.tops.keys() == some.tops.keys()
     for key, top in whole.tops.items():
         assert all(torch.equal(mine, its) for mine, its in zip(top, some.tops[key], strict=True)), key
+
+
+def test_an_edit_may_decode_a_whole_batch_in_a_run_without_output():
+    shapes = []
+    with moe.wrap(build("olmoe")) as model:
+        look = moe.apply("resid_post", lambda value: shapes.append(model.decode(value).shape) or value, layers=1)
+        model.run(IDS, edit=look, output=False)
+    assert shapes == [(2, 8, 96)]
 
 
 def test_plain_hooks_see_the_points():

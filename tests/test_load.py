@@ -79,6 +79,13 @@ def test_a_model_without_a_head_says_so():
             _ = run.logits
 
 
+@pytest.mark.parametrize("model_type", ["glm4v_moe_text", "openai_privacy_filter"])
+def test_what_writes_no_text_generates_nothing(model_type):
+    hf = build(model_type)
+    with moe.wrap(hf) as model, pytest.raises(moe.MoEError, match="generates nothing: .* Use run."):
+        model.generate(inputs(hf))
+
+
 def test_an_encoder_decoder_is_asked_for_its_decoders_input():
     hf = build("switch_transformers")
     with moe.wrap(hf) as model:

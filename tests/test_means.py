@@ -50,3 +50,8 @@ def test_a_mean_of_nothing_is_refused():
             moe.ablate(layer=2, expert=unused, how="mean", mean=means)
         with pytest.raises(moe.MoEError, match="no mean of that expert"):
             moe.ablate(layer=3, expert=0, how="mean", mean=means)
+        assert (2, unused) not in means and (3, 0) not in means and all(pair in means for pair in means)
+        with pytest.raises(moe.MoEError, match="no mean of expert 0 of layer 3: expected means by"):
+            moe.ablate(layer=3, expert=0, how="mean", mean=dict(means))
+        with pytest.raises(moe.MoEError, match="no mean of expert"):
+            moe.expert_effects(model, torch.tensor([[5, 6, 7]]), how="mean", mean=dict(means))

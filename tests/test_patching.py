@@ -265,6 +265,8 @@ def test_contributions_add_up_to_what_is_routed(model_type):
         ),
         (dict(metric="perplexity"), "unknown metric"),
         (dict(metric=LogitDifference((1, 2, 3), (9,))), "answers do not fit the texts"),
+        (dict(metric=Probability((1,), position=5)), "no position 5 in text 0: expected a position from -5 to 4"),
+        (dict(metric=KL(position=-6)), "no position -6 in text 0"),
     ],
 )
 def test_what_cannot_be_right_is_refused(options, says):

@@ -153,6 +153,19 @@ def test_the_same_tokens_are_written(pair, family):
     assert away.generate(TEXTS[1], **options) == here.generate(TEXTS[1], **options)
 
 
+def test_edits_at_positions_that_are_still_to_be_written(pair):
+    here, away = pair("olmoe")
+    edit = moe.apply("resid_post", lambda value: -3.0 * value, layers=here.layers[0], positions=(5, 6))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    plain, expected = (here.generate("abc", edit=some, **options) for some in ((), edit))
+    assert plain != expected
+    assert away.generate("abc", edit=edit, **options) == expected
+    assert here.generate("abc", edit=edit, use_cache=False, **options) == expected
+    for model in (here, away):
+        with pytest.raises(BadInput, match="position"):
+            model.run("abc", edit=edit)
+
+
 REFUSED = {
     "lens": "unembedding",
     "neurons": "matrices",

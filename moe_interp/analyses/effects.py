@@ -27,6 +27,7 @@ from moe_interp.analyses.plain import is_plain
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, ablate, apply, patch
+from moe_interp.interventions.named import mean_of
 from moe_interp.model import MoEModel
 from moe_interp.restart import Outcome, Restart, Variant
 from moe_interp.results import Description, described, labelled
@@ -179,7 +180,7 @@ def _removal(sweep: "Sweep", run: Run, layer: int, expert: int, how: str, mean: 
     if how == "zero":
         delta = partial(_replaced, run, layer, expert, None)
         return Change(layer, expert, used, partial(ablate, **where), delta if sweep.adds_up(run, layer) else None)
-    target = contribution(run, layer, expert)[used].mean(dim=0) if mean is None else mean[layer, expert]
+    target = contribution(run, layer, expert)[used].mean(dim=0) if mean is None else mean_of(mean, (layer, expert))
     delta = partial(_replaced, run, layer, expert, target)
     edit = partial(ablate, **where, mean={(layer, expert): target})
     return Change(layer, expert, used, edit, delta if sweep.adds_up(run, layer) else None)

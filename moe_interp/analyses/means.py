@@ -47,6 +47,9 @@ class MeanContributions(Mapping[tuple[int, int], Tensor]):
             )
         return torch.from_numpy(self.dataset["mean"].sel(layer=layer, expert=expert).values.copy())
 
+    def __contains__(self, pair: object) -> bool:
+        return any(pair == one for one in self)
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         used = self.dataset["tokens"].values.nonzero()
         layers, experts = (self.dataset[name].values for name in ("layer", "expert"))

@@ -118,7 +118,7 @@ class LogitDifference:
         """The difference for the batch's texts.
 
         Raises:
-            BadInput: another number of answers, or ids out of the vocabulary.
+            BadInput: another number of answers, ids out of the vocabulary, or a text without the position.
         """
         count, size = len(base.mask), base.logits.shape[-1]
         ids = [
@@ -129,7 +129,17 @@ class LogitDifference:
             right, wrong = (logits.float().gather(1, one[texts, None])[:, 0] for one in ids)
             return right - wrong
 
-        return Bound(base.tokens.at((self.position,)), values)
+        return Bound(_at(base, self.position), values)
+
+
+def _at(base: Run, position: int) -> Bool[Tensor, "B S"]:
+    """The token at this position of every text.
+
+    Raises:
+        BadInput: a text is too short to have it.
+    """
+    base.tokens.columns((position,))
+    return base.tokens.at((position,))
 
 
 def _for_each(given: Sequence[int], count: int, size: int) -> list[int]:
@@ -154,14 +164,14 @@ class LogProbability:
         """The log-probability for the batch's texts.
 
         Raises:
-            BadInput: another number of answers, or ids out of the vocabulary.
+            BadInput: another number of answers, ids out of the vocabulary, or a text without the position.
         """
         ids = torch.tensor(_for_each(self.answers, len(base.mask), base.logits.shape[-1]), device=base.mask.device)
 
         def values(logits: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
             return logits.float().log_softmax(dim=-1).gather(1, ids[texts, None])[:, 0]
 
-        return Bound(base.tokens.at((self.position,)), values)
+        return Bound(_at(base, self.position), values)
 
 
 @dataclass(frozen=True)
@@ -177,7 +187,7 @@ class Probability:
         """The probability for the batch's texts.
 
         Raises:
-            BadInput: another number of answers, or ids out of the vocabulary.
+            BadInput: another number of answers, ids out of the vocabulary, or a text without the position.
         """
         log = LogProbability(self.answers, self.position).bind(base)
         return Bound(log.at, lambda logits, texts, columns: log.values(logits, texts, columns).exp())
@@ -196,14 +206,18 @@ class KL:
     units: str = "nats"
 
     def bind(self, base: Run) -> Bound:
-        """The divergence from the logits of this run, whose log-probabilities are kept: [B, S, V]."""
+        """The divergence from the logits of this run, whose log-probabilities are kept: [B, S, V].
+
+        Raises:
+            BadInput: a text without the position.
+        """
         log_base = base.logits.detach().float().log_softmax(dim=-1)
 
         def values(logits: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
             expected = log_base[texts, columns]
             return (expected.exp() * (expected - logits.float().log_softmax(dim=-1))).sum(dim=-1)
 
-        return Bound(base.tokens.at(None if self.position is None else (self.position,)), values)
+        return Bound(base.mask if self.position is None else _at(base, self.position), values)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_interp.adapters.experts import run_experts
@@ -223,7 +222,7 @@ class LocalHost:
             return (change(args[0]), *args[1:]) if args and args[0].dim() == 3 else None
 
         with ExitStack() as stack:
-            if self.spec.unembed is not None and isinstance(self.hf.get_submodule(self.spec.entry), PreTrainedModel):
+            if self.spec.unembed is not None and _is_transformers(self.hf.get_submodule(self.spec.entry)):
                 unembedding = self.hf.get_submodule(self.spec.unembed)
                 stack.callback(unembedding.register_forward_pre_hook(hook).remove)
             yield
@@ -292,6 +291,10 @@ def attribute_of(layer: LayerSpec) -> str:
 def asks_registry(experts: nn.Module) -> bool:
     """Whether a module looks its forward up in transformers' registry, by its config."""
     return hasattr(experts, "_is_expert_parallel") and hasattr(experts, "config")
+
+
+def _is_transformers(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.")
 
 
 def _eagerly(forward: Callable[..., Any]) -> Callable[..., Any]:

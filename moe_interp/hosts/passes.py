@@ -40,7 +40,7 @@ class Pass:
     def begin(self) -> None:
         """Tell the program which tokens are real, in the pass that is about to begin."""
         args, kwargs = Mediator.value(f"{self.reach.path(self.spec.entry)}.input")
-        self.program.begin(tokens_of(self.spec, args, kwargs), kwargs.get("past_key_values") is not None)
+        self.program.begin(tokens_of(self.spec, args, kwargs), kwargs.get("past_key_values") is None)
 
     def follow(self, name: str) -> None:
         """Carry one point through the program, layer by layer."""

@@ -20,6 +20,7 @@ class Session:
         host: the opened model.
         edits, reads, decode: as `Program` has them, which says what is refused.
         grad: whether to keep the graph; None: as it is outside.
+        whole: whether a pass without a cache has all tokens that there will be.
     """
 
     def __init__(
@@ -29,8 +30,9 @@ class Session:
         reads: Sequence[Read] = (),
         grad: bool | None = False,
         decode: Callable[[Tensor], Tensor] | None = None,
+        whole: bool = True,
     ):
-        self.host, self.grad, self.paused = host, grad, False
+        self.host, self.grad, self.whole, self.paused = host, grad, whole, False
         self.program = Program(host.spec, edits, reads, bool(grad), lambda layer: host.taps[layer].rows, decode)
 
     @property
@@ -71,7 +73,8 @@ class Session:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.paused:
-            self.program.begin(tokens_of(self.host.spec, args, kwargs), kwargs.get("past_key_values") is not None)
+            whole = self.whole and kwargs.get("past_key_values") is None
+            self.program.begin(tokens_of(self.host.spec, args, kwargs), whole)
 
     def _hook(self, point: str, layer: int | None) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:

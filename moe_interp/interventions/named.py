@@ -57,7 +57,7 @@ def ablate(
             return mask(layer=layer, expert=expert, positions=positions, tokens=tokens)
         case "mean" if mean is not None:
             layers, experts = some(layer, "layer", _WRITTEN), some(expert, "expert", _WRITTEN)
-            means = Values.of(torch.stack([mean[pair] for pair in _pairs(layers, experts)]))
+            means = Values.of(torch.stack([mean_of(mean, pair) for pair in _pairs(layers, experts)]))
             return Mean(experts=experts, means=means, **where(layers, positions, tokens))
         case "resample" if run is not None:
             layers, experts = layers_of(run, layer), some(expert, "expert", _WRITTEN)
@@ -81,6 +81,20 @@ _WRITTEN = "Name them: each has a contribution of its own."
 def _pairs(layers: Iterable[int], experts: Iterable[int]) -> list[tuple[int, int]]:
     """Each layer with each expert, once."""
     return list(dict.fromkeys(product(layers, experts)))
+
+
+def mean_of(means: Mapping[tuple[int, int], Tensor], pair: tuple[int, int]) -> Tensor:
+    """[D], what is put in place of an expert's contribution.
+
+    Raises:
+        BadInput: there is none of this (layer, expert).
+    """
+    try:
+        return means[pair]
+    except KeyError:
+        raise BadInput(
+            f"no mean of expert {pair[1]} of layer {pair[0]}", expected="means by (layer, expert)", got="none of this"
+        ) from None
 
 
 def _used(run: Run, layer: int, expert: int) -> Tensor:
