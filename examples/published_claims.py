@@ -34,10 +34,10 @@ REFERENCE = "reference model"
 PREFACE = """# Published claims, tested
 
 Written by `python examples/published_claims.py --recorded DIR --markdown docs/claims.md`; the criteria are in the
-claims, the definitions in the docstrings. Recorded figures are counts of DeepSeekMoE-16B, OLMoE and Qwen1.5-MoE
-without documents, so that they have no interval (perplexity has samples). The reference model ran on the bundled
-sample texts; intervals are 95 % over documents. Claims of a paper on vision mixtures, which need models trained,
-are in docs/vision_moe.md.
+claims, the definitions in the docstrings. DIR holds the figures that MoE-Lens ("An Expert Is All You Need") recorded:
+counts of DeepSeekMoE-16B, OLMoE and Qwen1.5-MoE without documents, so that they have no interval (perplexity has
+samples). The reference model ran on the bundled sample texts; intervals are 95 % over documents. Claims of a paper on
+vision mixtures, which need models trained, are in docs/vision_moe.md.
 """
 
 

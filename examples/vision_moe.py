@@ -1,8 +1,8 @@
 """Do experts specialize? (Poetzscher) again, on a small convolutional mixture of experts, with the controls it lacks.
 
-    python examples/vision_moe.py                               # scikit-learn's digits: under two minutes on two cores
+    python examples/vision_moe.py                               # scikit-learn's digits: under two minutes on one core
     python examples/vision_moe.py --data DIR --study small --workers 2     # CIFAR-10, narrow, few images: half an hour
-    python examples/vision_moe.py --data DIR --study medium --workers 2    # the same longer: two hours on two cores
+    python examples/vision_moe.py --data DIR --study medium --workers 2    # the same longer: an hour and a half
     python examples/vision_moe.py --data DIR --study full --workers 8      # the paper's study: 20 minutes of an H100
     python examples/vision_moe.py --from vision_full            # the tables of trials that are there, without images
 

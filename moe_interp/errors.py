@@ -10,6 +10,8 @@ MoEError            what went wrong, what was expected, what was got, what to do
 └── RemoteFailure     a remote server that could not run what it was sent
 """
 
+from collections.abc import Sequence
+
 
 class MoEError(Exception):
     """Base of all errors of this package.
@@ -50,3 +52,13 @@ class BadOutput(MoEError):
 
 class RemoteFailure(MoEError):
     """A remote server that could not run what it was sent."""
+
+
+def one_of(name: str, given: object, options: Sequence[str]) -> None:
+    """Refuse what is none of the options.
+
+    Raises:
+        BadInput: it is not.
+    """
+    if given not in options:
+        raise BadInput(f"unknown {name}", expected=f"one of {', '.join(map(repr, options))}", got=repr(given))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,7 +23,6 @@ from moe_interp.hosts import Session
 from moe_interp.hosts.program import Block
 from moe_interp.interventions import Intervention
 from moe_interp.model import Edits, MoEModel, Reads
-from moe_interp.remote import RemoteMoEModel
 from moe_interp.run import Read, Tokens
 
 
@@ -175,8 +174,8 @@ class Restart:
         self, rows: Int[Tensor, " R"], blocks: Sequence[Block], first: int, at: Bool[Tensor, "R S"]
     ) -> tuple[Float[Tensor, "n V"], list[int]]:
         inputs = {key: _of_rows(value, rows, len(self.tokens.mask)) for key, value in self.inputs.items()}
-        if isinstance(self.model, RemoteMoEModel):
-            return self.model.run_blocks(inputs, blocks, at)
+        if not self.model.here:
+            return cast(Any, self.model).run_blocks(inputs, blocks, at)
         session = Session(self.model._host, blocks)
         with ExitStack() as stack:
             stack.enter_context(self.model._in_place_of_standing())

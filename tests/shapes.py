@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args
 
+import beartype  # noqa: F401  # before nnsight, which gives every object a method that beartype cannot take
 import jaxtyping
 from jaxtyping import AbstractArray
 

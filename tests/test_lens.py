@@ -416,6 +416,6 @@ def test_a_text_of_several_tokens_is_no_token(tokenizer):
 
 
 def test_an_unknown_definition_is_told(tiny):
-    expected = "unknown definition.*'paper' or 'as_coded'.*got 'tuned'|Literal"  # beartype may see it first
+    expected = "unknown definition.*one of 'paper', 'as_coded', got 'tuned'|Literal"  # beartype may see it first
     with moe.wrap(tiny("olmoe")[0]) as model, pytest.raises(Exception, match=expected):
         expert_lens(model, [3, 4, 5], definition="tuned")

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from moe_interp.analyses.metrics import as_metric
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.analyses.trials import BOUNDS, Trial, effects, one_of, summary
+from moe_interp.analyses.trials import BOUNDS, Trial, effects, summary
 from moe_interp.encode import Inputs
-from moe_interp.errors import BadInput
+from moe_interp.errors import BadInput, one_of
 from moe_interp.interventions import Intervention, ablate
+from moe_interp.interventions.named import ABLATIONS
 from moe_interp.model import MoEModel
 from moe_interp.restart import Restart
 from moe_interp.results import Variable, labelled
@@ -82,7 +83,7 @@ def coalitions(
         UnsupportedModel: a model that does not predict the next token.
     """
     check_writes_text(model)
-    one_of("ablation", how, ("zero", "mean", "resample", "forbid"))
+    one_of("ablation", how, ABLATIONS)
     listed = _checked(model, experts, size)
     sets = [one for count in range(1, size + 1) for one in combinations(range(len(listed)), count)]
     edits = [ablate(layer=one[0], expert=one[1], how=how, mean=mean, run=run, seed=seed) for one in listed]

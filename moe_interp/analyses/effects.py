@@ -25,9 +25,9 @@ from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.metrics import AnyMetric, as_metric
 from moe_interp.analyses.plain import is_plain
 from moe_interp.encode import Inputs
-from moe_interp.errors import BadInput
+from moe_interp.errors import one_of
 from moe_interp.interventions import Intervention, ablate, apply, patch
-from moe_interp.interventions.named import mean_of
+from moe_interp.interventions.named import ABLATIONS, mean_of
 from moe_interp.model import MoEModel
 from moe_interp.restart import Outcome, Restart, Variant
 from moe_interp.results import Description, described, labelled
@@ -160,8 +160,7 @@ def removals(
     Raises:
         BadInput: an unknown ``how``.
     """
-    if how not in ("zero", "mean", "resample", "forbid"):
-        raise BadInput("unknown ablation", expected="how = 'zero', 'mean', 'resample' or 'forbid'", got=repr(how))
+    one_of("ablation", how, ABLATIONS)
     runs = ((layer, sweep.restart.base) for layer in layers) if how == "forbid" else sweep.with_outputs(layers)
     for layer, run in runs:
         # Zero also takes away what an expert was given without a slot; the others act at tokens that chose it.

@@ -28,11 +28,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_interp.analyses.decoding import CHUNK, Decode, Decoded, decode_top, describe
+from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.one_text import At, by_rank, expert_terms, next_ids, run_text, token_texts
 from moe_interp.analyses.plain import check_adds_up, check_plain, check_same_parts, check_writes_text, final_modules
 from moe_interp.analyses.tuned_lens import TunedLens
 from moe_interp.encode import Inputs
-from moe_interp.errors import BadInput
+from moe_interp.errors import BadInput, one_of
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
 from moe_interp.run import Indices, Run, positions_of
@@ -187,8 +188,7 @@ def _translated(
 
 
 def _layers(model: MoEModel, layers: Indices) -> tuple[int, ...]:
-    given = positions_of(layers)
-    chosen = model.layers if given is None else given
+    chosen = moe_layers(model, layers)
     if not chosen:
         raise BadInput("no layers", expected=f"some of {list(model.layers)}, or None for all", got="none")
     check_same_parts(model, chosen)
@@ -196,8 +196,7 @@ def _layers(model: MoEModel, layers: Indices) -> tuple[int, ...]:
 
 
 def _check_options(model: MoEModel, top: int, definition: str, chunk: int) -> None:
-    if definition not in ("paper", "as_coded"):
-        raise BadInput("unknown definition", expected="'paper' or 'as_coded'", got=repr(definition))
+    one_of("definition", definition, ("paper", "as_coded"))
     if not 1 <= top <= model.spec.vocab_size:
         raise BadInput("top out of range", expected=f"1 to {model.spec.vocab_size} tokens", got=str(top))
     if chunk < 1:

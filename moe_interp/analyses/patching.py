@@ -27,13 +27,12 @@ from moe_interp.analyses.trials import (
     contributions,
     differs,
     effects,
-    one_of,
     paired,
     put,
     summary,
 )
 from moe_interp.encode import Inputs
-from moe_interp.errors import BadInput
+from moe_interp.errors import BadInput, one_of
 from moe_interp.interventions import Intervention, patch, patch_route
 from moe_interp.interventions.base import layers_at
 from moe_interp.model import MoEModel

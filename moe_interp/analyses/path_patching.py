@@ -32,13 +32,12 @@ from moe_interp.analyses.trials import (
     Pair,
     Trial,
     effects,
-    one_of,
     paired,
     put,
     summary,
 )
 from moe_interp.encode import Inputs
-from moe_interp.errors import BadInput
+from moe_interp.errors import BadInput, one_of
 from moe_interp.interventions import Intervention, patch_route
 from moe_interp.interventions.outputs import SetOutput
 from moe_interp.interventions.values import ByToken

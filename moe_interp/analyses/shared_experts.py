@@ -64,8 +64,8 @@ def shared_experts(
     """
     if "shared_out" not in model.points:
         raise BadInput("no shared experts", expected="a model with the point 'shared_out'", got=model.spec.model_type)
-    check_plain_block(model, moe_layers(model, layers))
     chosen, options = moe_layers(model, layers), Options(special_tokens, max_tokens, batch_tokens)
+    check_plain_block(model, chosen)
     going, sums = Pass(model, corpus, options), _Sums.empty(len(corpus), len(chosen), model.spec.d_model)
     read = [Read(point, chosen) for point in ("shared_out", "routed_out")]
     for run, batch in going.runs(read, "shared and routed experts"):

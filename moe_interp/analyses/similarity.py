@@ -25,12 +25,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm import tqdm
 
+from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.plain import check_not_edited, check_plain, check_same_parts
 from moe_interp.data import Batch, Corpus, batches
-from moe_interp.errors import BadInput
+from moe_interp.errors import one_of
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
-from moe_interp.run import Indices, Run, positions_of, select
+from moe_interp.run import Indices, Run, select
 from moe_interp.stats import bootstrap_ratio, group_totals, ratio
 
 CANDIDATES = ("heaviest", "lightest", "random_unselected", "other_token", "none")
@@ -82,8 +83,7 @@ def ensemble_similarity(
             what experts put out, which the control by an expert that was not chosen would not have.
         UnknownName: a layer that is no MoE layer.
     """
-    if definition not in ("paper", "as_coded"):
-        raise BadInput("unknown definition", expected="'paper' or 'as_coded'", got=repr(definition))
+    one_of("definition", definition, ("paper", "as_coded"))
     chosen = _layers(model, layers)
     sums, truncated = _Sums(len(corpus), len(chosen)), 0
     with tqdm(total=len(corpus), desc="similarity", unit="document") as progress:
@@ -107,10 +107,7 @@ def ensemble_similarity(
 
 
 def _layers(model: MoEModel, layers: Indices) -> tuple[int, ...]:
-    given = positions_of(layers)
-    chosen = model.layers if given is None else tuple(dict.fromkeys(given))
-    for layer in chosen:
-        model.spec.moe(layer)
+    chosen = moe_layers(model, layers)
     check_plain(model, chosen)
     check_same_parts(model, chosen)
     check_not_edited(model, chosen, ("expert_act", "expert_out"), "outputs of experts that were not chosen")

@@ -149,7 +149,7 @@ def _predicted(
     sums: TokenCounts, known: Bool[np.ndarray, "Z V"], documents: int
 ) -> tuple[Float[np.ndarray, "N L E"], dict[str, np.ndarray]]:
     """Choices that ids predict for every document, and how often the predicted K experts are chosen."""
-    occurrences, histogram = sums.occurrences(), sums.histogram(documents).tolil().tocsr()
+    occurrences, histogram = sums.occurrences(), sums.histogram(documents)
     predicted = np.zeros((documents, len(sums.layers), sums.experts))
     overlap: dict[str, list[Any]] = {"overlap": [], "overlap_interval": [], "overlap_load": []}
     for index in range(len(sums.layers)):

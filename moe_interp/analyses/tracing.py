@@ -27,9 +27,9 @@ from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.metrics import Bound, Probability
 from moe_interp.analyses.patching import experts_that_run
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.analyses.trials import BOUNDS, Trial, differs, effects, one_of
+from moe_interp.analyses.trials import BOUNDS, Trial, differs, effects
 from moe_interp.encode import Inputs, token_text
-from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.errors import BadInput, UnsupportedModel, one_of
 from moe_interp.interventions import Intervention, named
 from moe_interp.model import MoEModel
 from moe_interp.restart import Restart

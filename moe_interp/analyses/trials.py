@@ -20,7 +20,7 @@ from tqdm import tqdm
 from moe_interp.analyses.metrics import Bound, Metric, as_metric
 from moe_interp.analyses.plain import check_writes_text
 from moe_interp.encode import Inputs
-from moe_interp.errors import BadInput
+from moe_interp.errors import BadInput, one_of
 from moe_interp.interventions import Intervention
 from moe_interp.interventions.places import SetPoint
 from moe_interp.interventions.values import ByToken
@@ -111,16 +111,6 @@ def differs(first: Tensor, second: Tensor, tokens: Tokens) -> Bool[Tensor, "B S"
 def put(point: str, layer: int, values: Float[Tensor, "B S *rest"], tokens: Tokens) -> SetPoint:
     """Put these values of a batch's tokens in place of a point's."""
     return SetPoint(point=point, layers=(layer,), values=ByToken.of(values, tokens))
-
-
-def one_of(name: str, given: object, options: Sequence[str]) -> None:
-    """Refuse what is none of the options.
-
-    Raises:
-        BadInput: it is not.
-    """
-    if given not in options:
-        raise BadInput(f"unknown {name}", expected=f"one of {', '.join(map(repr, options))}", got=repr(given))
 
 
 # ---- a clean and a corrupted run ---------------------------------------------------------------------------

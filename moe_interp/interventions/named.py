@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from moe_interp.errors import BadInput
+from moe_interp.errors import BadInput, one_of
 from moe_interp.interventions.arguments import Marks, layers_of, some, where, whole
 from moe_interp.interventions.base import Intervention
 from moe_interp.interventions.outputs import AddToOutput, Mean, Patch, Resample, Scale, SetOutput
@@ -18,6 +18,8 @@ from moe_interp.interventions.values import ByToken, Values
 from moe_interp.interventions.widths import Share, TopK
 from moe_interp.points import editable
 from moe_interp.run import Indices, Run, positions_of
+
+ABLATIONS = ("zero", "mean", "resample", "forbid")
 
 # ---- what experts put out ----------------------------------------------------------------------------------
 
@@ -69,8 +71,7 @@ def ablate(
                 seed=whole(seed),
                 **where(layers, positions, tokens),
             )
-    if how not in ("mean", "resample"):
-        raise BadInput("unknown ablation", expected="how = 'zero', 'mean', 'resample' or 'forbid'", got=repr(how))
+    one_of("ablation", how, ABLATIONS)
     needed = "mean=moe.mean_contributions(model, corpus)" if how == "mean" else "run=model.run(..., read='expert_out')"
     raise BadInput(f"ablation by {how} needs more", expected=needed, got="None")
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moe_interp.adapters.spec import ModelSpec, MoESpec
-from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.errors import BadInput, UnsupportedModel, one_of
 from moe_interp.interventions.base import Change, Edit, Placed, layers_at, moe_layers_at
 from moe_interp.interventions.chance import uniform
 from moe_interp.interventions.outputs import OfExperts
@@ -23,11 +23,6 @@ from moe_interp.points import SELECTION
 from moe_interp.run import Context, positions_of
 
 SCORES, IDS = SELECTION
-
-
-def _one_of(name: str, given: object, options: tuple[str, ...]) -> None:
-    if given not in options:
-        raise BadInput(f"unknown {name}", expected=f"one of {', '.join(map(repr, options))}", got=repr(given))
 
 
 # ---- masks and biases --------------------------------------------------------------------------------------
@@ -41,7 +36,7 @@ class _OfScores(OfExperts, abstract=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("scores", self.on, ("selection", "logits"))
+        one_of("scores", self.on, ("selection", "logits"))
 
     def edits(self, spec: ModelSpec) -> list[Edit]:
         """One edit of the scores (or ``router_logits``) at each layer."""
@@ -144,7 +139,7 @@ class Force(Placed):
                 raise BadInput("not experts to force", expected="different expert ids", got=str(self.experts))
             object.__setattr__(self, "experts", experts)
         if isinstance(self.weights, str):
-            _one_of("weights", self.weights, ("own", "kept"))
+            one_of("weights", self.weights, ("own", "kept"))
         elif isinstance(self.weights, ByToken) != isinstance(self.experts, ByToken):
             raise BadInput("weights do not fit experts", expected="both for each token, or neither", got="one")
         elif isinstance(self.weights, tuple) and isinstance(self.experts, tuple):
@@ -258,7 +253,7 @@ class Randomize(Placed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("weights", self.weights, ("kept", "fresh"))
+        one_of("weights", self.weights, ("kept", "fresh"))
 
     def decides(self, spec: ModelSpec) -> tuple[int, ...]:
         """Its layers."""
