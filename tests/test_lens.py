@@ -391,7 +391,7 @@ def test_layers_of_different_kinds_are_asked_for_apart(tiny):
         model.spec = replace(model.spec, layers=(model.spec.layers[0], narrow, *model.spec.layers[2:]))
         with pytest.raises(BadInput, match="layers with different parts.*Ask for them apart"):
             expert_lens(model, [3, 4, 5])
-        assert expert_lens(model, [3, 4, 5], layers=[0, 2]).sizes["layer"] == 2
+        assert expert_lens(model, [3, 4, 5], layers=[0, 2, 2]).sizes["layer"] == 2
 
 
 BAD_TOKENS = [
