@@ -34,7 +34,7 @@ from moe_interp.interventions.base import check_together
 from moe_interp.interventions.widths import keep_slots
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
-from moe_interp.stats import bootstrap_ratio, group_totals, ratio
+from moe_interp.stats import bootstrap_by_group, bootstrap_ratio, group_totals, ratio
 
 _CHUNK = 2**22  # logits scored at once: 16 MB in float32, which a cache holds
 
@@ -329,15 +329,11 @@ def _by_domain_and_overall(
     seed: int,
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """Ratios of sums over documents, with intervals."""
-    ends = [
-        bootstrap_ratio(top[one], bottom[one], resamples=resamples, seed=seed + number)
-        for number, one in enumerate(counted.labels == label for label in range(len(counted.domains)))
-    ]
     pooled = bootstrap_ratio(top, bottom, strata=counted.labels, resamples=resamples, seed=seed)
     return {
         "": ratio(counted.by_domain(top), counted.by_domain(bottom)),
         "_overall": top.sum(axis=0) / bottom.sum(),
-        "_interval": np.stack(ends, axis=1),
+        "_interval": bootstrap_by_group(top, bottom, counted.labels, len(counted.domains), resamples, seed),
         "_overall_interval": pooled,
     }
 

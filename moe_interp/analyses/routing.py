@@ -166,11 +166,7 @@ def _means(sums: RoutingCounts, groups: np.ndarray, domains: int, resamples: int
     for name, (top, bottom) in ratios.items():
         own = [(top[groups == group], bottom[groups == group]) for group in range(domains)]
         values[name] = np.stack([stats.ratio(part.sum(axis=0), total.sum(axis=0)) for part, total in own])
-        ends = [
-            stats.bootstrap_ratio(part, total, resamples=resamples, seed=seed + group)
-            for group, (part, total) in enumerate(own)
-        ]
-        values[f"{name}_interval"] = np.stack(ends, axis=1)
+        values[f"{name}_interval"] = stats.bootstrap_by_group(top, bottom, groups, domains, resamples, seed)
     overall = stats.bootstrap_ratio(sums.counts, seen, strata=groups, resamples=resamples, seed=seed)
     values["utilisation_overall_interval"] = overall / chosen
     values["utilisation_interval"] = values["specialization_interval"] / chosen

@@ -21,7 +21,7 @@ import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, Pass
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.plain import check_plain_block
-from moe_interp.analyses.super_experts import nll_differences
+from moe_interp.analyses.super_experts import perplexity_ratios
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, apply
@@ -118,12 +118,8 @@ def _cosine(left: Float[Tensor, "T D"], right: Float[Tensor, "T D"]) -> Float[Te
 
 def _directions(sums: _Sums, resamples: int, seed: int) -> dict[str, Any]:
     def both(name: str, top: np.ndarray, bottom: np.ndarray) -> dict[str, Any]:
-        ends = [
-            stats.bootstrap_ratio(top[:, index], bottom[:, index], resamples=resamples, seed=seed)
-            for index in range(top.shape[1])
-        ]
         mean = stats.ratio(top.sum(axis=0), bottom.sum(axis=0))
-        return {name: mean, f"{name}_interval": np.stack(ends, axis=1)}
+        return {name: mean, f"{name}_interval": stats.bootstrap_ratio(top, bottom, resamples=resamples, seed=seed)}
 
     tokens = sums.tokens.sum(axis=0)
     constancy = (sums.vectors**2).sum(axis=-1) / tokens / sums.squares.sum(axis=1)
@@ -142,9 +138,7 @@ def _without(
     """Ratios of perplexity without the shared experts of one layer, and without its routed ones."""
     points = ("shared_out", "routed_out")
     edits: list[Intervention] = [apply(point, torch.zeros_like, layers=layer) for point in points for layer in layers]
-    difference, tokens = nll_differences(model, corpus, options, edits)
-    ends = [np.exp(stats.bootstrap_ratio(one, tokens, resamples=resamples, seed=seed)) for one in difference]
-    ratio, interval = np.exp(difference.sum(axis=1) / tokens.sum()), np.stack(ends, axis=1)
+    ratio, interval = perplexity_ratios(model, corpus, options, edits, resamples, seed)
     half = len(layers)
     return {
         "ratio_without_shared": ratio[:half],

@@ -32,7 +32,7 @@ from moe_interp.errors import one_of
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
 from moe_interp.run import Indices, Run, select
-from moe_interp.stats import bootstrap_ratio, group_totals, ratio
+from moe_interp.stats import bootstrap_by_group, bootstrap_ratio, group_totals, ratio
 
 CANDIDATES = ("heaviest", "lightest", "random_unselected", "other_token", "none")
 KEPT = ("heaviest", "random")
@@ -372,10 +372,6 @@ def _means(
 ) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     """Means over tokens by domain and over all, with intervals; each with its leading dims."""
     groups = [labels == label for label in range(labels.max() + 1)]
-    ends = [
-        bootstrap_ratio(totals[one], counts[one], resamples=resamples, seed=seed + number)
-        for number, one in enumerate(groups)
-    ]
     pooled = bootstrap_ratio(totals, counts, strata=labels, resamples=resamples, seed=seed)
     return {
         "": (
@@ -383,6 +379,9 @@ def _means(
             np.stack([ratio(totals[one].sum(axis=0), counts[one].sum(axis=0)) for one in groups]),
         ),
         "_overall": ((), ratio(totals.sum(axis=0), counts.sum(axis=0))),
-        "_interval": (("bound", "domain"), np.stack(ends, axis=1)),
+        "_interval": (
+            ("bound", "domain"),
+            bootstrap_by_group(totals, counts, labels, len(groups), resamples, seed),
+        ),
         "_overall_interval": (("bound",), pooled),
     }

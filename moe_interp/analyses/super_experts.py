@@ -129,10 +129,7 @@ def _removed(
     edits: list[Intervention] = [
         ablate(layer=layer, expert=expert) for some in experts for layer, expert in zip(layers, some, strict=True)
     ]
-    difference, tokens = nll_differences(model, corpus, options, edits)
-    ratio = np.exp(stats.ratio(difference.sum(axis=1), np.full(len(edits), tokens.sum())))
-    ends = [np.exp(stats.bootstrap_ratio(one, tokens, resamples=resamples, seed=seed)) for one in difference]
-    interval = np.stack(ends, axis=1) if ends else np.zeros((2, 0))
+    ratio, interval = perplexity_ratios(model, corpus, options, edits, resamples, seed)
     half = len(layers)
     return {
         "super_layer": np.array(layers, dtype=np.int64),
@@ -145,18 +142,29 @@ def _removed(
     }
 
 
-def nll_differences(
-    model: MoEModel, corpus: Corpus, options: Options, edits: list[Intervention]
-) -> tuple[Float[np.ndarray, "M N"], Int[np.ndarray, " N"]]:
-    """Nats that each edit adds to each document, and the tokens scored; a document's first token is not.
+def perplexity_ratios(
+    model: MoEModel, corpus: Corpus, options: Options, edits: list[Intervention], resamples: int, seed: int
+) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, "2 M"]]:
+    """Perplexity under each edit over that of the model, and 95 % intervals over documents.
 
     Raises:
         BadInput: no document has two tokens.
     """
+    if not edits:
+        return np.zeros(0), np.zeros((2, 0))
+    difference, tokens = _nll_differences(model, corpus, options, edits)
+    interval = stats.bootstrap_ratio(difference.T, tokens, resamples=resamples, seed=seed)
+    return np.exp(difference.sum(axis=1) / tokens.sum()), np.exp(interval)
+
+
+def _nll_differences(
+    model: MoEModel, corpus: Corpus, options: Options, edits: list[Intervention]
+) -> tuple[Float[np.ndarray, "M N"], Int[np.ndarray, " N"]]:
+    """Nats that each edit adds to each document, and the tokens scored; a document's first token is not."""
     work = Pass(model, corpus, options).batches
     found, tokens = np.zeros((len(edits), len(corpus))), np.zeros(len(corpus), np.int64)
     with tqdm(total=len(corpus) * len(edits), desc="without an expert", unit="document") as progress:
-        for batch in work if edits else ():
+        for batch in work:
             ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
             tokens[batch.documents] = mask.sum(dim=1).numpy() - 1
             plain = nll_sums(model.run(batch.inputs).logits, ids, mask)
@@ -164,7 +172,7 @@ def nll_differences(
                 edited = nll_sums(model.run(batch.inputs, edit=edit).logits, ids, mask)
                 found[number, batch.documents] = edited - plain
                 progress.update(len(batch.documents))
-    if edits and not tokens.any():
+    if not tokens.any():
         raise BadInput("nothing to score", expected="a document of two or more tokens", got="none")
     return found, tokens
 

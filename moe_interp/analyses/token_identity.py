@@ -124,10 +124,6 @@ def identity_values(
     predicted, overlap = _predicted(sums, known, len(tokens))
     own = [groups == group for group in range(domains)]
     difference = actual - predicted
-    ends = [
-        stats.bootstrap_ratio(difference[one], tokens[one], resamples=resamples, seed=seed + group)
-        for group, one in enumerate(own)
-    ]
     p = [stats.sign_flip_max(difference[one], flips=resamples, seed=seed + group) for group, one in enumerate(own)]
     total = stats.group_totals(tokens, groups, domains)
     shares = {
@@ -137,7 +133,7 @@ def identity_values(
     whole = stats.group_totals(counts.tokens.sum(axis=1), groups, domains)
     return {
         **shares,
-        "gain_interval": np.stack(ends, axis=1),
+        "gain_interval": stats.bootstrap_by_group(difference, tokens, groups, domains, resamples, seed),
         "gain_p": np.stack(p),
         **overlap,
         "tokens": total,

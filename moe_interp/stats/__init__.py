@@ -34,6 +34,7 @@ from moe_interp.stats.permutation import (
 )
 from moe_interp.stats.resampling import (
     block_jackknife,
+    bootstrap_by_group,
     bootstrap_debias,
     bootstrap_mean,
     bootstrap_ratio,
@@ -46,6 +47,7 @@ from moe_interp.stats.resampling import (
 
 __all__ = [
     "block_jackknife",
+    "bootstrap_by_group",
     "bootstrap_debias",
     "bootstrap_mean",
     "bootstrap_ratio",

@@ -102,6 +102,20 @@ def bootstrap_ratio(
     return ends
 
 
+def bootstrap_by_group(
+    numerator: Num[np.ndarray, "N *rest"],
+    denominator: Num[np.ndarray, "N *shared"],
+    groups: Int[np.ndarray, " N"],
+    count: int,
+    resamples: int,
+    seed: int,
+) -> Float[np.ndarray, "2 G *rest"]:
+    """`bootstrap_ratio` of the documents of each group, 0 ... count - 1, which draws with a seed of its own."""
+    parts = ((numerator[groups == group], denominator[groups == group]) for group in range(count))
+    ends = [bootstrap_ratio(*part, resamples=resamples, seed=seed + group) for group, part in enumerate(parts)]
+    return np.stack(ends, axis=1)
+
+
 def _studentised(
     weights: Float[np.ndarray, "R N"],
     top: Num[np.ndarray, "N *rest"],
