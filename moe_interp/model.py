@@ -278,8 +278,9 @@ class MoEModel:
         if spec.unembed is None:
             return normed
         # As rows, which no run takes for the hidden states of its own batch.
-        logits = self.hf.get_submodule(spec.unembed)(normed.reshape(-1, normed.shape[-1]))
-        return logits_of(spec, logits.reshape(*normed.shape[:-1], -1))
+        places, size = normed.shape[:-1], normed.shape[-1]
+        logits = self.hf.get_submodule(spec.unembed)(normed.reshape(places.numel(), size))
+        return logits_of(spec, logits.reshape(*places, logits.shape[-1]))
 
     def experts(self, layer: int) -> Experts:
         """The experts of a layer, without standing edits, as a function of any input and any expert ids.

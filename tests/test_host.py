@@ -143,7 +143,8 @@ def test_an_edit_may_decode_a_whole_batch_in_a_run_without_output():
     with moe.wrap(build("olmoe")) as model:
         look = moe.apply("resid_post", lambda value: shapes.append(model.decode(value).shape) or value, layers=1)
         model.run(IDS, edit=look, output=False)
-    assert shapes == [(2, 8, 96)]
+        sizes = [model.decode(torch.ones(*places, 64)).shape for places in ((), (0,), (3, 0, 2))]
+    assert shapes == [(2, 8, 96)] and sizes == [(96,), (0, 96), (3, 0, 2, 96)]
 
 
 def test_plain_hooks_see_the_points():
