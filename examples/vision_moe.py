@@ -3,8 +3,8 @@
     python examples/vision_moe.py                               # scikit-learn's digits: under two minutes on one core
     python examples/vision_moe.py --data DIR --study small --workers 2     # CIFAR-10, narrow, few images: half an hour
     python examples/vision_moe.py --data DIR --study medium --workers 2    # the same longer: an hour and a half
-    python examples/vision_moe.py --data DIR --study full --workers 8      # the paper's study: 20 minutes of an H100
-    python examples/vision_moe.py --from vision_full            # the tables of trials that are there, without images
+    python examples/vision_moe.py --data DIR --study full --workers 8      # the paper's study: 20 minutes of a GPU
+    python examples/vision_moe.py --from vision_full            # tables of trials that are there, without images
 
 DIR holds CIFAR-10 as parquet (the hub's layout), as a folder a class, or as torchvision has it. Every trial is a file
 in the work directory; a second start goes on where the first stopped. On CIFAR-10 the tables set the paper's figures
@@ -236,7 +236,7 @@ def claims_table(results: Findings) -> Table:
     columns = ["the paper", "verdict", "ours"]
     note = (
         "Criteria in brackets are ours, written down before the medium study was run; those marked LATER after it and "
-        "before the full one, those marked AFTER when the full one had been seen. What we have of the paper says what "
+        "before the full one, those marked AFTER when five trials of the full one had been seen. What we have of the paper says what "
         "figures 2 to 6 show, not every number in them, so that claims stand for them."
     )
     return Table("Claims", columns, [list(claim) for claim in claims(results)], note)

@@ -120,8 +120,8 @@ def run_study(
     there = {job.name: _finished(job, images) for job in jobs if job.path.exists()}
     missing = [job for job in jobs if job.name not in there]
     steps = {job.name: job.plan.epochs * steps_per_epoch(len(images.train), job.plan) for job in jobs}
-    with tqdm(total=sum(steps.values()), unit="step", smoothing=0.01, disable=quiet) as bar:
-        bar.update(sum(steps[name] for name in there))
+    done = sum(steps[name] for name in there)
+    with tqdm(total=sum(steps.values()), initial=done, unit="step", smoothing=0.01, disable=quiet) as bar:
         if workers > 1 and len(missing) > 1:
             for job in _made_by(workers, images, device, missing):
                 bar.update(steps[job.name])
