@@ -236,8 +236,8 @@ def claims_table(results: Findings) -> Table:
     columns = ["the paper", "verdict", "ours"]
     note = (
         "Criteria in brackets are ours, written down before the medium study was run; those marked LATER after it and "
-        "before the full one, those marked AFTER when five trials of the full one had been seen. What we have of the paper says what "
-        "figures 2 to 6 show, not every number in them, so that claims stand for them."
+        "before the full one, those marked AFTER when five trials of the full one had been seen. What we have of the "
+        "paper says what figures 2 to 6 show, not every number in them, so that claims stand for them."
     )
     return Table("Claims", columns, [list(claim) for claim in claims(results)], note)
 
