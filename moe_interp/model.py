@@ -303,9 +303,10 @@ class MoEModel:
         return moe.kernel.weights(self.hf.get_submodule(moe.experts), expert)
 
     def provenance(self) -> dict[str, str | int | float]:
-        """What a result must say about the model it was measured on."""
+        """What a result must say about the model it was measured on, standing edits included where there are some."""
         return {
             "model": self.name,
+            **({"edits": "; ".join(map(repr, self._standing))} if self._standing else {}),
             "model_type": self.spec.model_type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,

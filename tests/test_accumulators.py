@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import moe_interp as moe
 from moe_interp import stats
 from moe_interp.analyses.coactivation import PairCounts
-from moe_interp.analyses.collect import Options, collect, counted
-from moe_interp.analyses.exact import Exact
+from moe_interp.analyses.collect import Options, collect, counted, sizes
+from moe_interp.analyses.exact import Exact, blocks_of
 from moe_interp.analyses.labels import LabelCounts, kind, label_tokens
 from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.token_counts import TokenCounts
@@ -46,6 +46,11 @@ def runs(padding: str = "right"):
 @cache
 def choices():
     return [choice for run, documents in runs() for choice in choices_of(run, documents)]
+
+
+def in_blocks() -> list[list[dict]]:
+    numbers = blocks_of(np.arange(DOCUMENTS), 3)
+    return [[c for c in choices() if numbers[c["document"]] == block] for block in range(3)]
 
 
 def fed(name: str, *parts) -> Exact:
@@ -173,7 +178,7 @@ def test_intervals_of_lift_leave_out_blocks_of_documents():
     from scipy.stats import t
 
     result = fed("pairs", *runs()).result(provenance={}, resamples=5)
-    blocks = [[c for c in choices() if c["document"] % 3 == block] for block in range(3)]
+    blocks = in_blocks()
     whole, mean, error = slow.block_jackknife(lambda some: slow.lift(some, LAYERS[0], 1, 4), blocks)
     centre, half = whole - 2 * (mean - whole), t.ppf(0.975, 2) * error
     found = result.lift_interval.sel(layer=LAYERS[0], expert=1, other=4)
@@ -230,7 +235,7 @@ def test_the_gain_is_nothing_for_independent_layers_and_large_for_copied_ones():
 def test_token_counts_equal_loops():
     sums = fed("tokens", *runs())
     for fold in range(3):
-        own = {d for d in range(DOCUMENTS) if d % 3 == fold}
+        own = set(np.flatnonzero(blocks_of(np.arange(DOCUMENTS), 3) == fold).tolist())
         for index, layer in enumerate(LAYERS):
             table = sums.table(index, fold).toarray()
             for token in range(VOCABULARY):
@@ -418,6 +423,51 @@ def test_what_is_held_is_what_is_stated(name):
         "tokens": 16 * (sums.routed.tidy()[0].size + sums.seen.tidy()[0].size) if name == "tokens" else 0,
     }[name]
     assert sums.nbytes == stated
+
+
+def test_domains_that_alternate_do_not_share_blocks():
+    documents = np.arange(1000)
+    blocks = blocks_of(documents, 10)
+    for turn in range(100):
+        assert sorted(blocks[10 * turn : 10 * turn + 10]) == list(range(10))
+    for domains in (2, 5, 9, 10, 11):
+        table = np.zeros((10, domains), int)
+        np.add.at(table, (blocks, documents % domains), 1)
+        assert np.abs(table - 100 / domains).max() < 4 * np.sqrt(100 / domains)
+    parts = np.concatenate([blocks_of(documents[rows], 10) for rows in (slice(7), slice(7, 501), slice(501, None))])
+    np.testing.assert_array_equal(parts, blocks)  # whatever comes together
+
+
+def test_experts_that_are_always_chosen_are_together_by_load_alone():
+    rng = np.random.default_rng(0)
+    third = rng.integers(2, 6, size=(20, 200))
+    blocks = np.zeros((20, 1, 6, 6), np.int64)
+    for block, chosen in enumerate(third):
+        for one in chosen:
+            blocks[block, 0][np.ix_([0, 1, one], [0, 1, one])] += 1
+    sums = PairCounts((0,), (3,), np.full(20, 200), blocks, np.zeros((1, 6, 6), np.int64))
+    result = sums.result(provenance={}, resamples=200)
+    pair = result.sel(layer=0, expert=0, other=1)
+    assert float(pair.lift) == float(pair.lift_load) == 1.0
+    assert float(pair.lift_p) == 1.0
+    np.testing.assert_allclose(result.lift_load[0, 0, 1:], 1.0)
+
+
+def test_a_pass_is_not_taken_up_by_another_model_of_its_name(tmp_path):
+    path, options = tmp_path / "states.npz", Options(batch_tokens=16)
+    for seed in (0, 1):
+        hf = build("olmoe")
+        with torch.no_grad():
+            for name, weights in hf.named_parameters():
+                if "gate.weight" in name:
+                    weights += seed
+        with moe.wrap(hf, Special(), name="tiny") as model:
+            sums = {"pairs": PairCounts.empty(*sizes(model))}
+            if seed == 0:
+                collect(model, CORPUS, sums, options, resume=path)
+            else:
+                with pytest.raises(BadData, match="is of another pass: expected the same model, dtype, tokenizer"):
+                    collect(model, CORPUS, sums, options, resume=path)
 
 
 def test_a_pass_over_labels_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):

@@ -295,6 +295,8 @@ def test_similarity_without_weights_and_with_too_few_tokens():
     assert not result.output_cka.sel(expert=0, other=1).isnull().any()
     with pytest.raises(BadInput, match="too few tokens to compare outputs: expected five or more"):
         expert_similarity(model_of("olmoe"), Corpus.from_texts({"a": ["x"]}), tokens=1)
+    with pytest.raises(BadInput, match="expected five or more, got 3"):
+        expert_similarity(model_of("olmoe"), CORPUS, tokens=3)
     with pytest.raises(UnknownName, match="layer 1 has no experts"):
         expert_similarity(model_of("qwen2_moe"), CORPUS, layers=1)
 
@@ -410,6 +412,10 @@ def test_random_neurons_stand_out_as_random_directions_do_and_a_planted_one_more
         assert 0.0 < float((others <= 0.05).mean()) < 0.2
         with pytest.raises(BadInput, match="top out of range"):
             neuron_lens(model, 0, 2, top=0)
+        with torch.no_grad():
+            hf.model.layers[0].mlp.experts.down_proj[2][:, 9] = 0
+        nothing = neuron_lens(model, 0, 2, null_directions=50).sel(neuron=9)
+        assert nothing.z.isnull().all() and nothing.z_p.isnull().all()
 
 
 def test_control_tokens_are_of_another_document_where_there_is_one():

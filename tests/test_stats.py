@@ -79,8 +79,51 @@ def test_few_documents_have_students_interval():
     assert stats.bootstrap_mean(values, strata=strata) == pytest.approx([7 - half, 7 + half])
 
 
-def test_a_resample_without_a_denominator_has_no_interval():
+def test_documents_without_a_denominator_say_nothing():
     assert np.isnan(stats.bootstrap_ratio(np.array([1, 0, 0]), np.array([4, 0, 0]))).all()
+    top, bottom = np.array([1, 2, 1, 3, 0]), np.array([4, 9, 5, 8, 0])  # four that have one: Student's
+    assert stats.bootstrap_ratio(top, bottom) == pytest.approx(slow.bootstrap_interval(top, bottom, []))
+    tops, bottoms = np.zeros((2, 60), int)
+    tops[::10], bottoms[::10] = [1, 2, 1, 3, 2, 4], [4, 9, 5, 8, 7, 9]  # six of sixty: some resamples have none of them
+    draws = stats.resampling_weights(np.zeros(60, int), 2000, 0)
+    assert (draws[:, ::10].sum(axis=1) == 0).any()
+    ends = stats.bootstrap_ratio(tops, bottoms, resamples=2000)
+    assert ends == pytest.approx(slow.bootstrap_interval(tops.tolist(), bottoms.tolist(), draws))
+    columns = stats.bootstrap_ratio(np.stack([top, top], 1)[:, None], np.stack([bottom, bottom + 1], 1)[:, None])
+    assert columns[:, 0, 0] == pytest.approx(stats.bootstrap_ratio(top, bottom))  # few in this column alone
+    assert columns[:, 0, 1] == pytest.approx(stats.bootstrap_ratio(top, bottom + 1))
+
+
+def test_the_interval_of_a_ratio_does_not_care_for_the_sign_of_both():
+    rng = np.random.default_rng(5)
+    bottom = rng.gamma(3.0, size=12)
+    top = bottom * rng.normal(0.5, 0.2, size=12)
+    ends = stats.bootstrap_ratio(top, bottom)
+    np.testing.assert_allclose(stats.bootstrap_ratio(-top, -bottom), ends, rtol=1e-9)
+    np.testing.assert_allclose(stats.bootstrap_ratio(top, -bottom), -ends[::-1], rtol=1e-9)
+    few = slice(4)
+    np.testing.assert_allclose(
+        stats.bootstrap_ratio(-top[few], -bottom[few]), stats.bootstrap_ratio(top[few], bottom[few])
+    )
+    mixed = bottom * np.where(np.arange(12) == 3, -0.3, 1.0)
+    draws = stats.resampling_weights(np.zeros(12, int), 300, 0)
+    low, high = stats.bootstrap_ratio(-top, -mixed, resamples=300)
+    assert low < top.sum() / mixed.sum() < high
+    np.testing.assert_allclose([low, high], slow.bootstrap_interval(top, mixed, draws), rtol=1e-9)
+
+
+def test_a_uniform_router_draws_as_enumeration_has_it():
+    rng = np.random.default_rng(0)
+    for experts, top_k in ((2, 1), (5, 2), (4, 3), (3, 3)):
+        counts = stats.uniform_counts(np.array([40, 3, 0]), experts, top_k, 4000, rng)
+        assert (counts.sum(axis=-1) == np.array([40, 3, 0]) * top_k).all()
+        chance = top_k / experts
+        np.testing.assert_allclose(counts[:, 0].mean(axis=0), 40 * chance, rtol=0.03)
+        np.testing.assert_allclose(counts[:, 0].var(axis=0), 40 * chance * (1 - chance), rtol=0.1, atol=1e-12)
+    one = stats.uniform_counts(np.array([1]), 5, 2, 20_000, rng)[:, 0]
+    assert one.max() == 1
+    pairs = one.T.astype(float) @ one / 20_000
+    np.testing.assert_allclose(pairs[np.triu_indices(5, 1)], 1 / 10, atol=0.01)  # ten sets of two
 
 
 def test_resamples_keep_the_size_of_each_stratum_and_repeat_with_the_seed():

@@ -1,5 +1,6 @@
 """What depends on the token: vocabulary specialization, the null of token identity, routing by a label."""
 
+import re
 from functools import cache
 from itertools import combinations, product
 
@@ -10,6 +11,7 @@ import xarray as xr
 import moe_interp as moe
 from moe_interp import results, stats
 from moe_interp.analyses import labels as labelling
+from moe_interp.analyses.exact import blocks_of
 from moe_interp.analyses.labels import LabelCounts, routing_by_label, spans
 from moe_interp.analyses.token_counts import TokenCounts
 from moe_interp.analyses.token_identity import identity_values, known_ids, token_identity
@@ -76,7 +78,7 @@ def test_a_random_router_gains_nothing_and_one_that_reads_the_token_gains_all():
         ids = chosen.nonzero()[1].reshape(-1, 4)
         sums = TokenCounts.empty((0,), 16, 4, 50)
         sums.seen.add(documents * 50 + tokens)
-        sums.routed.add((((documents % 10) * 50 + tokens)[:, None] * 16 + ids).ravel())
+        sums.routed.add(((blocks_of(documents, 10) * 50 + tokens)[:, None] * 16 + ids).ravel())
         gains.append(vocabulary_result(sums, None, provenance={}))
     nothing, everything = gains
     low, high = nothing.gain_interval[:, 0]
@@ -137,7 +139,8 @@ def test_what_ids_predict_equals_loops():
     known = known_ids(sums, 3)
     counts = LabelCounts.empty(DOCUMENTS, 2, LAYERS, EXPERTS, TOP_K)
     documents = np.arange(DOCUMENTS)
-    tokens = [known[d % FOLDS, run.token_ids[d, : int(run.mask[d].sum())].numpy()].astype(np.int64) for d in documents]
+    folds = blocks_of(documents, FOLDS)
+    tokens = [known[folds[d], run.token_ids[d, : int(run.mask[d].sum())].numpy()].astype(np.int64) for d in documents]
     counts.add(run, documents, tokens)
     groups = np.array([0, 1, 0, 1, 1, 0])
     values = identity_values(sums, counts, known, groups, 2, 30, 0)
@@ -145,7 +148,7 @@ def test_what_ids_predict_equals_loops():
         own = set(np.flatnonzero(groups == group).tolist())
         for index, layer in enumerate(LAYERS):
             for expert in range(EXPERTS):
-                total, real, number = slow.predicted(choices, layer, own, expert, FOLDS, 3)
+                total, real, number = slow.predicted(choices, layer, own, expert, folds, 3)
                 assert values["tokens"][group] == number
                 assert values["specialization"][group, index, expert] == pytest.approx(real / number)
                 assert values["specialization_token"][group, index, expert] == pytest.approx(total / number)
@@ -153,7 +156,7 @@ def test_what_ids_predict_equals_loops():
     everyone = set(range(DOCUMENTS))
     hits = total = 0
     for choice in slow.at(choices, LAYERS[0]):
-        others = {d for d in everyone if d % FOLDS != choice["document"] % FOLDS}
+        others = {d for d in everyone if folds[d] != folds[choice["document"]]}
         if slow.occurs(choices, LAYERS[0], choice["token"], others) >= 3:
             went = [slow.routed(choices, LAYERS[0], choice["token"], e, others) for e in range(EXPERTS)]
             best = sorted(range(EXPERTS), key=lambda e: (-went[e], e))[:TOP_K]
@@ -182,11 +185,12 @@ def test_a_router_that_reads_only_the_token_has_no_gain_and_one_that_reads_the_d
                 chosen[moved, 0] = True
             ids = chosen.nonzero()[1].reshape(-1, top_k)
             sums.seen.add(document * vocabulary + tokens)
-            sums.routed.add((((document % 10) * vocabulary + tokens)[:, None] * experts + ids).ravel())
+            fold = blocks_of(np.array(document), 10)
+            sums.routed.add(((fold * vocabulary + tokens)[:, None] * experts + ids).ravel())
             routes.append((tokens, ids))
         known = known_ids(sums, 5)
         for document, (tokens, ids) in enumerate(routes):
-            kept = known[document % 10, tokens]
+            kept = known[blocks_of(np.array(document), 10), tokens]
             counts.tokens[document] = [length - kept.sum(), kept.sum()]
             np.add.at(counts.counts[document, 1, 0], ids[kept].ravel(), 1)
         values = identity_values(sums, counts, known, groups, 2, 300, 0)
@@ -225,6 +229,53 @@ def test_kinds_scripts_and_places():
     ]  # fmt: skip
     assert [labelling.script(one) for one in ("the", "日", "λ", "12")] == ["latin", "cjk", "greek", "none"]
     assert [labelling.place(n) for n in (0, 3, 4, 63, 64, 256)] == ["0-3", "0-3", "4-15", "16-63", "64-255", "256-"]
+
+
+def bytes_tokenizer():
+    """A byte a token, as byte-level vocabularies split what they do not know; a word keeps the space before it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    signs = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({sign: number for number, sign in enumerate(signs)}, [], fuse_unk=False))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def test_parts_of_characters_have_the_label_of_the_character():
+    corpus = Corpus.from_texts({"a": ["a日5, λ"]})
+    for label, expected in (
+        ("kind", ["word"] * 4 + ["number", "punctuation", "space", "word", "word"]),
+        ("script", ["latin", "cjk", "cjk", "cjk", "none", "none", "none", "greek", "greek"]),
+    ):
+        model = moe.wrap(build("olmoe"), bytes_tokenizer())
+        names, (numbers,) = labelling.label_tokens(model, corpus, label)
+        assert [names[number] for number in numbers] == expected
+        model.close()
+    assert [labelling.kind(one) for one in ("\ufffd", " \ufffd", "a\ufffdb")] == ["other", "other", "word"]
+    assert labelling.script("\ufffd") == "none"
+
+
+def test_the_space_before_a_token_is_not_its_middle():
+    text = "I saw  a - mile "
+    tokens = [(0, 1), (1, 5), (5, 8), (8, 10), (10, 15), (15, 16)]
+    tag = spans(lambda text: [(one.start(), one.end(), "W") for one in re.finditer(r"\S+", text)])
+    said = tag(labelling.Tokenized(text, [text[slice(*one)] for one in tokens], tokens))
+    assert said == ["W", "W", "W", "W", "W", "other"]
+
+
+def test_documents_of_one_label_do_not_test_rounding():
+    rng = np.random.default_rng(0)
+    counts = np.zeros((30, 2, 1, 4), np.int64)
+    counts[:, 0, 0] = rng.multinomial(49, [0.1, 0.2, 0.3, 0.4], size=30)
+    counts[:15], counts[15:, 1] = counts[:15], 0
+    counts[:15, [0, 1]] = counts[:15, [1, 0]]  # half of them have the one label, half the other
+    found = labelling.differences(counts, counts.sum(axis=-1))
+    assert (found == 0).all()
+    tokens = counts.sum(axis=(2, 3))
+    result = LabelCounts((0,), (1,), tokens, counts).result(["a", "b"], provenance={}, resamples=100)
+    assert (result.specialization_p == 1).all()
 
 
 def test_routing_by_punctuation_equals_loops_and_is_one_call():

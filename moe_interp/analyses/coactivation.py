@@ -23,7 +23,7 @@ from torch import Tensor
 
 import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, collect, sizes
-from moe_interp.analyses.exact import Exact, Provenance, flat_counts, of_each, one_or_each, told_top_k
+from moe_interp.analyses.exact import Exact, Provenance, blocks_of, flat_counts, of_each, one_or_each, told_top_k
 from moe_interp.data import Corpus
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -41,7 +41,7 @@ class PairCounts(Exact):
     Attributes:
         layers: [L], MoE layer indices.
         top_k: [L], K.
-        tokens: [Z], real tokens; document n is in block n modulo Z.
+        tokens: [Z], real tokens of each block of documents (`blocks_of`).
         pairs: [Z, L, E, E], tokens that chose both; on the diagonal those that chose the one.
         adjacent: [L, E, E], tokens in which the two were neighbours by weight.
     """
@@ -65,7 +65,7 @@ class PairCounts(Exact):
 
     def update(self, run: Run, documents: Int[np.ndarray, " B"]) -> None:
         """Adds a run; row b belongs to document ``documents[b]``."""
-        blocks = torch.from_numpy(documents % len(self.tokens))
+        blocks = torch.from_numpy(blocks_of(documents, len(self.tokens)))
         np.add.at(self.tokens, blocks.numpy(), run.mask.sum(dim=1).cpu().numpy())
         for index, layer in enumerate(self.layers):
             block, ids = _kept(run.routing[layer], blocks)
@@ -152,7 +152,11 @@ def _lift(pairs: Int[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
 def _null_of_loads(inclusion: Float[np.ndarray, " E"], top_k: int) -> Float[np.ndarray, "E E"]:
     if not inclusion.any():
         return np.full((len(inclusion), len(inclusion)), np.nan)
-    return stats.pair_inclusion(stats.inclusion_weights(inclusion), top_k)
+    sure = inclusion == 1  # is there whoever else is drawn: the others draw what is left, and nothing is rounded
+    pairs = np.outer(inclusion, inclusion)
+    left = top_k - int(sure.sum())
+    pairs[np.ix_(~sure, ~sure)] = stats.pair_inclusion(stats.inclusion_weights(inclusion[~sure]), left)
+    return pairs
 
 
 def off_diagonal(table: Float[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:

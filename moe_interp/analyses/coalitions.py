@@ -72,7 +72,7 @@ def coalitions(
         ``base`` (text): the metric of the untouched run. ``effect`` (text, coalition): the metric without these experts
         less that; 0 exactly in a text that uses none of them. ``interaction``: what smaller sets do not explain, for a
         pair effect(ab) - effect(a) - effect(b), for one expert its effect. Each with ``_mean`` over texts and
-        ``_interval``: 95 %, by bootstrap over texts, NaN for one. ``tokens``: how many tokens of a text use any.
+        ``_interval``: 95 %, over texts, NaN for one. ``tokens``: how many tokens of a text use any.
         ``member`` (coalition, expert): 1 or 0; ``size`` (coalition). With sets of all sizes ``shapley`` (text, expert),
         which sums to the effect of all, ``shapley_mean``, ``shapley_interval``. All in the metric's units.
 
@@ -182,6 +182,6 @@ def _over_texts(
         name: Variable(("text", dim), values, units, meaning),
         f"{name}_mean": Variable((dim,), values.mean(axis=0), units, f"{meaning}; mean over texts"),
         f"{name}_interval": Variable(
-            (dim, "bound"), ends, units, f"of {name}_mean: 95 %, by bootstrap over texts; NaN for one text"
+            (dim, "bound"), ends, units, f"of {name}_mean: 95 %, over texts; NaN for one text"
         ),
     }

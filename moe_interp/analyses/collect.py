@@ -169,7 +169,7 @@ def collect(
             expected="a model without standing edits, or resume=None",
             got=f"{len(model._standing)} of them, which a file cannot be told from others by",
         )
-    mark = _mark(going, sums)
+    mark = "" if path is None else _mark(going, sums)
     done = 0 if path is None or not path.exists() else _take_up(path, sums, mark)
     read = [Read(point) for point in sorted({point for one in sums.values() for point in one.reads})]
     for number, (run, batch) in enumerate(going.runs(read, "routing", skip=done), start=done + 1):
@@ -181,10 +181,18 @@ def collect(
 
 
 def _mark(going: Pass, sums: Mapping[str, Exact]) -> str:
-    """Tells one pass from another: the model's name, the texts, the options, the accumulators."""
+    """Tells one pass from another: the model's name and routers, the texts and their ids, the options, accumulators."""
+    model = going.model
     kinds = {name: [type(one).__name__, repr(one.identity())] for name, one in sums.items()}
-    told = [going.model.name, going.corpus.texts, repr(going.options), kinds]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode("utf-8")).hexdigest()
+    told = [model.name, str(model.dtype), going.corpus.texts, repr(going.options), kinds]
+    found = hashlib.sha256(json.dumps(told, sort_keys=True).encode("utf-8"))
+    for batch in going.batches:
+        found.update(batch.inputs["input_ids"].numpy().tobytes())
+    for layer in model.layers:  # models of one name, or steps of one training, differ here
+        for weights in model.hf.get_submodule(model.spec.moe(layer).router).parameters():
+            if not weights.is_meta:
+                found.update(weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _store(path: Path, sums: Mapping[str, Exact], mark: str, done: int) -> None:
@@ -202,7 +210,7 @@ def _take_up(path: Path, sums: Mapping[str, Exact], mark: str) -> int:
     if str(arrays.get("mark")) != mark:
         raise BadData(
             f"{path} is of another pass",
-            expected="the same model, texts, options and accumulators",
+            expected="the same model, dtype, tokenizer, texts, options and accumulators",
             got="different ones",
             do="Name another file, or delete this one.",
         )

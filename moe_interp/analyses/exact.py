@@ -157,6 +157,17 @@ def _field(kind: Any, stored: np.ndarray) -> Any:
     return tuple(stored.tolist()) if getattr(kind, "__origin__", None) is tuple else stored
 
 
+def blocks_of(documents: Int[np.ndarray, "*shape"], blocks: int) -> Int[np.ndarray, "*shape"]:
+    """The block of documents, 0 ... Z - 1, that each document number is in.
+
+    Any Z successive documents from a multiple of Z on go to Z different blocks, in an order drawn anew for each such
+    turn: in one order, a corpus whose domains alternate would have blocks of one domain each.
+    """
+    turns, which = np.unique(documents // blocks, return_inverse=True)
+    orders = [np.random.default_rng([blocks, turn]).permutation(blocks) for turn in turns.tolist()]
+    return np.asarray(np.stack(orders)[which.reshape(documents.shape), documents % blocks])
+
+
 def fixed(values: Float[Tensor, "*shape"], what: str = "the router") -> Int[Tensor, "*shape"]:
     """In units of 2^-32.
 

@@ -25,13 +25,14 @@ from moe_interp.analyses.collect import Options, collect, sizes
 from moe_interp.analyses.exact import Exact, Provenance, flat_counts, of_each, one_or_each, told_top_k
 from moe_interp.analyses.routing_values import taken
 from moe_interp.data import Corpus, check_corpus
-from moe_interp.encode import GIVE_TOKENIZER, token_text
+from moe_interp.encode import GIVE_TOKENIZER
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 from moe_interp.run import Run
 
 MOST = 256
+PART = "\N{REPLACEMENT CHARACTER}"  # what decoders give for bytes that are no whole character
 
 
 class Tokenized(NamedTuple):
@@ -39,7 +40,8 @@ class Tokenized(NamedTuple):
 
     Attributes:
         text: the document.
-        tokens: the text of every token, special ones included.
+        tokens: the text of every token, special ones included; of one that is a part of a character, the whole
+            character where the tokenizer says which, else U+FFFD.
         spans: first and last character (exclusive) of each; None where the tokenizer does not say.
     """
 
@@ -54,7 +56,7 @@ Labeller = Callable[[Tokenized], Sequence[str]]
 
 def kind(token: str) -> str:
     """word, number, punctuation, symbol, space, other: what most of a token's visible characters are."""
-    signs = [unicodedata.category(sign)[0] for sign in token.strip()]
+    signs = [unicodedata.category(sign)[0] if sign != PART else "" for sign in token.strip()]
     if not signs:
         return "space"
     commonest = max(sorted(set(signs)), key=signs.count)
@@ -85,7 +87,7 @@ LABELLERS: dict[str, Labeller] = {
 def spans(mark: Callable[[str], Sequence[tuple[int, int, str]]], *, other: str = "other") -> Labeller:
     """A labeller of a function from a text to (first character, last + 1, label), such as a part-of-speech tagger.
 
-    A token gets the label of the stretch that its middle lies in. With spaCy:
+    A token gets the label of the stretch that its middle lies in, without the white space around it. With spaCy:
     ``spans(lambda text: [(t.idx, t.idx + len(t), t.pos_) for t in nlp(text)])``.
     """
 
@@ -100,10 +102,16 @@ def spans(mark: Callable[[str], Sequence[tuple[int, int, str]]], *, other: str =
         by_sign = [other] * len(text.text)
         for first, last, label in mark(text.text):
             by_sign[first:last] = [label] * (last - first)
-        middles = [(first + last - 1) // 2 if last > first else -1 for first, last in text.spans]
-        return [other if middle < 0 else by_sign[middle] for middle in middles]
+        return [by_sign[_middle(text.text, *span)] if span[1] > span[0] else other for span in text.spans]
 
     return labels
+
+
+def _middle(text: str, first: int, last: int) -> int:
+    """The character in the middle of a stretch without the white space around it: tokens hold the space before them."""
+    part = text[first:last]
+    first, last = first + len(part) - len(part.lstrip()), last - len(part) + len(part.rstrip())
+    return max(first + last - 1, 0) // 2
 
 
 def check_label(label: str | Labeller) -> None:
@@ -147,8 +155,12 @@ def _labels(labeller: Labeller, text: Tokenized, document: str) -> list[str]:
 def _tokenized(tokenizer: Any, text: str) -> Tokenized:
     fast = getattr(tokenizer, "is_fast", False)
     encoded = tokenizer(text, verbose=False, **({"return_offsets_mapping": True} if fast else {}))
-    tokens = [token_text(tokenizer, token) for token in encoded["input_ids"]]
-    return Tokenized(text, tokens, [tuple(pair) for pair in encoded["offset_mapping"]] if fast else None)
+    tokens = [str(tokenizer.decode([token])) for token in encoded["input_ids"]]
+    if not fast:
+        return Tokenized(text, tokens, None)
+    spans = [tuple(pair) for pair in encoded["offset_mapping"]]
+    whole = [text[slice(*span)] or token if PART in token else token for token, span in zip(tokens, spans, strict=True)]
+    return Tokenized(text, whole, spans)
 
 
 @dataclass
@@ -260,9 +272,9 @@ def differences(counts: Int[np.ndarray, "N G L E"], tokens: Num[np.ndarray, "N G
 
     n_g (s_g - s) for n_g tokens that take experts of the layer: 0 in documents that have only such tokens, or none.
     """
-    share = stats.ratio(counts.sum(axis=1), tokens.sum(axis=1))
-    expected = tokens[..., None] * np.nan_to_num(share)[:, None]
-    return counts - expected
+    every, chose = tokens.sum(axis=1, keepdims=True), counts.sum(axis=1, keepdims=True)
+    # Divided last: whole numbers cancel exactly, and signs of rounding would be told from chance.
+    return np.nan_to_num(stats.ratio(counts * every[..., None] - tokens[..., None] * chose, every[..., None]))
 
 
 def _rest(counts: Int[np.ndarray, "N G L E"], tokens: Num[np.ndarray, "N G L"]) -> Float[np.ndarray, "G L E"]:

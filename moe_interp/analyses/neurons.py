@@ -64,7 +64,7 @@ def neuron_lens(
         "token": token_texts(model, found["ids"]),
         "logit": found["logits"].numpy(),
         "z": z,
-        "z_p": (1 + len(null) - np.searchsorted(null, z)) / (1 + len(null)),
+        "z_p": np.where(np.isnan(z), np.nan, (1 + len(null) - np.searchsorted(null, z)) / (1 + len(null))),
         "z_null": np.array([null.mean(), np.quantile(null, 0.95)]),
         "norm": down.float().norm(dim=1).cpu().numpy(),
     }

@@ -75,8 +75,8 @@ def expert_similarity(
     experts = np.arange(experts_of(model, chosen))
     each = -(-tokens // len(corpus))
     sample, where = sample_inputs(model, corpus, chosen, per_document=each, options=options, seed=seed)
-    if len(sample[chosen[0]].documents) < 5:
-        raise BadInput("too few tokens to compare outputs", expected="five or more", got=str(tokens))
+    if (got := min(tokens, len(sample[chosen[0]].documents))) < 5:
+        raise BadInput("too few tokens to compare outputs", expected="five or more", got=str(got))
     parts = []
     for layer in tqdm(chosen, desc="similarity of experts", unit="layer"):
         part = _by_outputs(model, layer, _first(sample[layer], tokens), seed) | {"router_cosine": _router(model, layer)}
@@ -89,7 +89,7 @@ def expert_similarity(
         "expert": experts,
         "other": experts,
     }
-    how = {"tokens": min(tokens, len(sample[chosen[0]].documents)), "null_pairs": null_pairs, "seed": seed}
+    how = {"tokens": got, "null_pairs": null_pairs, "seed": seed}
     return labelled(described(values, _VARIABLES), coords, analysis="expert_similarity", provenance={**where, **how})
 
 

@@ -5,7 +5,7 @@ what takes documents, weights or scores is NaN for the latter.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -80,13 +80,18 @@ def from_counts(counts: Int[np.ndarray, "D L E"], tokens: Int[np.ndarray, " D"],
 
 
 def _uniform(tokens: Float[np.ndarray, "D L"], top_k: Sequence[int], experts: int) -> Values:
-    """Statistics of the load under a uniform router, but for the faint correlation of draws without replacement."""
-    layers = [(*of_layer.round().astype(int).tolist(), k) for of_layer, k in zip(tokens.T, top_k, strict=True)]
-    loads = {}
-    for *seen, k in set(layers):
-        drawn = np.random.default_rng(0).binomial(np.array(seen)[:, None], k / experts, (200, len(seen), experts))
-        loads[*seen, k] = {name: statistic(drawn).mean(axis=0) for name, (statistic, _, _) in LOAD.items()}
-    return {f"{name}_uniform": one_or_each(np.stack([loads[one][name] for one in layers], axis=1)) for name in LOAD}
+    """Statistics of the load under a uniform router, means over draws."""
+    layers = [
+        _uniform_loads(tuple(seen), experts, k)
+        for seen, k in zip(tokens.T.round().astype(int).tolist(), top_k, strict=True)
+    ]
+    return {f"{name}_uniform": one_or_each(np.stack([one[name] for one in layers], axis=1)) for name in LOAD}
+
+
+@lru_cache(1024)  # steps of a training have as many tokens every time
+def _uniform_loads(tokens: tuple[int, ...], experts: int, top_k: int) -> Values:
+    drawn = stats.uniform_counts(np.array(tokens), experts, top_k, 200, np.random.default_rng(0))
+    return {name: statistic(drawn).mean(axis=0) for name, (statistic, _, _) in LOAD.items()}
 
 
 def by_name(per_token: Float[np.ndarray, "*rest L P"], top_k: Sequence[int], experts: int) -> Values:

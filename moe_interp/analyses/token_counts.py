@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from moe_interp.analyses.exact import Exact, SparseCounts, of_each
+from moe_interp.analyses.exact import Exact, SparseCounts, blocks_of, of_each
 from moe_interp.errors import BadInput
 from moe_interp.run import Run
 
@@ -32,7 +32,7 @@ class TokenCounts(Exact):
         top_k: [L], K.
         experts: E.
         vocabulary: V.
-        folds: Z; document n is in fold n modulo Z.
+        folds: Z; a document's is its block of Z (`blocks_of`).
         routed: codes ((fold L + layer) V + id) E + expert, the layer counted from 0.
         seen: codes document V + id.
     """
@@ -64,12 +64,13 @@ class TokenCounts(Exact):
             raise BadInput("no token ids to count", expected="a run of token ids", got="embeddings")
         mask = run.mask.cpu().numpy()
         document = np.broadcast_to(documents[:, None], mask.shape)
+        folds = np.broadcast_to(blocks_of(documents, self.folds)[:, None], mask.shape)
         tokens = run.token_ids.cpu().numpy()
         self.seen.add(document[mask] * self.vocabulary + tokens[mask])
         for index, layer in enumerate(self.layers):
             seen = mask & run.routing[layer].mask.cpu().numpy()
             ids = run.routing[layer].ids.cpu().numpy()[seen]
-            fold = (document[seen] % self.folds) * len(self.layers) + index
+            fold = folds[seen] * len(self.layers) + index
             self.routed.add((((fold * self.vocabulary + tokens[seen])[:, None]) * self.experts + ids).ravel())
 
     def table(self, index: int, fold: int) -> "csr_array":
@@ -96,10 +97,5 @@ class TokenCounts(Exact):
         """How often each id occurs in each fold."""
         codes, counts = self.seen.tidy()
         found = np.zeros((self.folds, self.vocabulary), np.int64)
-        np.add.at(found, ((codes // self.vocabulary) % self.folds, codes % self.vocabulary), counts)
+        np.add.at(found, (blocks_of(codes // self.vocabulary, self.folds), codes % self.vocabulary), counts)
         return found
-
-
-def inclusion(counts: Int[np.ndarray, "X E"], tokens: int) -> Float[np.ndarray, " E"]:
-    """How likely each expert is among the K of a token; sums to K."""
-    return counts.sum(axis=0) / tokens

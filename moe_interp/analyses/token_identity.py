@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, Pass, sizes
-from moe_interp.analyses.exact import told_top_k
+from moe_interp.analyses.exact import blocks_of, told_top_k
 from moe_interp.analyses.labels import LabelCounts
 from moe_interp.analyses.token_counts import FOLDS, TokenCounts
 from moe_interp.data import Corpus
@@ -146,6 +146,7 @@ def _predicted(
 ) -> tuple[Float[np.ndarray, "N L E"], dict[str, np.ndarray]]:
     """Choices that ids predict for every document, and how often the predicted K experts are chosen."""
     occurrences, histogram = sums.occurrences(), sums.histogram(documents)
+    folds = blocks_of(np.arange(documents), sums.folds)
     predicted = np.zeros((documents, len(sums.layers), sums.experts))
     overlap: dict[str, list[Any]] = {"overlap": [], "overlap_interval": [], "overlap_load": []}
     for index in range(len(sums.layers)):
@@ -156,7 +157,7 @@ def _predicted(
             ids = np.flatnonzero(known[fold] & (occurrences[fold] > 0))
             others = total[ids].toarray() - table[ids].toarray()
             chance = others / (occurrences[:, ids].sum(axis=0) - occurrences[fold, ids])[:, None]
-            members = np.arange(fold, documents, sums.folds)
+            members = np.flatnonzero(folds == fold)
             predicted[members, index] = histogram[members][:, ids] @ chance
             busy = total.sum(axis=0) - table.sum(axis=0)
             hits[fold] = _hits(table[ids].toarray(), chance, np.asarray(busy), sums.top_k[index])

@@ -197,6 +197,7 @@ class RoutingWatch:
 
     def begin(self, number: int) -> None:
         """What `step` does first, for loops that cannot use a ``with``."""
+        self.drop()  # what a step that was begun and never ended may have left
         if number % self.every == 0:
             self._sums = RoutingCounts.empty(1, *sizes(self.model))
             # Until the end of the step: what is computed anew in the backward pass must find the hooks it had.

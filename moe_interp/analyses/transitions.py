@@ -23,7 +23,7 @@ from torch import Tensor
 import moe_interp.stats as stats
 from moe_interp.analyses.coactivation import BLOCKS
 from moe_interp.analyses.collect import Options, collect, sizes
-from moe_interp.analyses.exact import Exact, Provenance, flat_counts, of_each, told_top_k
+from moe_interp.analyses.exact import Exact, Provenance, blocks_of, flat_counts, of_each, told_top_k
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
@@ -41,7 +41,7 @@ class TransitionCounts(Exact):
         layers: [L], MoE layer indices.
         top_k: [L], K.
         seed: of the shuffles.
-        flows: [Z, L - 1, E, E], token-slots; document n is in block n modulo Z.
+        flows: [Z, L - 1, E, E], token-slots of each block of documents (`blocks_of`).
         shuffled: [Z, L - 1, E, E], the same with the second layer's choices shuffled within the document.
     """
 
@@ -69,8 +69,8 @@ class TransitionCounts(Exact):
 
     def update(self, run: Run, documents: Int[np.ndarray, " B"]) -> None:
         """Adds a run; row b belongs to document ``documents[b]``, which it holds whole."""
-        for row, document in enumerate(documents.tolist()):
-            block = document % len(self.flows)
+        blocks = blocks_of(documents, len(self.flows)).tolist()
+        for row, (document, block) in enumerate(zip(documents.tolist(), blocks, strict=True)):
             for index, pair in enumerate(pairwise(self.layers)):
                 before, after = self._ids(run, pair, row)
                 order = np.random.default_rng([self.seed, document, index]).permutation(len(after))

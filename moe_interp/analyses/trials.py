@@ -224,7 +224,7 @@ def summary(
         return ratio(filled.sum(axis=0), bottom.sum(axis=0)), np.moveaxis(ends, 0, -1)
 
     mean, interval = over_texts(there.astype(float))
-    ends = "95 % interval by bootstrap over texts; NaN for one text"
+    ends = "95 % interval over texts, Student's with fewer than five; NaN for one text"
     variables = {
         "effect": Variable(("text", *dims), each, units, "the metric under the change less that of the base run"),
         "effect_mean": Variable(dims, mean, units, "effect, the mean over texts"),

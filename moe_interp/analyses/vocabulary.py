@@ -5,7 +5,7 @@
 2. The null: every occurrence draws K distinct experts by the layer's load, whatever the token. It is large: an id
    seen once scores 1 whatever happens. `gain` is the difference at the same counts. The load is that of the whole
    corpus: where documents differ in load and in the ids that they hold, their topics count as gain.
-3. Intervals of the gain leave out folds of documents in turn and count and draw anew.
+3. Intervals of the gain leave out folds of documents in turn and count anew; the load stays that of all.
 """
 
 from functools import partial

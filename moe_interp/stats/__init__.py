@@ -7,7 +7,7 @@ experts would look like if nothing but the load of each mattered, `measures` the
 [N, L, E]: documents, layers, experts. G groups are numbered 0 ... G-1 by an array [N].
 """
 
-from moe_interp.stats.draws import distinct_draws, inclusion_weights, largest_share_null, pair_inclusion
+from moe_interp.stats.draws import distinct_draws, inclusion_weights, largest_share_null, pair_inclusion, uniform_counts
 from moe_interp.stats.measures import (
     coverage,
     cv2,
@@ -80,4 +80,5 @@ __all__ = [
     "spearman",
     "spearman_interval",
     "student_interval",
+    "uniform_counts",
 ]

@@ -12,14 +12,15 @@ A:
 2. `pair_inclusion`: pi_ij = w_i w_j R(K-2, all but i and j) / R(K, all).
 3. `distinct_draws` goes through the experts in turn and takes each with the probability that its weight and the sets
    still possible give it.
-4. `largest_share_null`: the mean over draws of the largest count / n of n tokens, which is far above the largest pi
+4. `uniform_counts`: how many of n tokens draw each expert where all are alike.
+5. `largest_share_null`: the mean over draws of the largest count / n of n tokens, which is far above the largest pi
    where n is small.
 """
 
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 _ROUNDS = 2000
 
@@ -28,7 +29,7 @@ def inclusion_weights(inclusion: Float[np.ndarray, " E"]) -> Float[np.ndarray, "
     """Weights under which each expert is drawn with its given probability.
 
     Args:
-        inclusion: 0 ... 1, summing to the whole number K. Probabilities above 1 - 1e-6 are taken for that.
+        inclusion: 0 ... 1, summing to the whole number K. Probabilities above 1 - 1e-9 are taken for that.
 
     Returns:
         Weights that sum to K. An expert that is never drawn has weight 0.
@@ -36,7 +37,7 @@ def inclusion_weights(inclusion: Float[np.ndarray, " E"]) -> Float[np.ndarray, "
     draws = round(float(inclusion.sum()))
     if np.count_nonzero(inclusion) <= draws:
         return (inclusion > 0).astype(float)
-    wanted = np.minimum(inclusion, 1 - 1e-6)
+    wanted = np.minimum(inclusion, 1 - 1e-9)
     certain = inclusion > wanted
     if not certain.all():
         wanted[~certain] *= (draws - wanted[certain].sum()) / max(wanted[~certain].sum(), 1e-300)
@@ -99,6 +100,33 @@ def distinct_draws(
         taken[:, expert] = (rng.random(tokens) < chance) & (left > 0)
         left -= taken[:, expert]
     return taken
+
+
+def uniform_counts(
+    tokens: Int[np.ndarray, " X"], experts: int, draws: int, repeats: int, rng: np.random.Generator
+) -> Int[np.ndarray, "R X E"]:
+    """How many of so many tokens draw each expert, where each draws K distinct ones and all are equally likely.
+
+    One expert after the other: of the tokens that have k draws left, each takes the expert with chance k over the
+    experts left.
+
+    Args:
+        tokens: of each case.
+        experts: E.
+        draws: K.
+        repeats: R, how often all of it is drawn.
+        rng: where from.
+    """
+    left = np.zeros((draws + 1, repeats, len(tokens)), np.int64)  # tokens with 0 ... K draws left
+    left[draws] = tokens
+    counts = np.empty((repeats, len(tokens), experts), np.int64)
+    for expert in range(experts):
+        chance = np.minimum(np.arange(1, draws + 1) / (experts - expert), 1.0)
+        taken = rng.binomial(left[1:], chance[:, None, None])
+        left[1:] -= taken
+        left[:-1] += taken
+        counts[..., expert] = taken.sum(axis=0)
+    return counts
 
 
 def largest_share_null(

@@ -65,15 +65,16 @@ def bootstrap_ratio(
 
     The ratio minus the quantiles of t* times its standard error: t* is a resample's deviation over the resample's own
     standard error (of the linearised ratio, Cochran 1977, eq. 6.13). So it knows skewness and few documents, of which
-    plain percentiles know nothing. No mean of documents leaves their range: the interval is cut there.
+    plain percentiles know nothing. Where denominators have one sign, no ratio of sums leaves the range of documents'
+    ratios: the interval is cut there.
 
-    With fewer than five documents in all resamples are too alike: cut at their range, two documents held the truth in
-    half of all cases. There it is Student's interval with N - strata degrees of freedom and the same standard error,
-    which may leave the ratio's range.
+    With fewer than five documents that have a denominator resamples are too alike: cut at their range, two documents
+    held the truth in half of all cases. There it is Student's interval with as many degrees of freedom as such
+    documents less strata, and the same standard error, which may leave the ratio's range.
 
     Args:
-        numerator: per document.
-        denominator: per document, 0 or more; its further axes are the numerator's first ones, the others are shared.
+        numerator: per document; 0 where the denominator is.
+        denominator: per document; its further axes are the numerator's first ones, the others are shared.
         strata: a number per document; each resample has as many of a stratum as there are (None: one).
         resamples: how many.
         seed: of the resampling.
@@ -81,19 +82,16 @@ def bootstrap_ratio(
 
     Returns:
         Lower and upper end, in the ratio's units. NaN where a stratum has fewer than two documents, which say
-        nothing about the spread between documents, and where a resample's denominator is zero, or fewer than two
-        documents have one.
+        nothing about the spread between documents, and where fewer than two documents have a denominator. Resamples
+        without one are left out.
     """
     _check_resamples(resamples)
     strata = np.zeros(len(numerator), int) if strata is None else strata
     ends = np.full((2, *numerator.shape[1:]), np.nan)
     if len(strata) == 0 or np.unique(strata, return_counts=True)[1].min() < 2:
         return ends
-    interval = (
-        partial(_student, strata=strata, level=level)
-        if len(strata) < FEW
-        else partial(_studentised, resampling_weights(strata, resamples, seed), strata=strata, level=level)
-    )
+    weights = resampling_weights(strata, resamples, seed) if len(strata) >= FEW else None
+    interval = partial(_interval, weights, strata=strata, level=level)
     if numerator.ndim == 1:
         return interval(top=numerator, bottom=denominator)
     for layer in range(numerator.shape[1]):  # one at a time: memory is resamples x experts
@@ -116,6 +114,24 @@ def bootstrap_by_group(
     return np.stack(ends, axis=1)
 
 
+def _interval(
+    weights: Float[np.ndarray, "R N"] | None,
+    top: Num[np.ndarray, "N *rest"],
+    bottom: Num[np.ndarray, "N *shared"],
+    strata: Int[np.ndarray, " N"],
+    level: float,
+) -> Float[np.ndarray, "2 *rest"]:
+    """Studentised where enough documents have a denominator, else Student's."""
+    few = np.asarray((bottom != 0).sum(axis=0) < FEW)
+    if weights is None or few.all():
+        return _student(top, bottom, strata, level)
+    ends = _studentised(weights, top, bottom, strata, level)
+    if not few.any():
+        return ends
+    few = few.reshape(few.shape + (1,) * (top.ndim - 1 - few.ndim))
+    return np.where(few, _student(top, bottom, strata, level), ends)
+
+
 def _studentised(
     weights: Float[np.ndarray, "R N"],
     top: Num[np.ndarray, "N *rest"],
@@ -128,10 +144,12 @@ def _studentised(
     shift = ratio(np.tensordot(weights, residual, 1), drawn)
     squares = _spread(weights, residual, under, strata, shift)
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample without spread is infinitely far away
-        t = np.where(shift == 0, 0.0, shift * drawn / np.sqrt(squares))
-        own = np.where(under > 0, top / under, np.nan)
+        t = np.where(shift == 0, 0.0, shift * np.abs(drawn) / np.sqrt(squares))
+        own = np.where(under != 0, top / under, np.nan)
         ends = whole - _outer(t, level) * _error(residual, under, strata)
-    return np.clip(ends, np.fmin.reduce(own, axis=0), np.fmax.reduce(own, axis=0))
+    one_sign = (under >= 0).all(axis=0) | (under <= 0).all(axis=0)
+    cut = np.clip(ends, np.fmin.reduce(own, axis=0), np.fmax.reduce(own, axis=0))
+    return np.where(one_sign, cut, ends)
 
 
 def _student(
@@ -143,7 +161,7 @@ def _student(
     from scipy.stats import t
 
     whole, residual, under = _linearised(top, bottom)
-    freedom = (under > 0).sum(axis=0) - len(np.unique(strata))  # of documents that have anything; NaN if none is left
+    freedom = (under != 0).sum(axis=0) - len(np.unique(strata))  # of documents that have anything; NaN if none is left
     with np.errstate(divide="ignore", invalid="ignore"):
         half = t.ppf((1 + level) / 2, freedom) * _error(residual, under, strata)
     return np.stack([whole - half, whole + half])
@@ -161,14 +179,15 @@ def _linearised(
 def _error(residual: np.ndarray, under: np.ndarray, strata: np.ndarray) -> Float[np.ndarray, "*rest"]:
     """Standard error of the linearised ratio (Cochran 1977, eq. 6.13)."""
     squares = _spread(np.ones((1, len(residual))), residual, under, strata, np.zeros(1))[0]
-    return np.asarray(np.sqrt(squares) / under.sum(axis=0))
+    return np.asarray(np.sqrt(squares) / np.abs(under.sum(axis=0)))
 
 
 def _outer(t: Float[np.ndarray, "R *rest"], level: float) -> Float[np.ndarray, "2 *rest"]:
-    """The values of rank (R + 1) (1 +- level) / 2 along the first axis, the higher first; NaN if any is."""
-    rank = max(1, int((len(t) + 1) * (1 - level) / 2 + 1e-9))
-    ordered = np.partition(t, [rank - 1, len(t) - rank], axis=0)
-    return np.where(np.isnan(t).any(axis=0), np.nan, ordered[[len(t) - rank, rank - 1]])
+    """The values of rank (R + 1) (1 +- level) / 2 along the first axis, the higher first, of the R that are not NaN."""
+    left = np.count_nonzero(~np.isnan(t), axis=0)
+    rank = np.maximum(1, np.floor((left + 1) * (1 - level) / 2 + 1e-9)).astype(int)
+    places = np.maximum(np.stack([left - rank, rank - 1]), 0)
+    return np.take_along_axis(np.sort(t, axis=0), places, axis=0)  # which puts NaN last
 
 
 def _spread(

@@ -198,21 +198,27 @@ def bootstrap_interval(top, bottom, draws, level=0.95, strata=None):
             own = [top[d] - found * bottom[d] for d in documents if strata[d] == stratum]
             mean = sum(own) / len(own)
             squares += len(own) / (len(own) - 1) * sum((value - mean) ** 2 for value in own)
-        return found, math.sqrt(squares) / sum(bottom[d] for d in documents)
+        return found, math.sqrt(squares) / abs(sum(bottom[d] for d in documents))
 
     whole, error = estimate(range(len(top)))
-    if len(top) < 5:  # Student's
-        half = student.ppf((1 + level) / 2, len(top) - len(set(strata))) * error
+    having = sum(value != 0 for value in bottom)
+    if having < 5:  # Student's
+        half = student.ppf((1 + level) / 2, having - len(set(strata))) * error
         return whole - half, whole + half
     distances = []
     for drawn in draws:
-        found, spread = estimate([d for d, times in enumerate(drawn) for _ in range(round(times))])
+        documents = [d for d, times in enumerate(drawn) for _ in range(round(times))]
+        if sum(bottom[d] for d in documents) == 0:
+            continue
+        found, spread = estimate(documents)
         away = found - whole
         distances.append(away / spread if spread > 1e-12 else math.copysign(math.inf, away) if away else 0.0)
     distances.sort()
     rank = max(1, math.floor((len(distances) + 1) * (1 - level) / 2 + 1e-9))
     own = [a / b for a, b in zip(top, bottom, strict=True) if b]
     ends = (whole - distances[-rank] * error, whole - distances[rank - 1] * error)
+    if min(bottom) < 0 < max(bottom):
+        return ends
     return tuple(min(max(end, min(own)), max(own)) for end in ends)
 
 

@@ -99,7 +99,7 @@ def predicted(choices, layer, documents, expert, folds, at_least):
     everyone = {c["document"] for c in choices}
     total = real = tokens = 0.0
     for choice in at(choices, layer, documents):
-        others = {d for d in everyone if d % folds != choice["document"] % folds}
+        others = {d for d in everyone if folds[d] != folds[choice["document"]]}
         seen = occurs(choices, layer, choice["token"], others)
         if seen >= at_least:
             total += routed(choices, layer, choice["token"], expert, others) / seen
