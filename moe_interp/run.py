@@ -44,11 +44,13 @@ class Tokens:
         mask: [B, S], True at real tokens.
         index: [B, S], the number of each real token in its text; with a KV cache this goes on from the cached ones.
         numbers: [B], which texts of a larger batch these are; None: all of it.
+        prefixes: [B, S], a number that stands for the text up to each token; None for inputs without ids.
     """
 
     mask: Bool[Tensor, "B S"]
     index: Int[Tensor, "B S"]
     numbers: Int[Tensor, " B"] | None = None
+    prefixes: Int[Tensor, "B S"] | None = None
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor, length: int) -> "Tokens":
@@ -61,9 +63,15 @@ class Tokens:
         """[B], the number of each text in the whole batch."""
         return torch.arange(len(self.mask), device=self.mask.device) if self.numbers is None else self.numbers
 
+    @property
+    def whose(self) -> Int[Tensor, "B S"]:
+        """[B, S], what random numbers of a token depend on: its text up to it, else numbers of both."""
+        return (self.texts[:, None] << 32) + self.index if self.prefixes is None else self.prefixes
+
     def of(self, rows: slice, numbers: Int[Tensor, " b"]) -> "Tokens":
         """Those of some rows, which are texts ``numbers`` of the whole batch."""
-        return Tokens(self.mask[rows], self.index[rows], numbers)
+        prefixes = None if self.prefixes is None else self.prefixes[rows]
+        return Tokens(self.mask[rows], self.index[rows], numbers, prefixes)
 
     def at(self, positions: tuple[int, ...] | None) -> Bool[Tensor, "B S"]:
         """[B, S], True at the given positions of every text (at all real tokens for None)."""

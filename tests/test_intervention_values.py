@@ -300,7 +300,7 @@ def test_random_routes_are_uniform_distinct_and_the_tokens_own(family):
     assert (ids.sort(-1).values.diff(dim=-1) > 0).all()
     assert torch.equal(kept.routing[LAYER].weights, base.routing[LAYER].weights)
     assert torch.equal(again.routing[LAYER].ids, ids[:, :4])
-    assert not torch.equal(second.routing[LAYER].ids[0], ids[1])  # it is the first text there
+    assert torch.equal(second.routing[LAYER].ids[0], ids[1])  # whatever else is in the batch
     counts = long.flatten().bincount(minlength=8)  # 3,072 choices, 384 each, standard deviation 18
     assert (counts - 384).abs().max() < 90
     expected = slow.run(tiny(family), IDS, LAYER, [("expert_ids", lambda row, at: ids[at])])
@@ -311,6 +311,36 @@ def test_random_routes_are_uniform_distinct_and_the_tokens_own(family):
         return  # its masked scores are 0, as its own recipe has them
     recipe = slow.run(tiny(family), IDS, LAYER, [("selection", lambda row, at: changed(row, drawn[at], torch.inf))])
     assert agree(family, fresh.logits, recipe.logits)
+
+
+def test_random_draws_are_of_the_text_up_to_the_token():
+    edits = [
+        moe.randomize(layer=None, seed=1, weights="fresh"),
+        moe.noise(0.5, seed=2),
+        moe.ablate(layer=LAYER, expert=3, how="resample", run=other_run("olmoe"), seed=3),
+    ]
+    texts = [[5, 9, 40, 7, 80], [6, 9, 40, 7], [5, 9, 41, 7, 80, 30]]
+    with moe.wrap(tiny("olmoe")) as model, model.edit(edits):
+        alone = [model.run([text], read="embed") for text in texts]
+        together = model.run(texts[::-1], read="embed")
+        for number, one in enumerate(alone):
+            row = together["embed"][2 - number, : len(texts[number])]
+            torch.testing.assert_close(row, one["embed"][0])
+            ids = together.routing[LAYER].ids[2 - number, : len(texts[number])]
+            assert torch.equal(ids, one.routing[LAYER].ids[0])
+    first, second, third = (one.routing[LAYER].ids[0] for one in alone)
+    assert torch.equal(first[:2], third[:2]) and not torch.equal(first[2:], third[2:5])  # until they differ
+    assert (first[:4] != second).any(dim=1).sum() >= 3  # as many ids, and places, of another text
+
+
+def test_random_draws_go_on_step_by_step():
+    edits = [moe.randomize(layer=None, seed=1), moe.noise(0.5, seed=2)]
+    with moe.wrap(tiny("olmoe")) as model:
+        whole = model.generate(IDS, edit=edits, max_new_tokens=6, do_sample=False)
+        uncached = model.generate(IDS, edit=edits, max_new_tokens=6, do_sample=False, use_cache=False)
+        logits = model.run(whole[:, :-1], edit=edits).logits
+    assert torch.equal(whole, uncached)
+    assert torch.equal(whole[:, -6:], logits[:, -6:].argmax(dim=-1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,6 +10,7 @@ from tests.tiny import FAMILIES, build
 from tests.tiny_types import build as build_type
 
 IDS = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(6))
+
 LAYER = 2
 WIDE = moe.top_k(5, renormalise=True)
 
@@ -17,6 +18,14 @@ WIDE = moe.top_k(5, renormalise=True)
 def close(got: torch.Tensor, expected: torch.Tensor, clean: torch.Tensor) -> bool:
     scale = max((expected - clean).abs().max().item(), clean.abs().max().item())
     return (got - expected).abs().max().item() < 1e-5 * scale
+
+
+def test_a_mask_given_by_its_place_is_a_mask():
+    hf, mask = build("olmoe"), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    with moe.wrap(hf) as model, model.edit(moe.steer(torch.ones(64), layer=0, point="resid_mid", positions=0)):
+        named, placed = hf(input_ids=IDS, attention_mask=mask).logits, hf(IDS, mask).logits
+        torch.testing.assert_close(placed, named)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

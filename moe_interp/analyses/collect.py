@@ -23,7 +23,7 @@ from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadData, BadInput, UnsupportedModel
 from moe_interp.model import MoEModel, Reads
 from moe_interp.results import whole_file
-from moe_interp.run import Read, Run, Tokens
+from moe_interp.run import Read, Run
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def counted(run: Run, special: Sequence[int]) -> Run:
     kept = run.mask & ~torch.isin(run.token_ids, torch.tensor(special, device=run.token_ids.device))
     # A layer may see fewer tokens than the model: not those that skip its experts or are of another modality.
     routing = {layer: replace(one, mask=one.mask & kept.to(one.mask.device)) for layer, one in run.routing.items()}
-    return replace(run, tokens=Tokens(kept, run.tokens.index), routing=routing)
+    return replace(run, tokens=replace(run.tokens, mask=kept), routing=routing)
 
 
 def collect(

@@ -28,7 +28,7 @@ from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.routing_values import LOAD, by_name, from_counts, switch_loss, taken
 from moe_interp.errors import BadInput
 from moe_interp.hosts.local import ATTRIBUTE
-from moe_interp.hosts.program import seen_by, tokens_at, tokens_of
+from moe_interp.hosts.program import arguments_of, seen_by, tokens_at, tokens_of
 from moe_interp.model import MoEModel
 from moe_interp.opening import wrap
 from moe_interp.results import Description, described, labelled
@@ -257,7 +257,7 @@ class RoutingWatch:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._sums is None:
             return
-        self._seen, self._known = {}, tokens_of(self.model.spec, args, kwargs)
+        self._seen, self._known = {}, tokens_of(self.model.spec, args, arguments_of(module, args, kwargs))
 
     def _tap(self, point: str, layer: int) -> Any:
         def keep(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> None:

@@ -6,15 +6,17 @@ model went on with.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_interp.adapters.spec import ModelSpec, MoESpec
 from moe_interp.errors import BadInput
 from moe_interp.interventions.base import Edit, Intervention, check_together, layers_at
+from moe_interp.interventions.chance import prefixes
 from moe_interp.points import POINTS
 from moe_interp.run import Context, Read, Routing, Tokens, TopTokens
 
@@ -95,6 +97,7 @@ class Program:
         self.contexts: dict[int | None, Context] = {}
         self.parts: dict[tuple[int | None, int], Context] = {}  # of a block at a layer
         self.known: Mapping[str, Tokens] = {}  # by stack, as far as the inputs of the model say
+        self.read_before: dict[str, Tensor] = {}  # by stack, the prefix that each text [B, 1] had reached
 
     def _any_adds(self, there: Sequence[tuple[int, Any, Edit]]) -> bool:
         return any(self.interventions[number].adds for number, _, _ in there)
@@ -121,9 +124,20 @@ class Program:
         Raises:
             BadInput: edits at positions that no text has.
         """
-        self.known, self.contexts, self.parts = known, {}, {}
+        self.known = {stack: self._going_on(stack, tokens) for stack, tokens in known.items()}
+        self.contexts, self.parts = {}, {}
         if known and whole:
             self._check_positions(list(known.values()))
+
+    def _going_on(self, stack: str, tokens: Tokens) -> Tokens:
+        """Prefixes of tokens that follow cached ones begin with those of the pass before."""
+        if tokens.prefixes is None:
+            return tokens
+        before, cached = self.read_before.get(stack), tokens.index.clamp(min=0).amin(dim=1, keepdim=True) > 0
+        if before is not None and len(before) == len(cached):
+            tokens = replace(tokens, prefixes=tokens.prefixes + torch.where(cached, before, 0))
+        self.read_before[stack] = tokens.prefixes[:, -1:]  # type: ignore[index]
+        return tokens
 
     def _check_positions(self, texts: Sequence[Tokens]) -> None:
         for number, one in enumerate(self.interventions):
@@ -308,6 +322,14 @@ def _check_decodes(spec: ModelSpec, point: str, layer: int | None) -> None:
         )
 
 
+def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a module's forward by their names, also of those that were given by their place."""
+    if not args:
+        return kwargs
+    named = [one.name for one in signature(module.forward).parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    return dict(zip(named, args, strict=False)) | kwargs
+
+
 def tokens_of(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tokens]:
     """The tokens of each stack, as far as the model's inputs say."""
     if spec.kind == "other":
@@ -363,4 +385,7 @@ def _masked(given: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tokens:
             expected="an attention mask of shape [batch, pos]",
             got=f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__,
         )
-    return Tokens.from_mask(mask, length)
+    tokens = Tokens.from_mask(mask, length)
+    if given.dim() != 2 or given.is_floating_point():
+        return tokens
+    return replace(tokens, prefixes=prefixes(given, tokens.mask, tokens.index))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_interp.hosts.local import LocalHost
-from moe_interp.hosts.program import Block, Program, tokens_of
+from moe_interp.hosts.program import Block, Program, arguments_of, tokens_of
 from moe_interp.interventions import Intervention
 from moe_interp.run import Read
 
@@ -73,8 +73,9 @@ class Session:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.paused:
-            whole = self.whole and kwargs.get("past_key_values") is None
-            self.program.begin(tokens_of(self.host.spec, args, kwargs), whole)
+            given = arguments_of(module, args, kwargs)
+            whole = self.whole and given.get("past_key_values") is None
+            self.program.begin(tokens_of(self.host.spec, args, given), whole)
 
     def _hook(self, point: str, layer: int | None) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:

@@ -323,7 +323,7 @@ def randomize(
     """Route at random: K different experts a token, uniformly (Poetzscher's control).
 
     The weights are those that the router gave its own choice, slot by slot, or fresh ones by its recipe. A token's draw
-    depends on the seed, the layer, and the text and number of the token alone.
+    depends on the seed, the layer, and the text up to the token alone.
     """
     return Randomize(weights=weights, seed=whole(seed), **where(layer, positions, tokens))
 

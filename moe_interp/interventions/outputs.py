@@ -217,7 +217,7 @@ class Resample(Mean):
     Attributes:
         means: [X, D], of all layers and experts one after the other.
         counts: how many of them each layer and expert has.
-        seed: which is drawn depends on it, the layer, the expert, and the text and number of the token.
+        seed: which is drawn depends on it, the layer, the expert, and the text up to the token.
     """
 
     held: ClassVar[str] = "counts"
@@ -228,7 +228,7 @@ class Resample(Mean):
         """One of the other run's contributions for each token."""
         where = self.slots_at(context, expert)
         layer, number = (torch.tensor(value, device=where.device) for value in (context.layer or 0, expert))
-        drawn = uniform(self.seed, layer, number, context.tokens.texts[:, None], context.tokens.index)
+        drawn = uniform(self.seed, layer, number, context.tokens.whose)
         first = sum(self.counts[:place])
         rows = first + (drawn * self.counts[place]).long()
         return self.means.tensor.to(where.device)[rows], torch.ones_like(drawn), where

@@ -91,9 +91,8 @@ class Noise(_AtPoint):
     seed: int = 0
 
     def changed(self, value: Tensor, context: Context) -> Change:
-        """The value plus noise that depends on the seed, the layer, the text and the number of the token."""
-        texts, index = context.tokens.texts[:, None, None], context.tokens.index[..., None]
+        """The value plus noise that depends on the seed, the layer and the text up to the token."""
         entries = torch.arange(value[0, 0].numel(), device=value.device)
         layer = torch.tensor(-1 if context.layer is None else context.layer, device=value.device)
-        noise = self.std * normal(self.seed, layer, texts, index, entries).view_as(value)
+        noise = self.std * normal(self.seed, layer, context.tokens.whose[..., None], entries).view_as(value)
         return self.put(value + noise.to(value.dtype), value, self.here(context))

@@ -273,8 +273,7 @@ class Randomize(Placed):
         def drawn(ids: Int[Tensor, "B S K"], context: Context) -> Change:
             where = self.seen(context)
             layer = torch.tensor(context.layer, device=ids.device)
-            texts, index = context.tokens.texts[:, None, None], context.tokens.index[..., None]
-            keys = uniform(self.seed, layer, texts, index, torch.arange(experts, device=ids.device))
+            keys = uniform(self.seed, layer, context.tokens.whose[..., None], torch.arange(experts, device=ids.device))
             new = keys.topk(ids.shape[-1], dim=-1).indices.to(ids.dtype)
             return Change(torch.where(where[..., None], new, ids), int(where.sum()))
 
