@@ -183,7 +183,7 @@ class MoEModel:
             routing=program.routing(),
             values=program.values,
             touched=tuple(program.touched),
-            provenance=self.provenance(),
+            provenance=self.provenance() | _told(program.interventions),
             has_head=self.spec.unembed is not None,
             tops=program.tops,
             places={key: read.positions for key, read in program.reads.items() if read.positions is not None},
@@ -306,7 +306,7 @@ class MoEModel:
         """What a result must say about the model it was measured on, standing edits included where there are some."""
         return {
             "model": self.name,
-            **({"edits": "; ".join(map(repr, self._standing))} if self._standing else {}),
+            **_told(self._standing),
             "model_type": self.spec.model_type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
@@ -381,6 +381,11 @@ class MoEModel:
         if edited:  # the edit may have meant it
             return
         raise BadCheckpoint("the model returned NaN", expected="finite logits", do="Try another dtype.")
+
+
+def _told(edits: Sequence[Intervention]) -> dict[str, str]:
+    """Edits as a result names them."""
+    return {"edits": "; ".join(map(repr, edits))} if edits else {}
 
 
 def _are_texts(inputs: Inputs) -> bool:

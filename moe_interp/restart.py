@@ -79,6 +79,12 @@ class Restart:
         self.inputs = model.encode(inputs)
         if model.spec.kind == "other":
             raise BadInput("a restart needs tokens", expected="a model of tokens", got=model.spec.model_type)
+        if modules := [one for one in self.edits if one.widths(model.spec) or one.exchanges(model.spec)]:
+            raise BadInput(
+                "effects are not measured under edits of modules",
+                expected="edits of values and routes: no top_k above the model's own K, no swapped layers",
+                got=repr(modules[0]),
+            )
         self.layers = [layer.index for layer in model.spec.main_layers]
         wanted = [one for one in read if (one if isinstance(one, str) else one.point) != "resid_pre"]
         with self._forms() as self._returned:

@@ -228,3 +228,12 @@ def test_refusals():
             moe.expert_effects(model, IDS, layers=9)
     with moe.wrap(build_type("openai_privacy_filter")) as model, pytest.raises(UnsupportedModel, match="next token"):
         moe.expert_effects(model, IDS)
+
+
+def test_edits_of_modules_are_refused_before_anything_is_run():
+    with (
+        moe.wrap(build("olmoe")) as model,
+        model.edit(moe.top_k(5)),
+        pytest.raises(BadInput, match=r"not measured under edits of modules: .* got TopK\(.*k=5"),
+    ):
+        moe.expert_effects(model, IDS)

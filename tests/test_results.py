@@ -4,15 +4,20 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moe_interp as moe
 from moe_interp import __version__
 from moe_interp.errors import BadData, BadInput, BadOutput
 from moe_interp.results import Variable, labelled, load, provenance_of, save
+from tests.stub_tokenizer import StubTokenizer
+from tests.tiny import build
 
 PROVENANCE = {"model": "tiny/é", "tokens": 12, "level": 0.95}
+IDS = torch.arange(3, 15).view(2, 6)
 
 
 def example() -> xr.Dataset:
@@ -131,3 +136,13 @@ def test_a_corrupt_or_missing_file_is_an_error(tmp_path, content):
     for name in ("bad.nc", "missing.nc"):
         with pytest.raises(BadData, match=f"cannot read .*{name}: expected a result saved as netCDF-4, got"):
             load(tmp_path / name)
+
+
+def test_a_result_under_edits_says_so():
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        edit = moe.scale(layer=0, expert=2, by=0.5)
+        assert "edits" not in provenance_of(moe.expert_effects(model, IDS))
+        with model.edit(edit):
+            assert provenance_of(moe.expert_effects(model, IDS))["edits"] == repr(edit)
+        assert model.run(IDS, edit=edit).provenance["edits"] == repr(edit)
+        assert "edits" not in model.run(IDS).provenance
