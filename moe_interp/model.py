@@ -373,6 +373,13 @@ class MoEModel:
                 got=f"{rounding}, which rounds it to 8 bits first",
                 do="Load with weights that are quantised alone, such as torchao's Int8WeightOnlyConfig.",
             )
+        if self.hf.training and getattr(self.hf, "is_gradient_checkpointing", False):
+            raise BadInput(
+                "gradients would be wrong",
+                expected="activations that are kept: what is computed anew after the run knows nothing of its edits",
+                got="a model in training with gradient checkpointing",
+                do="model.hf.eval(), or model.hf.gradient_checkpointing_disable(); or backward inside model.edit(...).",
+            )
 
     def _check_finite(self, logits: Tensor, mask: Tensor, edited: bool) -> None:
         if not has_nan(logits, mask):

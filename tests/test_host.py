@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import moe_interp as moe
+from moe_interp.errors import BadInput
 from tests.tiny import FAMILIES, build
 
 IDS = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(5))
@@ -196,3 +197,28 @@ def test_expert_values_by_id_and_by_rank():
             assert torch.equal(values[b, s], outputs[b, s, slots[0]] if slots else torch.zeros(64))
             assert torch.equal(heaviest[b, s], outputs[b, s, weights[b, s].argmax()])
             assert torch.equal(lightest[b, s], outputs[b, s, weights[b, s].argmin()])
+
+
+def test_gradients_of_layers_that_are_computed_anew():
+    edits = [moe.scale(layer=1, expert=2, by=0.3), moe.steer(torch.ones(64), layer=2, point="resid_mid")]
+
+    def slopes(hf: nn.Module) -> torch.Tensor:
+        hf.zero_grad()
+        with moe.wrap(hf) as model, model.edit(edits):
+            hf(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+        return hf.get_input_embeddings().weight.grad.clone()
+
+    hf = build("olmoe").train()
+    expected = slopes(hf)
+    for reentrant in (False, True):
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        torch.testing.assert_close(slopes(hf), expected)
+        with (
+            moe.wrap(hf) as model,
+            pytest.raises(BadInput, match="gradients would be wrong.*gradient checkpointing"),
+        ):
+            model.run(IDS, edit=edits, grad=True)
+        hf.eval()
+        with moe.wrap(hf) as model:
+            assert model.run(IDS, edit=edits, grad=True).logits.requires_grad
+        hf.train()
