@@ -266,7 +266,9 @@ class MoEModel:
 
         Raises:
             UnsupportedModel: more than the residual goes into the logits.
+            BadInput: the model is closed.
         """
+        self._check_not_closed()
         spec = self.spec
         if spec.final is None:
             raise UnsupportedModel(
@@ -287,7 +289,9 @@ class MoEModel:
 
         Raises:
             UnknownName: no such MoE layer.
+            BadInput: the model is closed.
         """
+        self._check_not_closed()
         moe = self.spec.moe(layer)
         module = self.hf.get_submodule(moe.experts)
         return Experts(module, moe.num_experts, moe.kernel, lambda rows: follow(self.hf, moe.experts_input, rows))
@@ -340,11 +344,14 @@ class MoEModel:
     def plain(self) -> Iterator[None]:
         """The model as it was found, uncompiled, with transformers' own experts, inside the ``with``.
 
-        They are its ``grouped_mm`` where that can run, else ``eager``, its loop over experts.
+        They are its ``grouped_mm`` where that can run, else ``eager``, its loop over experts. One inside another
+        changes nothing.
 
         Raises:
             UnsupportedModel: neither can: FP8 experts on CPU.
+            BadInput: the model is closed.
         """
+        self._check_not_closed()
         with self._host.removed():
             yield
 
@@ -353,14 +360,21 @@ class MoEModel:
 
         Args:
             inputs: what to run on; by default a few random token ids, seeded.
+
+        Raises:
+            BadInput: the model is closed or plain, or inputs that cannot be right.
         """
         from moe_interp.audit import audit
 
+        self._check_open()
         return audit(self, inputs)
 
-    def _check_open(self) -> None:
+    def _check_not_closed(self) -> None:
         if self._closed:
             raise BadInput("the model is closed", expected="an open MoEModel", do="Wrap or load it again.")
+
+    def _check_open(self) -> None:
+        self._check_not_closed()
         if self.here and not self._host.handles:
             raise BadInput("the model is plain", expected="a call outside `with model.plain()`")
 

@@ -113,6 +113,55 @@ def test_edits_are_refused_while_the_model_is_plain():
         assert model.run(IDS, edit=moe.ablate(layer=0, expert=0)).touched[0] > 0
 
 
+def test_plain_inside_plain_leaves_every_hook_once():
+    hf = build("olmoe")
+    before, double = traces(hf), moe.apply("resid_mid", lambda value: value * 2, layers=0)
+    with moe.wrap(hf) as model, moe.wrap(hf) as other:
+        opened, expected = traces(hf), model.run(IDS, edit=double)
+        with model.plain():
+            with model.plain(), other.plain():
+                assert not hasattr(hf, "moe_points")
+            assert not hasattr(hf, "moe_points")
+            with pytest.raises(moe.MoEError, match="the model is plain"):
+                model.audit()
+        assert traces(hf).keys() == opened.keys() and traces(hf)["hooks"] == opened["hooks"]
+        run = model.run(IDS, edit=double)
+    assert run.touched == expected.touched == (16,) and torch.equal(run.logits, expected.logits)
+    assert traces(hf) == before
+
+
+def test_a_model_that_is_closed_while_it_is_plain_stays_closed():
+    hf = build("olmoe")
+    before, model = traces(hf), moe.wrap(hf)
+    with model.plain():
+        model.close()
+        assert traces(hf) == before
+    assert traces(hf) == before
+    model = moe.wrap(hf)
+    with model.plain():
+        model.close()
+        again = moe.wrap(hf)
+    with again:
+        assert again.run(IDS, edit=moe.scale(layer=0, expert=None, by=0.5)).touched[0] > 0
+    assert traces(hf) == before
+
+
+def test_nothing_works_on_a_closed_model():
+    hf = build("olmoe")
+    before, model = traces(hf), moe.wrap(hf)
+    model.close()
+    calls = [
+        lambda: model.plain().__enter__(),
+        lambda: model.audit(),
+        lambda: model.decode(torch.ones(64)),
+        lambda: model.experts(0),
+    ]
+    for call in calls:
+        with pytest.raises(moe.MoEError, match="the model is closed"):
+            call()
+    assert traces(hf) == before
+
+
 def test_gradients_reach_points_of_frozen_models():
     hf = build("olmoe").requires_grad_(False)
     with moe.wrap(hf) as model:

@@ -46,6 +46,7 @@ class LocalHost:
         self.handles: list[RemovableHandle] = []
         self.undo: list[Callable[[], None]] = []
         self.configs: dict[nn.Module, Any] = {}
+        self.removals = 0  # how many `removed` are under way
         self.taps = {layer.index: Taps(layer, spec.streams) for layer in spec.layers}
         self.embed = nn.ModuleDict({"embed": HookPoint()})
         try:
@@ -162,17 +163,20 @@ class LocalHost:
                 expected="experts that an implementation of transformers runs on this device",
                 got="FP8 experts without an accelerator",
             )
-        self.remove()
-        configs = {module: module.config for module in chosen}
+        self.removals += 1
         try:
-            for module, name in chosen.items():
-                module.config = _choosing(module.config, str(name))
+            if self.removals == 1:
+                self.remove()
+                for module, name in chosen.items():
+                    self.undo.append(functools.partial(setattr, module, "config", module.config))
+                    module.config = _choosing(module.config, str(name))
             with torch.compiler.set_stance("force_eager"):
                 yield
         finally:
-            for module, config in configs.items():
-                module.config = config
-            self._install()
+            self.removals -= 1
+            if self.removals == 0 and is_open(self):  # it may have been closed inside
+                self.remove()
+                self._install()
 
     @property
     def plain(self) -> dict[Any, str | None]:
@@ -281,6 +285,11 @@ def close_host(hf: nn.Module) -> None:
         return
     del _HOSTS[hf]
     host.remove()
+
+
+def is_open(host: LocalHost) -> bool:
+    """Whether somebody has opened a model by this host and not closed it."""
+    return _HOSTS.get(host.hf, (None, 0))[0] is host
 
 
 def attribute_of(layer: LayerSpec) -> str:
