@@ -146,6 +146,21 @@ def test_a_model_that_is_closed_while_it_is_plain_stays_closed():
     assert traces(hf) == before
 
 
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_a_model_whose_layers_were_cut_while_it_was_open_closes_and_opens_again(family):
+    hf, other = build(family), build(family)
+    layers = hf.model.layers
+    model = moe.wrap(hf)
+    hf.model.layers = layers[:2]
+    model.close()
+    other.model.layers = other.model.layers[:2]
+    assert traces(hf)["hooks"] == traces(other)["hooks"] and traces(hf)["attributes"] == traces(other)["attributes"]
+    assert all(not hasattr(module, "moe_points") for layer in layers for module in layer.modules())
+    hf.model.layers = layers
+    with moe.wrap(hf) as model:
+        assert model.run(IDS, edit=moe.scale(layer=3, expert=None, by=0.5)).touched == (48,)
+
+
 def test_nothing_works_on_a_closed_model():
     hf = build("olmoe")
     before, model = traces(hf), moe.wrap(hf)

@@ -44,7 +44,7 @@ class LocalHost:
     def __init__(self, hf: nn.Module, spec: ModelSpec):
         self.hf, self.spec = hf, spec
         self.handles: list[RemovableHandle] = []
-        self.undo: list[Callable[[], None]] = []
+        self.undo: list[Callable[[], Any]] = []
         self.configs: dict[nn.Module, Any] = {}
         self.removals = 0  # how many `removed` are under way
         self.taps = {layer.index: Taps(layer, spec.streams) for layer in spec.layers}
@@ -65,16 +65,20 @@ class LocalHost:
             if layer.moe:
                 check_format(self.hf.get_submodule(layer.moe.experts), layer.moe.experts)
         self._run_eagerly()
-        self.hf.add_module(ATTRIBUTE, self.embed.train(self.hf.training))
+        self._add(self.hf, ATTRIBUTE, self.embed)
         if self.spec.embed is not None:
             self.handles.append(self.hf.get_submodule(self.spec.embed).register_forward_hook(self._embedded))
         for taps in self.taps.values():
-            points = taps.points.train(self.hf.training)
-            self.hf.get_submodule(taps.layer.path).add_module(attribute_of(taps.layer), points)
+            self._add(self.hf.get_submodule(taps.layer.path), attribute_of(taps.layer), taps.points)
             self.handles += [attach_grid(self.hf, taps), *attach_modality(self.hf, taps)]
             for name, site in taps.layer.sites.items():
                 self.handles += attach(self.hf, taps, name, site)
             self._replace(taps)
+
+    def _add(self, owner: nn.Module, name: str, points: nn.ModuleDict) -> None:
+        owner.add_module(name, points.train(self.hf.training))
+        # Of this very module: by the time of closing somebody may have cut it out of the model.
+        self.undo.append(functools.partial(owner._modules.pop, name, None))
 
     def _embedded(self, module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:
         point = self.point("embed", None)
@@ -144,9 +148,6 @@ class LocalHost:
         for experts, config in self.configs.items():
             experts.config = config
             del experts._moe_taps
-        for taps in self.taps.values():
-            self.hf.get_submodule(taps.layer.path)._modules.pop(attribute_of(taps.layer), None)
-        self.hf._modules.pop(ATTRIBUTE, None)
         self.handles, self.undo, self.configs = [], [], {}
 
     @contextmanager
