@@ -51,7 +51,7 @@ class MoEModel:
         # torch.compile puts a model into a wrapper, whose hooks the model's own methods would not reach.
         hf = getattr(hf, "_orig_mod", hf)
         self.hf, self.tokenizer = hf, tokenizer
-        self._sessions: list[Session] = []
+        self._sessions: dict[Session, ExitStack] = {}  # those that stand, the last at the end, and what ends them
         self._open(hf, describe(hf) if spec is None else spec)
         self.name = name or getattr(hf, "name_or_path", "") or self.spec.model_type
 
@@ -234,25 +234,56 @@ class MoEModel:
 
         Raises:
             UnknownName: a point, layer or expert that the model does not have.
-            BadInput: edits that contradict each other.
+            BadInput: edits that contradict each other, or that are left before others that were made inside theirs.
         """
         self._check_open()
         given = [one for some in edits for one in listed(some, Intervention)]
         session = Session(self._host, [*self._standing, *given], grad=None)
-        outer, self._sessions = self._sessions, [*self._sessions, session]
         with ExitStack() as stack:
-            for other in outer[-1:]:
-                stack.enter_context(other.pause())
-            stack.callback(setattr, self, "_sessions", outer)
-            yield stack.enter_context(session())
+            stack.enter_context(self._in_place_of_standing())
+            stack.enter_context(session())
+            ending = stack.pop_all()
+        with self._stands(session, ending):
+            yield session
+
+    @contextmanager
+    def _stands(self, session: Any, ending: ExitStack) -> Iterator[Any]:
+        """A session that stands inside the ``with``; ``ending`` takes its edits away."""
+        self._sessions[session] = ending
+        try:
+            yield session
+        finally:
+            later = self._leave(session)
+        if later:
+            raise BadInput(
+                "edits were left out of order",
+                expected="those that were made last to be left first",
+                got=f"{later} that were made later and stood still; they are gone with these",
+                do="Use `with model.edit(...)`, one inside the other.",
+            )
+
+    def _leave(self, session: Any) -> int:
+        """End a session, after all that were made inside it: the number of these."""
+        # What edits change in the modules is put back right in one order alone: the last first.
+        if session not in self._sessions:
+            return 0
+        standing = list(self._sessions)
+        left = standing[standing.index(session) :]
+        for one in reversed(left):
+            self._sessions.pop(one).close()
+        return len(left) - 1
+
+    @property
+    def _last(self) -> Any:
+        return next(reversed(self._sessions), None)
 
     @property
     def _standing(self) -> list[Intervention]:
-        return self._sessions[-1].interventions if self._sessions else []
+        return self._last.interventions if self._sessions else []
 
     def _in_place_of_standing(self) -> AbstractContextManager[None]:
         """A run takes the standing edits into its own list, so that they come before its own at every point."""
-        return self._sessions[-1].pause() if self._sessions else nullcontext()
+        return self._last.pause() if self._sessions else nullcontext()
 
     def forward(self, model_inputs: Mapping[str, Any]) -> Tensor:
         """The model's own forward pass: logits, or the last hidden states of a model without a head."""
@@ -362,7 +393,7 @@ class MoEModel:
             inputs: what to run on; by default a few random token ids, seeded.
 
         Raises:
-            BadInput: the model is closed or plain, or inputs that cannot be right.
+            BadInput: the model is closed, plain or under standing edits, or inputs that cannot be right.
         """
         from moe_interp.audit import audit
 

@@ -8,7 +8,7 @@ there is one.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import nnsight
@@ -53,7 +53,7 @@ class RemoteMoEModel(MoEModel):
     def __init__(self, lm: Any, remote: bool | str = True, name: str | None = None):
         self.lm, self.remote = lm, remote
         self.tokenizer = getattr(lm, "tokenizer", None)
-        self._sessions = []
+        self._sessions = {}
         self.spec, self._closed = reached(describe(lm._module)), False
         self._told = {"dtype": str(next(lm._module.parameters()).dtype), "device": "remote"}
         self.name = name or getattr(lm, "repo_id", None) or self.spec.model_type
@@ -183,15 +183,13 @@ class RemoteMoEModel(MoEModel):
 
         Raises:
             UnknownName, BadInput: edits that the model cannot have.
+            BadInput: they are left before others that were made inside theirs.
         """
         self._check_open()
         standing = _Standing([*self._standing, *(one for some in edits for one in listed(some, Intervention))])
         Program(self.spec, standing.interventions)
-        outer, self._sessions = self._sessions, [*self._sessions, standing]  # type: ignore[list-item]
-        try:
+        with self._stands(standing, ExitStack()):
             yield standing
-        finally:
-            self._sessions = outer
 
     @contextmanager
     def _failing(self) -> Iterator[None]:

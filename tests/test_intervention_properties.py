@@ -160,6 +160,25 @@ def test_an_error_inside_leaves_no_standing_edit():
     assert model._standing == []
 
 
+def test_edits_that_are_left_out_of_order_are_refused_and_all_gone():
+    hf = build("mixtral")
+    with moe.wrap(hf) as model:
+        clean, chosen = model.run(IDS), [layer.mlp.gate.top_k for layer in hf.model.layers]
+        with model.edit(moe.ablate(layer=LAYER, expert=1)):
+            outside = model.run(IDS)
+            first, second = model.edit(moe.top_k(5)), model.edit(moe.swap(layers=(0, 1)))
+            first.__enter__()
+            second.__enter__()
+            with pytest.raises(moe.MoEError, match="edits were left out of order.*got 1 that were made later"):
+                first.__exit__(None, None, None)
+            second.__exit__(None, None, None)
+            assert torch.equal(model.run(IDS).logits, outside.logits)
+            assert [layer.mlp.gate.top_k for layer in hf.model.layers] == chosen
+        assert model._standing == []
+        assert torch.equal(model.run(IDS).logits, clean.logits)
+        assert torch.equal(hf(input_ids=IDS, use_cache=False).logits, clean.logits)
+
+
 def test_standing_edits_reach_analyses():
     model, clean = opened("olmoe")
     expert = int(clean.routing[LAYER].ids[0, -1, 0])

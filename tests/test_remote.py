@@ -153,6 +153,17 @@ def test_the_same_tokens_are_written(pair, family):
     assert away.generate(TEXTS[1], **options) == here.generate(TEXTS[1], **options)
 
 
+def test_edits_that_are_left_out_of_order_are_all_gone_there_too(pair):
+    away = pair("olmoe")[1]
+    first, second = (away.edit(moe.ablate(layer=away.layers[1], expert=expert)) for expert in (0, 1))
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(BadInput, match="edits were left out of order"):
+        first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert away._standing == []
+
+
 def test_edits_at_positions_that_are_still_to_be_written(pair):
     here, away = pair("olmoe")
     edit = moe.apply("resid_post", lambda value: -3.0 * value, layers=here.layers[0], positions=(5, 6))
