@@ -195,8 +195,14 @@ def audit(model: MoEModel, inputs: Any = None) -> Audit:
         inputs: what to run on; by default 2 x 16 random token ids, seeded, and 1 x 4 for the edits.
 
     Raises:
-        BadInput: no inputs, for a model that does not take tokens; or inputs that cannot be right.
+        BadInput: no inputs, for a model that does not take tokens; inputs that cannot be right; or standing edits.
     """
+    if model._standing:
+        raise BadInput(
+            "a model under edits cannot be checked",
+            expected="an audit outside `with model.edit(...)`",
+            got=f"{len(model._standing)} standing, which the plain model does not have",
+        )
     chosen = inputs is None
     inputs = _random_tokens(model, MANY) if chosen else inputs
     try:

@@ -25,6 +25,14 @@ def test_sound_models_pass(family, dtype):
     assert len(edited) == len(model.points) - 1  # all but router_scores
 
 
+@pytest.mark.parametrize("edit", [moe.ablate(layer=0, expert=1), moe.top_k(2), moe.top_k(5)])
+def test_an_audit_under_standing_edits_is_refused(edit):
+    with moe.wrap(build("olmoe")) as model:
+        with model.edit(edit), pytest.raises(moe.MoEError, match="under edits cannot be checked.*got 1 standing"):
+            model.audit()
+        assert model.audit().passed
+
+
 def test_a_weighted_sum_that_forgets_a_slot_is_found(monkeypatch):
     def forgetful(outputs, weights, dtype):
         weights = weights.clone()
