@@ -305,3 +305,33 @@ def test_generation_makes_the_edit_at_every_step(model_type, record_property):
             output = model.run({**prompt, **known}, edit=edit).output
             ids = torch.cat([ids, output[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(got, ids)
+
+
+class Half(torch.nn.Module):
+    """Dropout that always drops the same half."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return 2.0 * value * (torch.arange(value.shape[-1]) % 2) if self.training else value
+
+
+def test_nllb_drops_outputs_in_training_mode_as_the_model_does():
+    hf = build("nllb-moe").train()
+    assert hf.config.moe_token_dropout > 0
+    for module in list(hf.modules()):
+        module.layerdrop = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Dropout):
+                setattr(module, name, Half())
+    arguments = inputs(hf)
+    with torch.no_grad():
+        plain = hf(**arguments, use_cache=False).logits
+        again = hf(**arguments, use_cache=False).logits
+    with moe.wrap(hf) as model:
+        run = model.run(arguments, read=list(model.points))
+    assert torch.equal(plain, again)
+    assert error(run.output, plain) < TOLERANCE
+    for layer in model.layers:
+        summed = (run["gate_weights", layer][..., None] * run["expert_out", layer]).sum(dim=2)
+        assert error(summed, run["routed_out", layer]) < TOLERANCE

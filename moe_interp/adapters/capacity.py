@@ -5,15 +5,17 @@ Switch (arXiv 2101.03961): one expert a token; over its capacity a token gets no
 NLLB-MoE is opened as transformers 5 runs it, which is not as it was trained. ``NllbMoeExperts.forward`` takes the 0/1
 mask of each token's first expert for expert numbers: every token runs experts 0 and 1 and no other. Expert 1 gets the
 router's weight for the token's first expert, expert 0 the sum of all other weights. So ``expert_ids`` is [0, 1] at
-every token. https://github.com/huggingface/transformers has the code; `moe_interp.adapters.families` says so too.
+every token. In training mode ``expert_out`` is what the dropout of outputs leaves; else weights take its mean.
+https://github.com/huggingface/transformers has the code; `moe_interp.adapters.families` says so too.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_interp.adapters.experts import Separate, Tap, run_experts
+from moe_interp.adapters.experts import ExpertWeights, Kernel, OnAct, Separate, Tap, by_expert, run_experts
 from moe_interp.adapters.family import At, Described, Family, never
 from moe_interp.adapters.reading import text_config
 from moe_interp.adapters.spec import ModelSpec
@@ -41,9 +43,29 @@ def forward_nllb(block: Any, tap: Tap, hidden_states: Tensor, padding_mask: Tens
     weights = torch.stack(
         [probabilities.masked_fill(first, 0.0).sum(dim=1), probabilities.masked_fill(~first, 0.0).sum(dim=1)], dim=1
     )
-    weights = weights * (1 - block.experts.moe_token_dropout)
+    kernel: Kernel = _NLLB
+    if block.experts.training:
+        kernel = _Dropping(_NLLB)
+    else:
+        weights = weights * (1 - block.experts.moe_token_dropout)
     ids = torch.tensor([0, 1], device=hidden.device).expand(len(hidden), 2).contiguous()
-    return run_experts(tap, _NLLB, block.experts, hidden, ids, weights).view(hidden_states.shape)
+    return run_experts(tap, kernel, block.experts, hidden, ids, weights).view(hidden_states.shape)
+
+
+@dataclass(frozen=True)
+class _Dropping:
+    """NLLB-MoE's experts in training, with the dropout of their outputs."""
+
+    own: Separate
+
+    def outputs(self, experts: Any, hidden: Tensor, ids: Tensor, on_act: OnAct | None = None) -> Tensor:
+        outputs = self.own.outputs(experts, hidden, ids, on_act)
+        for _, slots in by_expert(ids):  # expert after expert, as transformers draws
+            outputs = outputs.index_copy(0, slots, experts.token_dropout(outputs[slots]))
+        return outputs
+
+    def weights(self, experts: Any, expert: int) -> ExpertWeights:
+        return self.own.weights(experts, expert)
 
 
 def _switch(feed_forward: str, crossed: bool) -> Family:
