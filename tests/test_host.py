@@ -1,6 +1,8 @@
 """Leaving a model as it was found, whatever happens in between."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 import moe_interp as moe
 from moe_interp.errors import BadInput
 from tests.tiny import FAMILIES, build
+from tests.tiny_types import build as build_type
 
 IDS = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(5))
 
@@ -98,10 +101,32 @@ def test_two_models_that_share_a_config_do_not_reach_each_other():
         assert one.run(IDS, read="expert_out")["expert_out", 0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("made", [copy.deepcopy, pickle.dumps, lambda hf: torch.save(hf, io.BytesIO())])
+@pytest.mark.parametrize("family", ["olmoe", "dbrx"])
+def test_an_opened_model_is_neither_copied_nor_pickled(family, made, tmp_path):
+    hf = build(family) if family in FAMILIES else build_type(family)
+    before = traces(hf)
+    with moe.wrap(hf) as model:
+        opened = traces(hf)
+        for whole in (hf, nn.ModuleDict({"inner": hf})):
+            with pytest.raises(BadInput, match="an opened model cannot be copied or pickled.*Close it first"):
+                made(whole)
+        for part in (model, hf.get_submodule(model.spec.layers[2].path)):
+            with pytest.raises(BadInput, match="an opened model cannot be copied or pickled.*Close it first"):
+                copy.deepcopy(part)
+        assert traces(hf) == opened
+        state = copy.deepcopy(hf.state_dict())
+        hf.save_pretrained(tmp_path)
+    assert traces(hf) == before
+    made(hf)
+    with moe.load(tmp_path) as again:
+        assert all(torch.equal(value, again.hf.state_dict()[name]) for name, value in state.items())
+
+
 def test_a_copy_of_an_opened_model_is_refused():
     hf = build("olmoe")
     with moe.wrap(hf), pytest.raises(moe.MoEError, match="a copy of an opened model cannot be opened"):
-        moe.wrap(copy.deepcopy(hf))
+        moe.wrap(hf._replicate_for_data_parallel())
     with moe.wrap(copy.deepcopy(hf)) as model:
         assert torch.equal(model.run(IDS).logits, logits(hf))
 

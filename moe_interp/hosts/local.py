@@ -10,6 +10,7 @@ What is installed, and taken away again by `LocalHost.remove`:
   config: configs are shared between layers and models, so writing to one would reach models that are not ours, and
   would be undone by whoever restores it. Experts that do not ask the registry, and blocks that compute in their own
   way, get another ``forward`` on the instance.
+- a ``__reduce_ex__`` that refuses copies and pickles, whose hooks would reach the original.
 - a ``forward`` on the whole model that keeps the compiler out. Code compiled before does not see hooks that came
   later, so an opened model runs eagerly; what was compiled is back when it is closed.
 """
@@ -32,7 +33,7 @@ from moe_interp.adapters.formats import check_format, is_fp8, plain_function
 from moe_interp.adapters.spec import BlockCall, LayerSpec, ModelSpec
 from moe_interp.errors import UnsupportedModel
 from moe_interp.hosts.hooks import attach, attach_grid, attach_modality
-from moe_interp.hosts.taps import HookPoint, Taps
+from moe_interp.hosts.taps import HookPoint, Taps, refuse_copies
 
 IMPLEMENTATION = "moe_interp"
 ATTRIBUTE = "moe_points"
@@ -65,6 +66,7 @@ class LocalHost:
             if layer.moe:
                 check_format(self.hf.get_submodule(layer.moe.experts), layer.moe.experts)
         self._run_eagerly()
+        self._set(self.hf, "__reduce_ex__", refuse_copies)
         self._add(self.hf, ATTRIBUTE, self.embed)
         if self.spec.embed is not None:
             self.handles.append(self.hf.get_submodule(self.spec.embed).register_forward_hook(self._embedded))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from math import prod
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,24 @@ class HookPoint(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         """The value itself."""
         return value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused, as of the whole model."""
+        refuse_copies(protocol)
+
+
+def refuse_copies(protocol: Any) -> NoReturn:
+    """In place of what ``copy`` and ``pickle`` ask an opened model for: hooks of a copy would reach the original.
+
+    Raises:
+        BadInput: always.
+    """
+    raise BadInput(
+        "an opened model cannot be copied or pickled",
+        expected="one that is closed, or its state_dict",
+        got="hook points, whose hooks would reach the original",
+        do="Close it first: model.close().",
+    )
 
 
 class Taps:
