@@ -1,7 +1,10 @@
 """Checkpoints of every kind of model load by ``moe.load``: text, multimodal, encoder-decoder, classifier, no head."""
 
+import traceback
+
 import pytest
 import torch
+import transformers
 
 import moe_interp as moe
 from moe_interp.adapters import describe
@@ -46,6 +49,45 @@ def test_a_saved_model_loads_into_its_own_class_and_gives_the_same(model_type, n
     assert (got.output - expected.output).abs().max() < 1e-5 * expected.output.abs().max()
     for key, value in expected.values.items():
         assert (got.values[key] - value).abs().max() < 1e-5 * value.abs().max(), key
+
+
+def test_the_tokenizer_comes_from_where_the_weights_come_from(tmp_path, monkeypatch):
+    with moe.load() as model:
+        model.hf.save_pretrained(tmp_path / "some" / "folder")
+        model.tokenizer.save_pretrained(tmp_path / "some" / "folder")
+        expected = model.run("a text").logits
+    with moe.load(tmp_path / "some", subfolder="folder") as model:
+        assert torch.allclose(model.run("a text").logits, expected, atol=1e-4)
+    where = {"subfolder": "folder", "revision": "main", "cache_dir": str(tmp_path / "cache"), "token": "hf_NONE"}
+    asked = []
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda source, **options: asked.append((source, options))
+    )
+    moe.load(tmp_path / "some", dtype="float32", **where).close()
+    assert asked == [(str(tmp_path / "some"), {"trust_remote_code": False, **where})]
+
+
+def test_no_error_tells_the_token(tmp_path, monkeypatch):
+    token = "_".join(["hf", "SECRET"])  # tracebacks show these lines
+
+    def fail(*args, **options):
+        raise ValueError(f"no such header: Bearer {options['token']}")
+
+    def refused():
+        with pytest.raises(moe.MoEError, match="cannot load") as error:
+            moe.load(tmp_path, token=token, revision="other")
+        told = "".join(traceback.format_exception(error.value))
+        assert token not in told
+        return told
+
+    assert "'token': '(not shown)', 'revision': 'other'" in refused()
+    with moe.load() as model:
+        model.hf.save_pretrained(tmp_path)
+        model.tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    assert "cannot load the tokenizer" in refused()
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    assert "ValueError: no such header: Bearer (token)" in refused()
 
 
 def full_size(model_type, **changes):
