@@ -119,14 +119,31 @@ def _storable(name: str, values: ArrayLike) -> np.ndarray:
     return array
 
 
+def real_file(path: str | os.PathLike[str]) -> Path:
+    """The file that a path leads to, through links.
+
+    Raises:
+        BadOutput: there is something that is no regular file: a folder, a pipe, a device.
+    """
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise BadOutput(
+            f"cannot write {path}",
+            expected="a regular file, or none yet",
+            got="a folder" if os.path.isdir(target) else "a pipe, a device or the like",
+        )
+    return Path(target)
+
+
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to in place of ``path``, which it becomes at the end of the ``with``, whole or not at all.
 
     Raises:
-        BadOutput: the folder does not exist or cannot be written, or the disk is full; nothing is left behind.
+        BadOutput: the folder does not exist or cannot be written, the path is no regular file, or the disk is full;
+            nothing is left behind.
     """
-    target = Path(path)
+    target = real_file(path)
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
         yield part

@@ -1,6 +1,7 @@
 """Labelled results: what goes in comes back from a file, dtypes and attrs too; nothing is half-written."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from moe_interp.errors import BadData, BadInput, BadOutput
 from moe_interp.results import Variable, labelled, load, provenance_of, save
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
+from moe_interp.views.page import check_writable, write
 
 PROVENANCE = {"model": "tiny/é", "tokens": 12, "level": 0.95}
 IDS = torch.arange(3, 15).view(2, 6)
@@ -101,6 +103,33 @@ def test_what_a_file_does_not_keep_is_refused(values, said):
 def test_undescribed_and_misfitting_variables_are_refused(variable, said):
     with pytest.raises(BadInput, match=said):
         labelled({"share": variable}, {"layer": [0, 1]}, analysis="a", provenance={})
+
+
+def test_a_link_is_followed_and_stays(tmp_path):
+    (tmp_path / "real").mkdir()
+    old, none = tmp_path / "real" / "old.nc", tmp_path / "real" / "none.nc"
+    old.write_text("old")
+    for name, target in (("a.nc", old), ("b.nc", none)):
+        link = tmp_path / name
+        link.symlink_to(target)
+        check_writable(link)
+        save(example(), link)
+        assert link.is_symlink() and not target.is_symlink()
+        assert_same(load(target), example())
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.nc", "b.nc", "none.nc", "old.nc", "real"]
+
+
+def test_what_is_no_regular_file_is_refused_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for target in (tmp_path / "pipe", tmp_path / "link"):
+        for refused in (check_writable, lambda path: write("text", path), lambda path: save(example(), path)):
+            with pytest.raises(BadOutput, match="cannot write .*: expected a regular file, .* got a pipe, a device"):
+                refused(target)
+    with pytest.raises(BadOutput, match="got a folder"):
+        check_writable(tmp_path)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_file_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path):

@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from moe_interp.errors import BadOutput
-from moe_interp.results import whole_file
+from moe_interp.results import real_file, whole_file
 from moe_interp.views.tokens import shown
 
 
@@ -33,16 +33,14 @@ def check_writable(target: Path) -> None:
     """Refuse a file that could not be written, before the work is done.
 
     Raises:
-        BadOutput: the folder is missing or not writable, or the path is a folder.
+        BadOutput: the folder is missing or not writable, or the path is no regular file.
     """
-    folder = target.parent
-    if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    folder = real_file(target).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise BadOutput(
             f"cannot write {target}",
             expected="a file in a folder that exists and is writable",
-            got="a folder"
-            if target.is_dir()
-            else f"folder {folder}" + ("" if folder.is_dir() else ", which is not there"),
+            got=f"folder {folder}" + ("" if folder.is_dir() else ", which is not there"),
         )
 
 
