@@ -199,7 +199,7 @@ class MoEModel:
             prompt included.
 
         Raises:
-            UnsupportedModel: a model that does not write text.
+            UnsupportedModel: a model that does not write text, or has no ``generate``.
         """
         self._check_open()
         if self.spec.kind not in ("causal", "encoder-decoder") or self.spec.unembed is None:
@@ -209,17 +209,29 @@ class MoEModel:
                 got="one without a head" if self.spec.unembed is None else f"a model of kind {self.spec.kind!r}",
                 do="Use run.",
             )
+        entry = cast(Any, self.hf.get_submodule(self.spec.entry))
+        if not hasattr(entry, "generate"):
+            raise UnsupportedModel(
+                f"{self.spec.model_type} has no generate",
+                expected="a model with transformers' GenerationMixin",
+                got=type(entry).__name__,
+                do="Use run, a token at a time.",
+            )
         session = Session(self._host, [*self._standing, *listed(edit, Intervention)], whole=False)
         model_inputs = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
         with self._in_place_of_standing(), session():
-            ids = cast(Any, self.hf.get_submodule(self.spec.entry)).generate(**model_inputs, **options)
-        return self._written(inputs, ids)
+            ids = entry.generate(**model_inputs, **options)
+        return self._written(inputs, ids, model_inputs.get("attention_mask"))
 
-    def _written(self, inputs: Inputs, ids: Any) -> str | list[str] | Tensor:
-        """Text if text was given, else ids."""
+    def _written(self, inputs: Inputs, ids: Any, mask: Tensor | None) -> str | list[str] | Tensor:
+        """Text if text was given, else ids; ``mask`` [B, S] tells padding from the prompt, which is to the right."""
         if not isinstance(ids, Tensor) or not (isinstance(inputs, str) or _are_texts(inputs)):
             return ids
-        texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+        rows = list(ids)
+        if self.spec.kind == "causal" and mask is not None:  # others return no prompt
+            padding = (mask == 0).sum(dim=1).repeat_interleave(len(rows) // len(mask)).tolist()
+            rows = [row[left:] for row, left in zip(rows, padding, strict=True)]
+        texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
         return texts[0] if isinstance(inputs, str) and len(texts) == 1 else texts
 
     @contextmanager

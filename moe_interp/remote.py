@@ -159,7 +159,7 @@ class RemoteMoEModel(MoEModel):
         given = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
         self._program(given, edits, (), whole=False)
         ids = self._send_generation(SentPass(self.lm, self.spec, edits, ()), given, options)
-        return self._written(inputs, ids)
+        return self._written(inputs, ids, given.get("attention_mask"))
 
     def _send_generation(self, job: SentPass, given: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:
         lm, blocks, given, remote, ids = self.lm, job.blocks, dict(given), self.remote, None

@@ -8,6 +8,8 @@ import transformers
 
 import moe_interp as moe
 from moe_interp.adapters import describe
+from moe_interp.errors import UnsupportedModel
+from tests.stub_tokenizer import StubTokenizer
 from tests.tiny_types import build, inputs, runner
 
 KINDS = {
@@ -126,6 +128,32 @@ def test_what_writes_no_text_generates_nothing(model_type):
     hf = build(model_type)
     with moe.wrap(hf) as model, pytest.raises(moe.MoEError, match="generates nothing: .* Use run."):
         model.generate(inputs(hf))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_texts_that_are_written_together_have_no_padding(options):
+    texts = ["abc", "a longer text", "de"]
+    options = dict(max_new_tokens=3, do_sample=False, eos_token_id=None, **options)
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        alone = [model.generate([text], **options) for text in texts]
+        together = model.generate(texts, **options)
+    assert together == [written for some in alone for written in some]
+    assert [len(written) for written in alone[0]] == [6] * len(alone[0])
+
+
+def test_an_encoder_decoder_writes_whole_texts_of_a_padded_batch():
+    hf = build("switch_transformers")
+    hf.config.decoder_start_token_id = hf.generation_config.decoder_start_token_id = 0
+    with moe.wrap(hf, StubTokenizer()) as model:
+        written = model.generate(["abc", "a longer text"], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert [len(text) for text in written] == [5, 5]
+
+
+def test_a_model_without_generate_says_so(monkeypatch):
+    hf = build("olmoe")
+    monkeypatch.delattr(transformers.GenerationMixin, "generate")
+    with moe.wrap(hf) as model, pytest.raises(UnsupportedModel, match="olmoe has no generate.*Use run"):
+        model.generate(torch.arange(3, 9))
 
 
 def test_an_encoder_decoder_is_asked_for_its_decoders_input():
