@@ -406,6 +406,36 @@ def test_a_state_of_another_training_is_refused(tmp_path):
         train_tuned_lens(model, CORPUS, **QUICK, state=path)
 
 
+def test_a_state_that_lacks_something_is_refused(tmp_path):
+    path = tmp_path / "state"
+    with opened() as model:
+        lens = train_tuned_lens(model, CORPUS, **QUICK, state=path)
+        whole = torch.load(path, weights_only=True)
+        broken = [{name: value for name, value in whole.items() if name != left} for left in whole]
+        broken += [{**whole, name: None} for name in whole if name != "mark"]
+        broken += [{**whole, name: whole[name][:-1]} for name in ("translators", "best", "best_kl", "plain_kl")]
+        broken += [{**whole, "translators": [one[..., :1] for one in whole["translators"]]}]
+        broken += [{**whole, "best": [(weight[:1], bias) for weight, bias in whole["best"]]}]
+        broken += [{**whole, "optimizer": {**whole["optimizer"], "state": {}}}, [whole], None]
+        for state in broken:
+            torch.save(state, path)
+            with pytest.raises(BadData, match="cannot read .*expected the state of a training"):
+                train_tuned_lens(model, CORPUS, **QUICK, state=path)
+        torch.save(whole, path)
+        assert torch.equal(train_tuned_lens(model, CORPUS, **QUICK, state=path).weight, lens.weight)
+
+
+def test_a_training_under_standing_edits_is_not_taken_up(tmp_path):
+    path = tmp_path / "state"
+    with opened() as model:
+        with model.edit(moe.ablate(layer=model.layers[0], expert=1)):
+            with pytest.raises(BadInput, match="a training under edits cannot be taken up.*got 1 of them"):
+                train_tuned_lens(model, CORPUS, **QUICK, state=path)
+            edited = train_tuned_lens(model, CORPUS, **QUICK)
+        assert not path.exists()
+        assert not torch.equal(edited.weight, train_tuned_lens(model, CORPUS, **QUICK, state=path).weight)
+
+
 # ---- files and models that do not fit ------------------------------------------------------------------------
 
 

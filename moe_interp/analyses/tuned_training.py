@@ -96,12 +96,18 @@ def train_tuned_lens(
 
     Raises:
         UnsupportedModel: a residual stream that cannot be decoded.
-        BadInput: no tokenizer, options out of range, too few documents, one that is on both sides, or an unembedding
-            that rounds its input, so that gradients would be wrong.
-        BadData: ``state`` is of another training.
+        BadInput: no tokenizer, options out of range, too few documents, one that is on both sides, an unembedding that
+            rounds its input, so that gradients would be wrong, or ``state`` is asked for under standing edits.
+        BadData: ``state`` is of another training, or no whole state.
         BadOutput: it cannot be written.
     """
     plan = _Plan(steps, learning_rate, every, patience, seed, max_tokens, batch_tokens)
+    if state is not None and model._standing:
+        raise BadInput(
+            "a training under edits cannot be taken up",
+            expected="a model without standing edits, or state=None",
+            got=f"{len(model._standing)} of them, which a file cannot be told from others by",
+        )
     start = TunedLens.zeros(model)
     rounding = rounding_without_gradient(model.hf.get_submodule(str(model.spec.unembed)))
     if rounding is not None:
@@ -281,7 +287,11 @@ class _Training:
         try:
             state = torch.load(path, map_location=self.model.device, weights_only=True)
             same = state["mark"] == self._mark() and close(state["signature"].cpu(), self.start.signature)
-        except (OSError, EOFError, RuntimeError, UnpicklingError, KeyError, TypeError, AttributeError) as error:
+            if same:
+                self._take(state)
+        except (
+            OSError, EOFError, RuntimeError, UnpicklingError, LookupError, TypeError, ValueError, AttributeError
+        ) as error:  # fmt: skip
             got = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BadData(f"cannot read {path}", expected="the state of a training", got=got) from error
         if not same:
@@ -291,13 +301,22 @@ class _Training:
                 got="different ones",
                 do="Name another file, or delete this one.",
             )
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """Put what `_state` gave in place of what is here; ValueError and the like of what does not fit."""
         with torch.no_grad():
             for own, stored in zip(self.weights + self.biases, state["translators"], strict=True):
-                own.copy_(stored)
+                own.copy_(_fitting(stored, own))
+        self.step, self.stale, self.tokens = (int(state[name]) for name in ("step", "stale", "tokens"))
         self.optimizer.load_state_dict(state["optimizer"])
-        self.best = [(weight, bias) for weight, bias in state["best"]]
-        self.best_kl, self.plain_kl = (state[name].cpu().numpy() for name in ("best_kl", "plain_kl"))
-        self.step, self.stale, self.tokens = state["step"], state["stale"], state["tokens"]
+        if self.tokens and len(self.optimizer.state) != len(self.weights + self.biases):
+            raise ValueError("moments of other translators")
+        self.best = [
+            (_fitting(weight, own[0]), _fitting(bias, own[1]))
+            for (weight, bias), own in zip(state["best"], self.best, strict=True)
+        ]
+        layers = torch.zeros(len(self.layers))
+        self.best_kl, self.plain_kl = (_fitting(state[name], layers).cpu().numpy() for name in ("best_kl", "plain_kl"))
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -335,3 +354,9 @@ class _Training:
     def _copies(self) -> list[tuple[Tensor, Tensor]]:
         found = (self._translator(place) for place in range(len(self.layers)))
         return [(one.weight.detach().clone(), one.bias.clone()) for one in found]
+
+
+def _fitting(stored: Tensor, own: Tensor) -> Tensor:
+    if stored.shape != own.shape:
+        raise ValueError(f"shape {tuple(stored.shape)} in place of {tuple(own.shape)}")
+    return stored
