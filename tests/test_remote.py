@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from nnsight import TransformersModel
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 import moe_interp as moe
@@ -135,6 +136,45 @@ def test_everything_edited_is_what_is_edited_here(pair, family):
         assert (one.logits - plain.logits)[one.mask].abs().max() > 1e-3, name
         assert difference <= EXACT * one.logits[one.mask].abs().max(), name
         assert one.touched == other.touched, name
+
+
+def after_neurons(model: moe.MoEModel) -> dict[str, list[moe.Intervention]]:
+    """Edits of neurons, with what else can be done to the same call of experts."""
+    layer = model.layers[1]
+    run, elsewhere = model.run(TEXTS[0]), model.run(TEXTS, read="expert_out")
+    expert = int(run.routing[layer].ids[0, -1, 0])
+    neurons = moe.apply("expert_act", lambda act: act * 1.5, layers=layer)
+    return {
+        "alone": [neurons],
+        "scale": [neurons, moe.scale(layer=layer, expert=None, by=0.5)],
+        "patch": [neurons, moe.patch(elsewhere, layer=layer, expert=expert)],
+        "mean": [neurons, moe.ablate(layer=layer, expert=expert, how="mean", mean={(layer, expert): torch.ones(64)})],
+        "before and after": [
+            moe.scale(layer=layer, expert=expert, by=2.0),
+            moe.apply("gate_weights", lambda weights: weights * 0.7, layers=layer),
+            moe.apply("routed_out", lambda out: out * 1.2, layers=layer),
+            neurons,
+        ],
+    }
+
+
+@each_family
+def test_what_follows_edited_neurons_is_made_of_them(pair, family):
+    here, away = pair(family)
+    near = moe.wrap(TransformersModel(tiny.build(family), tokenizer=tokenizer()), remote="local")
+    reads = [moe.select(name, layers=here.layers[1]) for name in ("expert_act", "expert_out", "routed_out", "moe_out")]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    for name, edit in after_neurons(here).items():
+        one = here.run(TEXTS, edit=edit, read=reads)
+        for kind, model in (("server", away), ("local", near)):
+            other = model.run(TEXTS, edit=edit, read=reads)
+            for key, value in (*one.values.items(), ("logits", one.logits)):
+                found = other.logits if key == "logits" else other.values[key]
+                difference = (found - value)[one.mask].abs().max()
+                assert difference <= EXACT * value[one.mask].abs().max(), (name, kind, key)
+            assert one.touched == other.touched, (name, kind)
+    edit = after_neurons(here)["scale"]
+    assert away.generate(TEXTS[1], edit=edit, **options) == here.generate(TEXTS[1], edit=edit, **options)
 
 
 @each_family
@@ -297,8 +337,6 @@ def test_a_model_without_weights_is_not_opened_here(pair):
 
 
 def test_an_nnsight_model_with_weights_is_opened_here():
-    from nnsight import TransformersModel
-
     hf = tiny.build("mixtral")
     lm = TransformersModel(hf, tokenizer=tokenizer())
     with moe.wrap(lm) as model, moe.wrap(hf, tokenizer()) as plain:

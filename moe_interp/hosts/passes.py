@@ -26,7 +26,7 @@ class Pass:
     """A program, and the points that it needs, in the trace of one model."""
 
     def __init__(self, lm: Any, spec: ModelSpec, edits: Edited, reads: Sequence[Read]):
-        self.reach, self.spec = StockReach(lm, spec), spec
+        self.reach, self.spec = StockReach(lm, spec, together=True), spec
         self.program = Program(spec, edits, reads, decode=self.decode)
         self.wanted = set(self.program.wanted)
 

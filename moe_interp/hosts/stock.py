@@ -72,11 +72,13 @@ class StockReach:
     Attributes:
         lm: the nnsight model.
         spec: what it computes, without what only this package can run.
+        together: whether all blocks of the trace have the same rows and are one program: each sees what the others did
+            to the experts of a layer.
     """
 
-    def __init__(self, lm: Any, spec: ModelSpec):
+    def __init__(self, lm: Any, spec: ModelSpec, together: bool = False):
         restore()
-        self.lm, self.spec = lm, spec
+        self.lm, self.spec, self.together = lm, spec, together
         self.calls: WeakKeyDictionary[Any, dict[int, Call]] = WeakKeyDictionary()
         self.ungated: WeakKeyDictionary[Any, dict[str, tuple[int, Tensor]]] = WeakKeyDictionary()
 
@@ -219,11 +221,22 @@ class StockReach:
         """The call of the layer's experts that is under way, waited for if need be."""
         path = self.path(self.spec.moe(layer).experts)
         mediator = Mediator.current(path)
-        known = self.calls.setdefault(mediator, {})
+        known = self._calls(mediator)
         if layer not in known or known[layer].visit != mediator.wanted(f"{path}.output"):
             args, _ = Mediator.value(f"{path}.input")
-            known[layer] = Call(mediator.occurrence(f"{path}.output"), args)
+            self._called(layer, mediator, args)
         return known[layer]
+
+    def _calls(self, mediator: Mediator) -> dict[int, Call]:
+        """The last call of each layer's experts that a block knows of."""
+        return self.calls.setdefault(self if self.together else mediator, {})
+
+    def _called(self, layer: int, mediator: Mediator, args: tuple[Any, ...]) -> None:
+        """Note what the experts are about to be called with, once for all blocks that are together."""
+        known, visit = self._calls(mediator), mediator.occurrence(f"{self.path(self.spec.moe(layer).experts)}.output")
+        if not (self.together and layer in known and known[layer].visit == visit):
+            known[layer] = Call(visit, args)
+        known[layer].args = args
 
     def slots(self, layer: int) -> tuple[Tensor, Tensor]:
         """Expert ids and weights [B, S, K] of the rows of this block."""
@@ -255,14 +268,12 @@ class StockReach:
 
     def _argument_of_experts(self, layer: int, number: int, location: str) -> Spot:
         def show(raw: Any) -> Tensor:
-            mediator = Mediator.current(location)
-            visit = mediator.occurrence(location.removesuffix("input") + "output")
-            self.calls.setdefault(mediator, {})[layer] = Call(visit, raw[0])
+            self._called(layer, Mediator.current(location), raw[0])
             return texts(raw[0][number])
 
         def put(raw: Any, new: Tensor) -> Any:
             changed = with_argument(raw, number, joined(raw[0][number], new))
-            self.calls[Mediator.current(location)][layer].args = changed[0]
+            self._calls(Mediator.current(location))[layer].args = changed[0]
             return changed
 
         return Spot(location, show, put)
