@@ -123,6 +123,36 @@ def test_an_edit_at_every_step_of_a_generation(door, family, folders):
 
 
 @both_doors
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_several_edits_of_one_call_where_each_text_has_one_position(door, family, folders):
+    lm, options = door(family)
+    points = trace_points(lm)
+    ids = torch.tensor([[5], [11]])
+    with moe.wrap(tiny.build(family), tokenizer()) as model:
+        layer = model.layers[1]
+        first, second = model.run(ids).routing[layer].ids[0, 0, :2].tolist()
+        edits = [
+            moe.apply("expert_act", lambda act: act * 1.5, layers=layer),
+            moe.scale(layer=layer, expert=first, by=-0.3),
+            moe.scale(layer=layer, expert=second, by=3.0),
+        ]
+        plain, run = model.run(ids), model.run(ids, edit=edits, read="expert_out")
+    with lm.trace(use_cache=False, **options) as tracer:
+        with tracer.invoke(input_ids=ids[:1]):
+            points.layers[layer].expert_act *= 1.5
+            points.layers[layer].expert(first).out *= -0.3
+            points.layers[layer].expert(second).out *= 3.0
+            out = points.layers[layer].expert_out.clone().save()
+            edited = lm.output.logits.save()
+        with tracer.invoke(input_ids=ids[1:]):
+            beside = lm.output.logits.save()
+    assert (run.logits - plain.logits)[0].abs().max() > 1e-3
+    assert (out - run["expert_out", layer][:1]).abs().max() <= 1e-5 * out.abs().max()
+    assert (edited - run.logits[:1]).abs().max() <= 1e-5 * edited.abs().max()
+    assert (beside - plain.logits[1:]).abs().max() <= 1e-5 * beside.abs().max()
+
+
+@both_doors
 def test_steps_are_told_apart_whatever_was_read_in_earlier_ones(door):
     lm, options = door("qwen3_moe")
     points = trace_points(lm)

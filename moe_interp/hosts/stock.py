@@ -305,7 +305,7 @@ class StockReach:
                 expected="reads and edits in the order of the points: expert_act, expert_out, routed_out",
                 got="one of single slots after an edit of routed_out",
             )
-        if call.outputs is None or call.outputs[0] is not raw:
+        if call.outputs is None or not _same(call.outputs[0], raw):
             run, ids = self._alone(layer, call), texts(call.args[1])
             found = run() if call.act is None else _with_neurons(run, ids.flatten(), call.act.flatten(0, 2))
             call.outputs = raw, found.view(*ids.shape, -1)
@@ -327,6 +327,11 @@ class StockReach:
     def _put_neurons(self, layer: int, call: Call, raw: Tensor, new: Tensor) -> Tensor:
         call.act, call.outputs = new, None
         return self._put_outputs(layer, call, raw, self._outputs(layer, call, raw))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether the rows of this block are those of before: nnsight and sandboxes may pass on copies."""
+    return one is other or torch.equal(texts(one), texts(other))
 
 
 def _neurons_of(run: Callable[[], Tensor], ids: Tensor) -> Tensor:
