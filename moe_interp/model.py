@@ -239,7 +239,8 @@ class MoEModel:
         """Edits that stand inside the ``with``.
 
         They act in `run` and `generate`, before those given there, so in every analysis (those that call `experts`
-        refuse edits of what these put out); and in calls of the transformers model itself, gradients as they are.
+        refuse edits of what these put out); and in calls of the transformers model itself, gradients as they are. What
+        others hook to a point there, or take in a trace, is what the edits made of its value.
 
         ``with model.edit(...) as standing`` gives what knows how often each touched something in direct calls,
         ``standing.touched``; runs tell it themselves.
@@ -250,7 +251,7 @@ class MoEModel:
         """
         self._check_open()
         given = [one for some in edits for one in listed(some, Intervention)]
-        session = Session(self._host, [*self._standing, *given], grad=None)
+        session = Session(self._host, [*self._standing, *given], grad=None, first=True)
         with ExitStack() as stack:
             stack.enter_context(self._in_place_of_standing())
             stack.enter_context(session())

@@ -263,6 +263,22 @@ def test_interventions_act_in_calls_of_the_bridge():
         assert torch.equal(values["routed_out", LAYER], expected["routed_out", LAYER])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_caches_show_what_standing_edits_made_of_every_point(family):
+    lens = tiny(family)
+    with moe.attach(lens) as door:
+        model = door.model
+        for (point, layer), name in door.hook_names.items():
+            if layer not in (None, 0, LAYER) or not POINTS[point].editable:
+                continue
+            edit = edit_of(point, layer)
+            expected = model.run(IDS, edit=edit, read=moe.select(point, layers=layer))
+            with model.edit(edit):
+                logits, values = lens.run_with_cache(IDS, names_filter=name)
+            assert torch.equal(values[name], expected[point, layer]), name
+            assert torch.equal(logits, expected.logits), name
+
+
 def test_a_bridge_can_be_wrapped_and_analysed():
     lens = tiny("olmoe")
     with moe.wrap(lens) as model, moe.wrap(plain("olmoe")) as other:

@@ -1,7 +1,7 @@
 """Named points in nnsight's own idioms: invokes, gradients, steps of a generation, sessions; here and on a server."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -13,7 +13,9 @@ from moe_interp.adapters import describe
 from moe_interp.errors import BadInput, UnknownName
 from moe_interp.hosts.hooked import trace_points
 from moe_interp.hosts.stock import reached, stock_points
+from moe_interp.points import POINTS
 from tests import tiny
+from tests.edits import change
 from tests.served import saved, tokenizer, unloaded
 
 IDS = torch.randint(3, 92, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -345,6 +347,23 @@ def test_neurons_are_met_in_every_implementation_of_experts(family, implementati
         logits = lm.output.logits.save()
     assert (act - run["expert_act", layer]).abs().max() <= 1e-5
     assert (logits - edited).abs().max() <= 1e-5 * edited.abs().max()
+
+
+@each_family
+def test_traces_show_what_standing_edits_made_of_every_point(family):
+    lm = TransformersModel(tiny.build(family), tokenizer=tokenizer())
+    with moe.wrap(lm) as model, trace_points(lm) as points, torch.no_grad():
+        layer = model.layers[1]
+        for name in (name for name in model.points if POINTS[name].editable):
+            where = None if name == "embed" else min(model.spec.layers_of(name), key=lambda one: abs(one - layer))
+            edit = moe.apply(name, partial(change, name), layers=where)
+            expected = model.run(IDS, edit=edit, read=moe.select(name, layers=where))
+            with model.edit(edit), lm.trace(input_ids=IDS, use_cache=False):
+                at = points if where is None else points.layers[where]
+                value = getattr(at, name).clone().save()
+                logits = lm.output.logits.save()
+            assert torch.equal(value, expected[name, where]), name
+            assert torch.equal(logits, expected.logits), name
 
 
 def test_points_and_nnsight_own_places_in_one_trace():

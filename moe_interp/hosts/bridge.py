@@ -213,7 +213,10 @@ class BridgeHost:
     def _add(self, point: str, layer: int | None, site: Site, hooks: dict[str, LensPoint]) -> None:
         """Give a point its names; in a block also ``hook_{point}``, so that ``cache[point, layer]`` finds it."""
         block = "" if layer is None else self.blocks[layer]
-        hook = self._theirs(point, layer, site) or self._ours(point, layer)
+        theirs = self._theirs(point, layer, site)
+        if theirs is not None and isinstance(site, Output):  # the module's own code has passed it when ours is met
+            self._put(self.host.fronts, (point, layer), theirs)
+        hook = theirs or self._ours(point, layer)
         name = hook_name(point, block)
         if self._taken(name, hook, hooks):  # by what comes of it after a norm or a factor
             name = hook.name or f"{block}.hook_raw_{point}".lstrip(".")
@@ -283,7 +286,7 @@ class BridgeHost:
             found = None if found is None else found._modules.get(name)
         return found
 
-    def _put(self, where: dict[str, Any], name: str, value: Any) -> None:
+    def _put(self, where: dict[Any, Any], name: Any, value: Any) -> None:
         there, before = name in where, where.get(name)
         where[name] = value
         self.undo.append(lambda: where.__setitem__(name, before) if there else where.__delitem__(name))

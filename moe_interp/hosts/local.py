@@ -50,6 +50,7 @@ class LocalHost:
         self.removals = 0  # how many `removed` are under way
         self.taps = {layer.index: Taps(layer, spec.streams) for layer in spec.layers}
         self.embed = nn.ModuleDict({"embed": HookPoint()})
+        self.fronts: dict[tuple[str, int | None], nn.Module] = {}  # of others, passed before our own
         try:
             self._install()
         except BaseException:
@@ -60,6 +61,10 @@ class LocalHost:
         """The hook point of a point at a layer."""
         points = self.embed if layer is None else self.taps[layer].points
         return points[name]  # type: ignore[return-value]
+
+    def front(self, name: str, layer: int | None) -> nn.Module:
+        """Where the value of a point passes first: an identity, as its hook point is."""
+        return self.fronts.get((name, layer), self.point(name, layer))
 
     def _install(self) -> None:
         for layer in self.spec.layers:

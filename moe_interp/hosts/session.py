@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moe_interp.hosts.local import LocalHost
 from moe_interp.hosts.program import Block, Program, arguments_of, tokens_of
@@ -21,6 +22,7 @@ class Session:
         edits, reads, decode: as `Program` has them, which says what is refused.
         grad: whether to keep the graph; None: as it is outside.
         whole: whether a pass without a cache has all tokens that there will be.
+        first: whether its edits come before what others hook to the points, who are then shown what it made of values.
     """
 
     def __init__(
@@ -31,8 +33,9 @@ class Session:
         grad: bool | None = False,
         decode: Callable[[Tensor], Tensor] | None = None,
         whole: bool = True,
+        first: bool = False,
     ):
-        self.host, self.grad, self.whole, self.paused = host, grad, whole, False
+        self.host, self.grad, self.whole, self.first, self.paused = host, grad, whole, first, False
         self.program = Program(host.spec, edits, reads, bool(grad), lambda layer: host.taps[layer].rows, decode)
 
     @property
@@ -58,8 +61,7 @@ class Session:
             handle = entry.register_forward_pre_hook(self._begin, with_kwargs=True)
             stack.callback(handle.remove)
             for point, layer in program.wanted:
-                hook = self._hook(point, layer)
-                stack.callback(self.host.point(point, layer).register_forward_hook(hook).remove)
+                stack.callback(self._hook(point, layer).remove)
             yield self
 
     @contextmanager
@@ -77,8 +79,13 @@ class Session:
             whole = self.whole and given.get("past_key_values") is None
             self.program.begin(tokens_of(self.host.spec, args, given), whole)
 
-    def _hook(self, point: str, layer: int | None) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:
+    def _hook(self, point: str, layer: int | None) -> RemovableHandle:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
+            return None if self.paused else self.program(point, layer, args[0])
+
+        def after(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:
             return None if self.paused else self.program(point, layer, value)
 
-        return hook
+        if self.first:
+            return self.host.front(point, layer).register_forward_pre_hook(before)
+        return self.host.point(point, layer).register_forward_hook(after)
