@@ -7,7 +7,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,10 @@ import torch
 
 from moe_interp.encode import GIVE_TOKENIZER, pad
 from moe_interp.errors import BadData, BadInput
+from moe_interp.interventions.values import ByToken
 
 if TYPE_CHECKING:
+    from moe_interp.interventions import Intervention
     from moe_interp.model import MoEModel
 
 SAMPLE = Path(__file__).parent / "zoo" / "sample.jsonl"
@@ -294,9 +296,11 @@ def batches(
         batch_tokens: at most so many tokens, padding included, in a batch (a single document may have more).
 
     Raises:
-        BadInput: no corpus, or a model without a tokenizer.
+        BadInput: no corpus, a model without a tokenizer, or standing edits with values or marks of several texts.
     """
     check_corpus(corpus)
+    for one in model._standing:
+        _check_for_corpora(one)
     if model.tokenizer is None:
         raise BadInput("a corpus needs a tokenizer", expected="a model with one", got="none", do=GIVE_TOKENIZER)
     if max_tokens is not None and max_tokens < 1:
@@ -311,6 +315,24 @@ def batches(
             groups.append([])
         groups[-1].append(number)
     return [_batch([ids[number] for number in group], group, limit) for group in groups]
+
+
+def _check_for_corpora(edit: "Intervention") -> None:
+    """Refuse values and marks that go by the number of a text in a batch, where documents come in another order.
+
+    Raises:
+        BadInput: it has some of several texts.
+    """
+    for field in fields(edit):  # type: ignore[arg-type]
+        given = getattr(edit, field.name)
+        for one in given if isinstance(given, tuple) else (given,):
+            if isinstance(one, ByToken) and len(one.lengths) > 1:
+                raise BadInput(
+                    f"a standing edit with {field.name} of several texts, which no documents of a corpus are",
+                    expected="values and marks of one text, which serve every document",
+                    got=f"{type(edit).__name__} of {len(one.lengths)} texts",
+                    do="Take them from a run of one text, or give model.run the texts themselves.",
+                )
 
 
 def _batch(rows: list[list[int]], numbers: list[int], limit: int) -> Batch:
