@@ -4,13 +4,14 @@ A document is the unit of every interval in this package, because tokens of one 
 """
 
 import json
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class Document:
     name: str
 
 
+_FROM_TEXTS = "moe.Corpus.from_texts({domain: texts}) makes a corpus of texts in memory."
 _MADE_BY = "a corpus: moe.read_corpus(path), or moe.Corpus.from_texts({domain: texts})"
 
 
@@ -47,7 +49,7 @@ class Corpus:
     """Documents in a fixed order, which it iterates over.
 
     Raises:
-        BadInput: no documents, something else among them, or one that is empty.
+        BadInput: no documents, something else among them, one that is empty, or one that no encoding takes.
     """
 
     documents: tuple[Document, ...]
@@ -62,6 +64,12 @@ class Corpus:
         for document in self.documents:
             if not document.text.strip():
                 raise BadInput(f"document {document.name!r} is empty", expected="at least one character of text")
+            if _lone_surrogate(document.text):
+                raise BadInput(
+                    f"document {document.name!r} is no Unicode text",
+                    expected="characters that UTF-8 can encode",
+                    got="half of a surrogate pair",
+                )
 
     def __repr__(self) -> str:
         counts = Counter(document.domain for document in self.documents)
@@ -73,7 +81,16 @@ class Corpus:
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, list[str]], source: str = "memory") -> "Corpus":
-        """From lists of texts by domain."""
+        """From lists of texts by domain.
+
+        Raises:
+            BadInput: no mapping of lists, or documents that `Corpus` refuses.
+        """
+        lists = isinstance(texts, Mapping) and all(
+            isinstance(members, Iterable) and not isinstance(members, str | bytes) for members in texts.values()
+        )
+        if not lists:
+            raise BadInput("not texts by domain", expected="{domain: [text, text, ...]}", got=repr(texts)[:80])
         found = (
             Document(text, domain, f"{domain}/{number}")
             for domain, members in texts.items()
@@ -101,13 +118,25 @@ class Corpus:
         return np.array([number[document.domain] for document in self.documents])
 
     def take(self, per_domain: int) -> "Corpus":
-        """The first documents of every domain."""
+        """The first documents of every domain.
+
+        Raises:
+            BadInput: not a number of documents, or less than one.
+        """
+        count = _at_least_one(per_domain)
         kept = [
             document
             for domain in self.domains
-            for document in islice((one for one in self.documents if one.domain == domain), per_domain)
+            for document in islice((one for one in self.documents if one.domain == domain), count)
         ]
         return Corpus(tuple(kept), self.source)
+
+
+def _at_least_one(documents: Any) -> int:
+    """A number of documents to take."""
+    if not isinstance(documents, SupportsIndex) or operator.index(documents) < 1:
+        raise BadInput("cannot take so many documents", expected="a whole number from 1 on", got=repr(documents))
+    return operator.index(documents)
 
 
 def sample() -> Corpus:
@@ -131,7 +160,13 @@ def read_corpus(path: str | Path, *, text: str = "text", domain: str | None = No
 
     Raises:
         BadData: nothing there, an unknown format, or a line that cannot be read (with its number).
+        BadInput: what is no path, or a limit below 1.
     """
+    if not isinstance(path, str | Path):
+        raise BadInput(
+            "not a path", expected="a file, a folder or the id of a dataset", got=repr(path)[:80], do=_FROM_TEXTS
+        )
+    limit = None if limit is None else _at_least_one(limit)
     source = Path(path)
     if source.is_dir() and not (source / "dataset_info.json").exists() and not (source / "dataset_dict.json").exists():
         files = sorted(file for file in source.iterdir() if file.suffix in _READERS)
@@ -193,7 +228,7 @@ def _lone_surrogate(text: str) -> bool:
 
 def _jsonl(file: Path, field: str) -> Iterator[dict[str, Any]]:
     try:
-        with file.open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _json_object(line, f"line {number} of {file}")
@@ -213,7 +248,7 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
 
 def _text(file: Path, field: str) -> Iterator[dict[str, Any]]:
     try:
-        blocks = file.read_text(encoding="utf-8").split("\n\n")
+        blocks = file.read_text(encoding="utf-8-sig").split("\n\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadData(f"cannot read {file}", expected="UTF-8 text", got=str(error)) from error
     yield from ({field: block} for block in blocks if block.strip())

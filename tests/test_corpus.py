@@ -71,6 +71,38 @@ def test_what_is_no_document_is_refused_when_the_corpus_is_made():
         moe.Corpus((Document("one", "a", "a/1"), Document(" ", "a", "a/0")))
 
 
+@pytest.mark.parametrize("given", [{"a": "hello"}, {"a": ["one"], "b": 3}, ["x", "y"], "text", None])
+def test_texts_that_are_not_lists_by_domain_are_refused(given):
+    with pytest.raises(BadInput, match=r"not texts by domain: expected \{domain: \[text, text, ...\]\}, got"):
+        moe.Corpus.from_texts(given)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, "2"])
+def test_numbers_of_documents_that_cannot_be_taken(count, tmp_path):
+    (tmp_path / "some.txt").write_text("one\n\ntwo\n")
+    for take in (moe.sample().take, lambda given: moe.read_corpus(tmp_path / "some.txt", limit=given)):
+        with pytest.raises(BadInput, match=f"expected a whole number from 1 on, got {count!r}"):
+            take(count)
+
+
+@pytest.mark.parametrize("given", [["a text"], None, b"some.txt"])
+def test_what_is_no_path_is_not_read(given):
+    with pytest.raises(BadInput, match="not a path: .*from_texts"):
+        moe.read_corpus(given)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "some.txt").write_text("one\n\ntwo", encoding="utf-8-sig")
+    (tmp_path / "some.jsonl").write_text('{"text": "one"}\n{"text": "two"}', encoding="utf-8-sig")
+    for name in ("some.txt", "some.jsonl"):
+        assert moe.read_corpus(tmp_path / name).texts == ["one", "two"]
+
+
+def test_half_of_a_surrogate_pair_is_refused_with_the_name_of_its_document():
+    with pytest.raises(BadInput, match="document 'a/1' is no Unicode text"):
+        moe.Corpus.from_texts({"a": ["one", "two \ud800"]})
+
+
 REFUSED = """
 import moe_interp as moe
 
