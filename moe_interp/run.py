@@ -215,6 +215,20 @@ class Routing:
         used = self.slots_of(expert).any(dim=-1)
         return used | (self.added[expert] != 0).any(dim=-1) if expert in self.added else used
 
+    def check_expert(self, layer: int, expert: int) -> None:
+        """Refuse what cannot be an expert of the layer, whose number of experts scores tell, if they were read.
+
+        Raises:
+            UnknownName: no such expert.
+        """
+        scores = self.logits if self.scores is None else self.scores
+        count = None if scores is None else scores.shape[-1]
+        if expert < 0 or (count is not None and expert >= count):
+            there = "on" if count is None else f"to {count - 1}"
+            raise UnknownName(
+                f"unknown expert {expert} at layer {layer}", expected=f"an expert from 0 {there}", got=str(expert)
+            )
+
     def by_rank(self) -> Int[Tensor, "B S K"]:
         """[B, S, K], the slots from the heaviest to the lightest."""
         return self.weights.argsort(dim=-1, descending=True, stable=True)
@@ -316,10 +330,12 @@ class Run:
         """Unweighted output of one expert, zero where it did not run, and the mask of tokens that used it.
 
         Raises:
-            UnknownName: ``expert_out`` was not read at this layer.
+            UnknownName: ``expert_out`` was not read at this layer; or no such expert, if the router's logits or scores
+                were read there too (else none has such tokens), or a negative one.
             BadInput: it was read at some positions only.
         """
         outputs, routing = self.whole("expert_out", layer), self.routing[layer]
+        routing.check_expert(layer, expert)
         slots = routing.slots_of(expert)
         used = slots.any(dim=2)
         # An edit may have put an expert into several slots of one token; its output is the same in each.
@@ -335,7 +351,7 @@ class Run:
         it a contribution without a slot.
 
         Raises:
-            UnknownName: ``expert_out`` was not read at this layer.
+            UnknownName: as `expert`.
             BadInput: it was read at some positions only.
         """
         outputs, used = self.expert(layer, expert)
@@ -356,9 +372,12 @@ class Run:
 
         Raises:
             UnknownName: ``expert_out`` was not read at this layer.
-            BadInput: it was read at some positions only.
+            BadInput: it was read at some positions only, or the layer has no such rank.
         """
         outputs = self.whole("expert_out", layer)
+        slots = outputs.shape[2]
+        if not 0 <= rank < slots:
+            raise BadInput(f"no rank {rank} at layer {layer}", expected=f"a rank from 0 to {slots - 1}", got=str(rank))
         slot = self.routing[layer].by_rank()[..., rank, None, None]
         return outputs.gather(2, slot.expand(*slot.shape[:3], outputs.shape[-1])).squeeze(2)
 

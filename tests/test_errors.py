@@ -162,6 +162,20 @@ def test_a_run_says_what_it_holds(model):
         run.top_tokens("resid_post")
 
 
+def test_experts_and_ranks_that_a_run_cannot_have(model):
+    known, unknown = model.run(IDS, read=["expert_out", "router_logits"]), model.run(IDS, read="expert_out")
+    for of in (moe.Run.expert, moe.Run.contribution):
+        for expert in (8, -1, 1000):
+            message = f"unknown expert {expert} at layer 2: expected an expert from 0 to 7, got {expert}"
+            with pytest.raises(errors.UnknownName, match=message):
+                of(known, 2, expert)
+        with pytest.raises(errors.UnknownName, match="unknown expert -1 at layer 2: expected an expert from 0 on"):
+            of(unknown, 2, -1)
+    for rank in (3, -1):
+        with pytest.raises(errors.BadInput, match=f"no rank {rank} at layer 2: expected a rank from 0 to 2"):
+            known.heaviest(2, rank)
+
+
 def test_models_and_runs_are_short_to_print(model):
     run = model.run(IDS, read=["moe_in", "embed", moe.select("resid_post", layers=3, top=2)])
     assert repr(run) == "Run of 2 texts, 8 positions, read: embed, moe_in at layers [0, 2, 3], resid_post at layers [3]"
