@@ -39,6 +39,13 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str | None = None, remote: 
     if is_bridge(model):
         return _wrap_bridged(model, tokenizer, name)
     hf = getattr(model, "_orig_mod", model)
+    if not isinstance(hf, nn.Module):
+        raise BadInput(
+            "not a model that is in memory",
+            expected="a transformers model, an nnsight model or a TransformerBridge",
+            got=repr(hf)[:80],
+            do="moe.load(name) opens a folder or a hub id.",
+        )
     return MoEModel(hf, tokenizer, name) if is_known(hf) or not _has_config(hf) else _wrap_unseen(hf, tokenizer, name)
 
 

@@ -1,14 +1,18 @@
 """Corpora: what is read from where, which rows are left out, and what is refused as no corpus."""
 
+import inspect
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 import moe_interp as moe
 from moe_interp.data import Document
 from moe_interp.errors import BadData, BadInput
+from tests.stub_tokenizer import StubTokenizer
+from tests.tiny import build
 
 
 def written(folder, records, name="some"):
@@ -101,6 +105,24 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
 def test_half_of_a_surrogate_pair_is_refused_with_the_name_of_its_document():
     with pytest.raises(BadInput, match="document 'a/1' is no Unicode text"):
         moe.Corpus.from_texts({"a": ["one", "two \ud800"]})
+
+
+def test_a_corpus_and_a_model_that_changed_places():
+    """In every analysis that takes a model and a corpus."""
+    names = {
+        name
+        for name in moe.__all__
+        if inspect.isfunction(getattr(moe, name))
+        and list(inspect.signature(getattr(moe, name)).parameters)[:2] == ["model", "corpus"]
+    }
+    assert {"routing", "perplexity", "score_audit"} < names
+    corpus = moe.Corpus.from_texts({"a": ["a text"]})
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        calls = {name: getattr(moe, name) for name in names}
+        calls |= {"collect": partial(moe.collect, sums={}), "saturation": moe.router_saturation}
+        for name, call in calls.items():
+            with pytest.raises(BadInput, match=r"not a corpus: .*, got \[?MoEModel"):
+                call(corpus, [model] if name == "saturation" else model)
 
 
 REFUSED = """

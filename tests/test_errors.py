@@ -176,6 +176,16 @@ def test_experts_and_ranks_that_a_run_cannot_have(model):
             known.heaviest(2, rank)
 
 
+def test_names_in_place_of_models_and_lenses(model):
+    for given in ("gpt2", None):
+        message = f"not a model that is in memory: .*got {given!r}. moe.load"
+        with pytest.raises(errors.BadInput, match=message):
+            moe.wrap(given)
+    message = r"not a tuned lens: expected what moe.tuned_lens\(name\) .*, got 'reference'"
+    with pytest.raises(errors.BadInput, match=message):
+        moe.expert_lens(model, IDS[:1], lens="reference")
+
+
 def test_models_and_runs_are_short_to_print(model):
     run = model.run(IDS, read=["moe_in", "embed", moe.select("resid_post", layers=3, top=2)])
     assert repr(run) == "Run of 2 texts, 8 positions, read: embed, moe_in at layers [0, 2, 3], resid_post at layers [3]"

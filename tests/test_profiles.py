@@ -12,7 +12,7 @@ from moe_interp import results
 from moe_interp.analyses.examples import Examples
 from moe_interp.analyses.profiles import expert_profiles, log_odds
 from moe_interp.data import Corpus
-from moe_interp.errors import UnknownName
+from moe_interp.errors import BadInput, UnknownName
 from moe_interp.views.profile import profile, profile_page
 from tests.random_runs import EXPERTS, LAYERS, choices_of, random_run
 from tests.reference import together as slow
@@ -190,3 +190,13 @@ def test_pages_of_profiles_run_nothing_and_survive_files(tmp_path):
     assert page.count("<details>") == 4 * 8
     assert "<script" not in profile(result, 0, 0)._repr_html_()
     xr.testing.assert_identical(results.load(results.save(result, tmp_path / "profiles.nc")), result)
+
+
+def test_another_result_is_no_profiles(tmp_path):
+    model, _ = made()
+    result = moe.routing(model, CORPUS, resamples=2)
+    for given, got in ((result, "one of routing"), (None, "NoneType")):
+        for call in (lambda given: profile(given, 1, 0), lambda given: profile_page(given, tmp_path / "page.html")):
+            message = f"not profiles of experts: expected a result of moe.expert_profiles, got {got}"
+            with pytest.raises(BadInput, match=message):
+                call(given)

@@ -24,7 +24,7 @@ from torch import Tensor
 import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, collect, sizes
 from moe_interp.analyses.exact import Exact, Provenance, blocks_of, flat_counts, of_each, one_or_each, told_top_k
-from moe_interp.data import Corpus
+from moe_interp.data import Corpus, check_corpus
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 from moe_interp.run import Routing, Run
@@ -217,6 +217,7 @@ def coactivation(
         BadInput: the model has no tokenizer.
         UnsupportedModel: layers with different numbers of experts.
     """
+    check_corpus(corpus)
     sums = PairCounts.empty(*sizes(model), blocks=blocks)
     where = collect(model, corpus, {"pairs": sums}, Options(special_tokens, max_tokens, batch_tokens))
     return sums.result(provenance=where, resamples=resamples, seed=seed)

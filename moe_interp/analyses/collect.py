@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moe_interp.analyses.exact import Exact
-from moe_interp.data import Batch, Corpus, batches
+from moe_interp.data import Batch, Corpus, batches, check_corpus
 from moe_interp.errors import BadData, BadInput, UnsupportedModel
 from moe_interp.model import MoEModel, Reads
 from moe_interp.results import whole_file
@@ -161,6 +161,7 @@ def collect(
         BadInput: the model has no tokenizer, or ``resume`` is asked for under standing edits.
         BadData: ``resume`` holds the states of another pass.
     """
+    check_corpus(corpus)
     going = Pass(model, corpus, options)
     path = None if resume is None else Path(resume)
     if path is not None and model._standing:

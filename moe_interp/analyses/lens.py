@@ -204,6 +204,12 @@ def _check_options(model: MoEModel, top: int, definition: str, chunk: int) -> No
 
 
 def _check_lens(model: MoEModel, lens: TunedLens, definition: str) -> None:
+    if not isinstance(lens, TunedLens):
+        raise BadInput(
+            "not a tuned lens",
+            expected="what moe.tuned_lens(name) or moe.train_tuned_lens(model, corpus) gives",
+            got=repr(lens)[:80],
+        )
     if definition != "paper":
         raise BadInput(
             "a tuned lens cannot be used as coded",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_interp.analyses.collect import Options, Pass
 from moe_interp.analyses.inputs import moe_layers
-from moe_interp.data import Corpus
+from moe_interp.data import Corpus, check_corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
@@ -75,6 +75,7 @@ def mean_contributions(
         BadInput: no tokenizer.
         UnknownName: no such MoE layer.
     """
+    check_corpus(corpus)
     chosen = moe_layers(model, layers)
     going = Pass(model, corpus, options)
     sums: dict[int, Tensor] = {}

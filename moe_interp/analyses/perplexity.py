@@ -27,7 +27,7 @@ from tqdm import tqdm
 from moe_interp.analyses.collect import top_ks
 from moe_interp.analyses.exact import told_top_k
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.data import Batch, Corpus, batches
+from moe_interp.data import Batch, Corpus, batches, check_corpus
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, apply, top_k
 from moe_interp.interventions.base import check_together
@@ -79,6 +79,7 @@ def perplexity(
         BadInput: no tokenizer, ``ks`` out of range, an unknown ``renormalise``, no token with a context, or layers
             that choose different numbers of experts, all at once.
     """
+    check_corpus(corpus)
     check_writes_text(model)
     grid = _grid(model, ks, renormalise, per_layer)
     work = batches(model, corpus, max_tokens=max_tokens, batch_tokens=batch_tokens)

@@ -24,7 +24,7 @@ from moe_interp.analyses.norms import OutputSums, collect_outputs, document_mean
 from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.routing_values import taken
 from moe_interp.analyses.token_counts import TokenCounts
-from moe_interp.data import Corpus
+from moe_interp.data import Corpus, check_corpus
 from moe_interp.encode import token_text
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -72,6 +72,7 @@ def expert_profiles(
         BadInput: no tokenizer.
         UnsupportedModel: layers with different numbers of experts.
     """
+    check_corpus(corpus)
     options, (layers, experts, top_k) = Options(special_tokens, max_tokens, batch_tokens), sizes(model)
     sums: dict[str, Any] = {
         "routing": RoutingCounts.empty(len(corpus), layers, experts, top_k),

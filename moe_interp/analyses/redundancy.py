@@ -25,7 +25,7 @@ import moe_interp.stats as stats
 from moe_interp.adapters.experts import ExpertWeights
 from moe_interp.analyses.collect import Options, experts_of
 from moe_interp.analyses.inputs import Inputs, every_expert, moe_layers, sample_inputs
-from moe_interp.data import Corpus
+from moe_interp.data import Corpus, check_corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -71,6 +71,7 @@ def expert_similarity(
         UnknownName: a layer that is no MoE layer.
         UnsupportedModel: layers with different numbers of experts.
     """
+    check_corpus(corpus)
     chosen, options = moe_layers(model, layers), Options(special_tokens, max_tokens, batch_tokens)
     experts = np.arange(experts_of(model, chosen))
     each = -(-tokens // len(corpus))

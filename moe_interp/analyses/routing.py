@@ -38,7 +38,7 @@ from moe_interp.analyses.exact import (
     told_top_k,
 )
 from moe_interp.analyses.routing_values import LOAD, by_name, dataset, from_counts, switch_loss, taken
-from moe_interp.data import Corpus
+from moe_interp.data import Corpus, check_corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.run import Routing, Run
@@ -234,6 +234,7 @@ def routing(
         UnsupportedModel: layers with different numbers of experts.
         BadCheckpoint: the router gives values that are not finite.
     """
+    check_corpus(corpus)
     sums = RoutingCounts.empty(len(corpus), *sizes(model))
     where = collect(model, corpus, {"routing": sums}, Options(special_tokens, max_tokens, batch_tokens))
     return sums.result(corpus.labels, corpus.domains, provenance=where, resamples=resamples, seed=seed)

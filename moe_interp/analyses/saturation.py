@@ -28,7 +28,7 @@ import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, Pass, sizes
 from moe_interp.analyses.exact import Provenance, one_or_each
 from moe_interp.checkpoint import REFERENCE, load
-from moe_interp.data import Corpus
+from moe_interp.data import Corpus, check_corpus
 from moe_interp.errors import BadCheckpoint, BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -136,10 +136,11 @@ def router_saturation(
         options: for `moe.load`.
 
     Raises:
-        BadInput: fewer than two checkpoints, or models of different shapes or tokenizers.
+        BadInput: no corpus, fewer than two checkpoints, or models of different shapes or tokenizers.
         UnsupportedModel: layers with different numbers of experts.
         BadCheckpoint: one that cannot be loaded.
     """
+    check_corpus(corpus)
     given: list[Any] = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
     if revisions is not None and len(given) != 1:
         raise BadInput("revisions of what", expected="a single checkpoint", got=f"{len(given)} of them")

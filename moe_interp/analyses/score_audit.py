@@ -31,7 +31,7 @@ from moe_interp.analyses.effects import Sweep, removals
 from moe_interp.analyses.exact import UNIT
 from moe_interp.analyses.norms import OutputSums, collect_outputs
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.data import Batch, Corpus, batches
+from moe_interp.data import Batch, Corpus, batches, check_corpus
 from moe_interp.errors import BadInput
 from moe_interp.interventions import randomize
 from moe_interp.model import MoEModel
@@ -88,6 +88,7 @@ def score_audit(
         BadInput: no tokenizer, fewer than two blocks of documents, or a document of one token.
         UnsupportedModel: a model that does not predict the next token.
     """
+    check_corpus(corpus)
     check_writes_text(model)
     work = batches(model, corpus, max_tokens=max_tokens, batch_tokens=batch_tokens)
     if not 2 <= blocks or len(corpus) < 2:

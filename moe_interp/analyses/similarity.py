@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.plain import check_not_edited, check_plain, check_same_parts
-from moe_interp.data import Batch, Corpus, batches
+from moe_interp.data import Batch, Corpus, batches, check_corpus
 from moe_interp.errors import one_of
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
@@ -83,6 +83,7 @@ def ensemble_similarity(
             what experts put out, which the control by an expert that was not chosen would not have.
         UnknownName: a layer that is no MoE layer.
     """
+    check_corpus(corpus)
     one_of("definition", definition, ("paper", "as_coded"))
     chosen = _layers(model, layers)
     sums, truncated = _Sums(len(corpus), len(chosen)), 0

@@ -23,7 +23,7 @@ from moe_interp.analyses.collect import Options, Pass, sizes
 from moe_interp.analyses.exact import blocks_of, told_top_k
 from moe_interp.analyses.labels import LabelCounts
 from moe_interp.analyses.token_counts import FOLDS, TokenCounts
-from moe_interp.data import Corpus
+from moe_interp.data import Corpus, check_corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -62,6 +62,7 @@ def token_identity(
         BadInput: no tokenizer, fewer than two folds, or no id that occurs in two of them often enough.
         UnsupportedModel: layers with different numbers of experts.
     """
+    check_corpus(corpus)
     if folds < 2:
         raise BadInput("too few folds", expected="two or more", got=str(folds))
     layers, experts, top_k = sizes(model)

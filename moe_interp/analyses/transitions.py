@@ -24,7 +24,7 @@ import moe_interp.stats as stats
 from moe_interp.analyses.coactivation import BLOCKS
 from moe_interp.analyses.collect import Options, collect, sizes
 from moe_interp.analyses.exact import Exact, Provenance, blocks_of, flat_counts, of_each, told_top_k
-from moe_interp.data import Corpus
+from moe_interp.data import Corpus, check_corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -174,6 +174,7 @@ def transitions(
         BadInput: no tokenizer, or a single MoE layer.
         UnsupportedModel: layers with different numbers of experts.
     """
+    check_corpus(corpus)
     sums = TransitionCounts.empty(*sizes(model), blocks=blocks, seed=seed)
     where = collect(model, corpus, {"transitions": sums}, Options(special_tokens, max_tokens, batch_tokens))
     return sums.result(provenance=where)

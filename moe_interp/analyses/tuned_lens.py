@@ -34,7 +34,7 @@ from torch import Tensor
 from moe_interp.analyses.collect import Options, Pass
 from moe_interp.analyses.plain import check_decodes_stream
 from moe_interp.checkpoint import REFERENCE
-from moe_interp.data import Batch, Corpus
+from moe_interp.data import Batch, Corpus, check_corpus
 from moe_interp.errors import BadData, BadInput, UnknownName
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled, whole_file
@@ -385,6 +385,7 @@ def tuned_lens_quality(
         UnsupportedModel: a residual stream that cannot be decoded.
         BadInput: a lens of another model, no tokenizer, or no token that counts.
     """
+    check_corpus(corpus)
     lens.check(model)
     plain = Translator(torch.zeros_like(lens.weight[0]), torch.zeros_like(lens.bias[0]))
     lenses = [[plain] * len(lens.layers), [lens.into(layer) for layer in lens.layers]]

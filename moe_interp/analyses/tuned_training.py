@@ -101,6 +101,7 @@ def train_tuned_lens(
         BadData: ``state`` is of another training, or no whole state.
         BadOutput: it cannot be written.
     """
+    check_corpus(corpus)
     plan = _Plan(steps, learning_rate, every, patience, seed, max_tokens, batch_tokens)
     if state is not None and model._standing:
         raise BadInput(

@@ -6,7 +6,7 @@ from typing import Any
 
 import xarray as xr
 
-from moe_interp.errors import UnknownName
+from moe_interp.errors import BadInput, UnknownName
 from moe_interp.results import provenance_of
 from moe_interp.views.page import template, write
 from moe_interp.views.tables import several
@@ -73,7 +73,9 @@ def profile(profiles: xr.Dataset, layer: int, expert: int) -> Profile:
 
     Raises:
         UnknownName: no such layer or expert in it.
+        BadInput: another result.
     """
+    _check_profiles(profiles)
     if layer not in profiles["layer"].values or expert not in profiles["expert"].values:
         raise UnknownName(
             f"no profile of expert {expert} at layer {layer}",
@@ -94,6 +96,13 @@ def profile(profiles: xr.Dataset, layer: int, expert: int) -> Profile:
         heaviest=texts["heaviest"],
         random=texts["random"],
     )
+
+
+def _check_profiles(profiles: Any) -> None:
+    analysis = getattr(profiles, "attrs", {}).get("analysis")
+    if analysis != "expert_profiles":
+        got = type(profiles).__name__ if analysis is None else f"one of {analysis}"
+        raise BadInput("not profiles of experts", expected="a result of moe.expert_profiles", got=got)
 
 
 def _zip(*columns: xr.DataArray) -> list[tuple[Any, ...]]:
@@ -137,7 +146,9 @@ def profile_page(profiles: xr.Dataset, path: str | Path) -> Path:
 
     Raises:
         BadOutput: the file cannot be written.
+        BadInput: not a result of `moe.expert_profiles`.
     """
+    _check_profiles(profiles)
     target = Path(path)
     text = template("profiles.html.j2").render(
         rows=profile_rows(profiles),
