@@ -125,6 +125,16 @@ def test_what_cannot_be_compared():
         router_saturation("hub/one", CORPUS, revisions=["a"])
 
 
+def test_names_are_as_many_as_the_checkpoints_and_differ():
+    two = [moe.wrap(build("olmoe", seed=seed), StubTokenizer()) for seed in (0, 1)]
+    for names in (["x"], ["x", "y", "z"], []):
+        message = f"not a name for each checkpoint: expected 2 names, got {len(names)}"
+        with pytest.raises(BadInput, match=message):
+            router_saturation(two, CORPUS, names=names)
+    with pytest.raises(BadInput, match=r"checkpoints of one name: expected names that differ, got \['x', 'x'\]"):
+        router_saturation(two, CORPUS, names=["x", "x"])
+
+
 def test_the_bundled_training_saturates():
     result = reference_saturation(resamples=200)
     assert result.step.values.tolist() == [36, 180, 540, 1260, 2340, 3200]

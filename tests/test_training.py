@@ -235,6 +235,27 @@ def test_a_watch_that_cannot_be(options):
         RoutingWatch(build("olmoe"), **options)
 
 
+@pytest.mark.parametrize("watch", [lambda **options: RoutingWatch(build("olmoe"), **options), RoutingCallback])
+def test_options_are_checked_before_a_training_begins(watch):
+    for every in (1.5, "10", None, 0):
+        with pytest.raises(BadInput, match=f"cannot watch so: expected every >= 1, .*, got every={every!r}"):
+            watch(every=every)
+    for allowed in (5, (5, 1), (1,), ("a", "b"), (0, math.nan)):
+        with pytest.raises(BadInput, match=r"not a range of n50: expected \(low, high\), low <= high, got"):
+            watch(alarms={"n50": allowed})
+    watch(every=np.int64(3), alarms={"n50": [1, np.float32(5)], "gini": (0.5, 0.5)})
+
+
+def test_a_step_is_a_whole_number():
+    with RoutingWatch(build("olmoe"), every=3) as watch:
+        for number in ("a", None, 1.5):
+            for begin in (watch.step, watch.begin):
+                with pytest.raises(
+                    BadInput, match=f"not the number of a step: expected a whole number, got {number!r}"
+                ):
+                    begin(number)
+
+
 def test_nothing_reported_is_an_error_and_a_table_survives_a_file(tmp_path):
     with RoutingWatch(build("olmoe"), every=3) as watch:
         due = r"expected a forward pass within `with watch.step\(n\):`, n a multiple of 3, got none"

@@ -136,7 +136,8 @@ def router_saturation(
         options: for `moe.load`.
 
     Raises:
-        BadInput: no corpus, fewer than two checkpoints, or models of different shapes or tokenizers.
+        BadInput: no corpus, fewer than two checkpoints, models of different shapes or tokenizers, or ``names`` that are
+            too few, too many or the same.
         UnsupportedModel: layers with different numbers of experts.
         BadCheckpoint: one that cannot be loaded.
     """
@@ -149,6 +150,7 @@ def router_saturation(
     )
     if len(wanted) < 2:
         raise BadInput("too few checkpoints", expected="at least two, the final one last", got=str(len(wanted)))
+    _check_names(names, len(wanted))
     found = []
     for source, more in wanted:
         model = source if isinstance(source, MoEModel) else load(source, **options, **more)
@@ -174,6 +176,15 @@ def router_saturation(
         resamples=resamples,
         seed=seed,
     )
+
+
+def _check_names(names: Sequence[int] | Sequence[str] | None, count: int) -> None:
+    if names is None:
+        return
+    if len(names) != count:
+        raise BadInput("not a name for each checkpoint", expected=f"{count} names", got=f"{len(names)}: {names!r}")
+    if len(set(names)) < count:
+        raise BadInput("checkpoints of one name", expected="names that differ", got=repr(names))
 
 
 class _Sampled:

@@ -8,10 +8,12 @@
 3. `RoutingCallback` is that for Hugging Face's Trainer. Alarms are ranges that the user sets.
 """
 
+import operator
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -143,7 +145,8 @@ class RoutingWatch:
         on_alarm: called with every `Alarm` (None: a warning).
 
     Raises:
-        BadInput: ``every`` below 1, or an alarm for a value that there is not.
+        BadInput: ``every`` below 1 or no whole number, or an alarm for a value that there is not, or whose range is not
+            (low, high).
         UnsupportedModel: the model cannot be opened.
     """
 
@@ -156,10 +159,7 @@ class RoutingWatch:
         alarms: Mapping[str, Range] | None = None,
         on_alarm: Callable[[Alarm], None] | None = None,
     ):
-        unknown = set(alarms or {}) - set(_TOLD)
-        if every < 1 or unknown:
-            got = f"every={every}, alarms for {sorted(unknown)}" if unknown else f"every={every}"
-            raise BadInput("cannot watch so", expected=f"every >= 1, alarms for {', '.join(_TOLD)}", got=got)
+        _check_options(every, alarms)
         self.model = model if isinstance(model, MoEModel) else wrap(model)
         self.every, self.to, self.alarms, self.on_alarm = every, to, dict(alarms or {}), on_alarm
         self.raised: list[Alarm] = []
@@ -192,11 +192,17 @@ class RoutingWatch:
         self.close()
 
     def step(self, number: int) -> "_Step":
-        """The ``with`` of one step of training; reports at its end if the step is due."""
+        """The ``with`` of one step of training; reports at its end if the step is due.
+
+        Raises:
+            BadInput: not the number of a step.
+        """
+        _check_step(number)
         return _Step(self, number)
 
     def begin(self, number: int) -> None:
         """What `step` does first, for loops that cannot use a ``with``."""
+        _check_step(number)
         self.drop()  # what a step that was begun and never ended may have left
         if number % self.every == 0:
             self._sums = RoutingCounts.empty(1, *sizes(self.model))
@@ -310,6 +316,28 @@ def _alarms(step: int, report: xr.Dataset, allowed: Mapping[str, Range]) -> list
     return found
 
 
+def _check_options(every: Any, alarms: Mapping[str, Any] | None) -> None:
+    """Before a training begins: refuse what would fail, or always alarm, in the middle of it."""
+    unknown = set(alarms or {}) - set(_TOLD)
+    whole = isinstance(every, SupportsIndex) and operator.index(every) >= 1
+    if not whole or unknown:
+        got = f"every={every!r}, alarms for {sorted(unknown)}" if unknown else f"every={every!r}"
+        raise BadInput("cannot watch so", expected=f"every >= 1, alarms for {', '.join(_TOLD)}", got=got)
+    for name, allowed in (alarms or {}).items():
+        if not _is_range(allowed):
+            raise BadInput(f"not a range of {name}", expected="(low, high), low <= high", got=repr(allowed))
+
+
+def _is_range(given: Any) -> bool:
+    pair = isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(one, Real) for one in given)
+    return pair and bool(given[0] <= given[1])
+
+
+def _check_step(number: Any) -> None:
+    if not isinstance(number, SupportsIndex):
+        raise BadInput("not the number of a step", expected="a whole number", got=repr(number))
+
+
 class _Step:
     """The ``with`` of `RoutingWatch.step`."""
 
@@ -336,6 +364,9 @@ class RoutingCallback(TrainerCallback):
 
     Attributes:
         watch: the watch, once training has begun; its ``table()`` stays after the end.
+
+    Raises:
+        BadInput: as `RoutingWatch`.
     """
 
     def __init__(
@@ -347,6 +378,7 @@ class RoutingCallback(TrainerCallback):
         on_alarm: Callable[[Alarm], None] | None = None,
         stop: bool = False,
     ):
+        _check_options(every, alarms)
         self._options: dict[str, Any] = {"every": every, "to": to, "alarms": alarms, "on_alarm": on_alarm}
         self.stop = stop
         self.watch: RoutingWatch | None = None
