@@ -137,11 +137,12 @@ def select(point: str, *, layers: Indices = None, positions: Indices = None, top
     each value of a point in the residual stream's space, [..., D]. They take little memory, and little of a network.
 
     Raises:
-        BadInput: ``top`` below 1.
+        BadInput: ``top`` below 1, or no whole number.
     """
-    if top is not None and top < 1:
-        raise BadInput("no tokens to keep", expected="top >= 1", got=str(top))
-    return Read(point, positions_of(layers), positions_of(positions), top)
+    if top is not None and not (isinstance(top, SupportsIndex) and operator.index(top) >= 1):
+        raise BadInput("no tokens to keep", expected="a whole number, top >= 1", got=repr(top))
+    kept = None if top is None else operator.index(top)
+    return Read(point, positions_of(layers), positions_of(positions), kept)
 
 
 @dataclass

@@ -176,6 +176,14 @@ def test_experts_and_ranks_that_a_run_cannot_have(model):
             known.heaviest(2, rank)
 
 
+@pytest.mark.parametrize("top", ["5", 2.5, 0])
+def test_tokens_to_keep_are_a_whole_number(model, top):
+    with pytest.raises(errors.BadInput, match=f"no tokens to keep: expected a whole number, top >= 1, got {top!r}"):
+        moe.select("resid_post", top=top)
+    with pytest.raises(errors.BadInput, match=f"top out of range: expected 1 to 96 tokens, got {top!r}"):
+        moe.neuron_lens(model, 2, 0, top=top)
+
+
 def test_names_in_place_of_models_and_lenses(model):
     for given in ("gpt2", None):
         message = f"not a model that is in memory: .*got {given!r}. moe.load"

@@ -374,6 +374,7 @@ BAD_LENS = [
     (dict(positions=3), BadInput, "no position 3"),
     (dict(positions=[0, -4]), BadInput, "no position -4"),
     (dict(top=0), BadInput, "top out of range.*got 0"),
+    (dict(top="5"), BadInput, "top out of range.*got '5'"),
     (dict(top=97), BadInput, "top out of range.*1 to 96.*got 97"),
     (dict(chunk=0), BadInput, "chunk out of range"),
 ]

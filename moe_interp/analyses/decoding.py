@@ -4,12 +4,15 @@
 chunk times the vocabulary and never with parts or positions times the vocabulary.
 """
 
+import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from moe_interp.errors import BadInput
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -34,6 +37,16 @@ class Decoded(NamedTuple):
     true_rank: Float[Tensor, "N P"]
     final_rank: Int[Tensor, "N P"]
     kl: Float[Tensor, "N P"]
+
+
+def check_top(top: Any, vocabulary: int) -> None:
+    """Refuse to keep more of the most probable tokens than there are, or none.
+
+    Raises:
+        BadInput: no such number of tokens.
+    """
+    if not isinstance(top, SupportsIndex) or not 1 <= operator.index(top) <= vocabulary:
+        raise BadInput("top out of range", expected=f"1 to {vocabulary} tokens", got=repr(top))
 
 
 def decode_top(

@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn import functional
 
-from moe_interp.analyses.decoding import CHUNK, Decode, Decoded, decode_top, describe
+from moe_interp.analyses.decoding import CHUNK, Decode, Decoded, check_top, decode_top, describe
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.one_text import At, by_rank, expert_terms, next_ids, run_text, token_texts
 from moe_interp.analyses.plain import check_adds_up, check_plain, check_same_parts, check_writes_text, final_modules
@@ -197,8 +197,7 @@ def _layers(model: MoEModel, layers: Indices) -> tuple[int, ...]:
 
 def _check_options(model: MoEModel, top: int, definition: str, chunk: int) -> None:
     one_of("definition", definition, ("paper", "as_coded"))
-    if not 1 <= top <= model.spec.vocab_size:
-        raise BadInput("top out of range", expected=f"1 to {model.spec.vocab_size} tokens", got=str(top))
+    check_top(top, model.spec.vocab_size)
     if chunk < 1:
         raise BadInput("chunk out of range", expected="at least one row", got=str(chunk))
 

@@ -14,9 +14,9 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from moe_interp.analyses.decoding import check_top
 from moe_interp.analyses.one_text import token_texts
 from moe_interp.analyses.plain import check_plain, check_writes_text
-from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 
@@ -48,8 +48,7 @@ def neuron_lens(
         BadInput: ``top`` out of range.
         UnsupportedModel: a layer that does something to the outputs of experts before it adds them.
     """
-    if not 1 <= top <= model.spec.vocab_size:
-        raise BadInput("top out of range", expected=f"1 to {model.spec.vocab_size} tokens", got=str(top))
+    check_top(top, model.spec.vocab_size)
     check_writes_text(model)
     check_plain(model, [layer])
     down = model.weights(layer, expert).down.T
