@@ -1,6 +1,7 @@
 """Profiles of experts: values against loops, contexts that are in the texts, and pages that are safe to open."""
 
 import math
+import re
 from functools import cache
 
 import numpy as np
@@ -13,7 +14,7 @@ from moe_interp.analyses.examples import Examples
 from moe_interp.analyses.profiles import expert_profiles, log_odds
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput, UnknownName
-from moe_interp.views.profile import profile, profile_page
+from moe_interp.views.profile import profile, profile_page, profile_rows
 from tests.random_runs import EXPERTS, LAYERS, choices_of, random_run
 from tests.reference import together as slow
 from tests.stub_tokenizer import StubTokenizer
@@ -169,6 +170,23 @@ def test_a_profile_is_readable_and_says_what_the_dataset_says():
         assert f"{name}: {share:.1f} %" in text
     with pytest.raises(UnknownName, match=r"no profile of expert 99 at layer 2: expected a layer of \[1, 2, 3\]"):
         profile(result, 2, 99)
+
+
+def test_a_single_document_has_a_dash_for_its_intervals_and_no_token_that_is_not_there():
+    model, _ = made()
+    corpus = Corpus.from_texts({"a": ["some text"]})
+    result = expert_profiles(model, corpus, top=8, examples=1, resamples=5)
+    for one in profile_rows(result):
+        for told in (str(one), one._repr_html_()):
+            assert re.search(r"a:? \d+\.\d( %)? \[–\]", told)
+            assert "nan" not in told
+        assert all(count for *_, count in [*one.over, *one.frequent])
+        chosen = int(result.tokens.sel(layer=one.layer, expert=one.expert))
+        assert sum(count for _, count in one.frequent) <= chosen
+        if not chosen:
+            assert (one.over, one.frequent) == ([], [])
+            assert "most frequent tokens: –" in str(one)
+    assert not result.tokens.values.all()
 
 
 HOSTILE = "<script>alert(1)</script>"

@@ -246,3 +246,11 @@ def test_the_example_reads_a_result_and_writes_tables_and_page(audited, tmp_path
     assert row.split(" | ")[1].startswith(f"{float(result.rank_correlation_overall.sel(score='frequency')):.2f} [")
     assert row.split(" | ")[2] == f"{float(result.held_out_overall.sel(score='frequency')):.2f}"
     assert "Rank correlation of each score" in capsys.readouterr().out
+
+
+def test_rows_of_domains_are_no_dates_and_differ(audited):
+    result, _ = audited
+    long = "a name that is longer than forty characters: "
+    figure = views.by_domain(result.assign_coords(domain=[f"{long}one", f"{long}two"]))
+    assert len(set(figure.data[0].y)) == 2
+    assert figure.layout.yaxis.type == "category"

@@ -140,6 +140,40 @@ def test_figures_show_the_values_and_their_controls(made):
     assert np.isclose(bars.y[0] + bars.error_y.array[0], ends[1])
 
 
+def test_rows_of_domains_are_as_many_as_the_domains_and_no_dates():
+    long = "a name that is longer than forty characters: "
+    texts = {name: ["a text"] for name in (f"{long}one", f"{long}two", "2019-01", "2020-01")}
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        routing = moe.routing(model, moe.Corpus.from_texts(texts), resamples=2)
+    figure = figures.specialization(routing)
+    rows = list(figure.data[0].y)
+    assert len(set(rows)) == 4
+    assert rows[2:] == ["2019-01", "2020-01"]
+    assert [row[:9] for row in rows[:2]] == ["0 a·name·", "1 a·name·"]
+    assert figure.layout.yaxis.type == "category"
+
+
+def test_the_headlines_of_a_single_document_have_no_interval():
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        corpus, options = moe.Corpus.from_texts({"a": ["a short text"]}), {"resamples": 2}
+        results = page.Results(
+            routing=moe.routing(model, corpus, **options),
+            routing_map=moe.routing_map(model, "a text"),
+            lens=moe.expert_lens(model, "a text"),
+            similarity=moe.ensemble_similarity(model, corpus, **options),
+            perplexity=moe.perplexity(model, corpus, renormalise="both", **options),
+            coactivation=moe.coactivation(model, corpus, **options),
+            transitions=None,
+            vocabulary=None,
+            norms=moe.norm_and_weight(model, corpus, **options),
+            saturation=None,
+        )
+    told = [one.value for one in page.headlines(results)]
+    assert not any("nan" in value for value in told)
+    assert "% [–] of the tokens of a" in told[0]
+    assert told[3].endswith("[–]")
+
+
 def test_the_text_shown_is_short_with_and_without_spaces():
     with moe.wrap(build("olmoe"), StubTokenizer()) as model:
         for text in ("no" * 2000, "some words of a text " * 200, "short"):

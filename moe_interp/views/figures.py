@@ -3,6 +3,7 @@
 Values are drawn in colour and solid; their controls in grey and dashed. Intervals are the 95 % ones of the Dataset.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,12 @@ NAMES = {
     "other_token": "another token's heaviest",
     "none": "no expert at all",
 }
+
+
+def rows_of(names: Iterable[Any]) -> list[str]:
+    """Names as rows of a heat map, which draws rows of one text as one: numbered where they are cut to the same."""
+    told = [escaped(str(name), 40) for name in names]
+    return [one if told.count(one) == 1 else f"{number} {one}" for number, one in enumerate(told)]
 
 
 def style(figure: go.Figure, height: int = 420, **layout: Any) -> go.Figure:
@@ -111,7 +118,7 @@ def specialization(routing: xr.Dataset) -> go.Figure:
         figure.add_heatmap(
             z=times[:, index].clip(-limit, limit).astype(np.float32),
             x=routing["expert"].values,
-            y=[escaped(name, 40) for name in routing["domain"].values],
+            y=rows_of(routing["domain"].values),
             customdata=np.stack([share, low, high, at["specialization_p"].values], axis=-1).astype(np.float32),
             hovertemplate="%{y}, expert %{x}: %{customdata[0]:.1f} %"
             "<br>interval %{customdata[1]:.1f} – %{customdata[2]:.1f} %<br>p = %{customdata[3]:.3f}<extra></extra>",
@@ -135,7 +142,8 @@ def specialization(routing: xr.Dataset) -> go.Figure:
     ]
     slider = {"active": 0, "steps": steps, "currentvalue": {"prefix": "layer "}, "pad": {"t": 40}}
     height = 220 + 28 * routing.sizes["domain"]
-    return style(figure, height, sliders=[slider], xaxis_title="expert", yaxis_autorange="reversed")
+    axis = {"autorange": "reversed", "type": "category"}  # else names such as "2019-01" become dates
+    return style(figure, height, sliders=[slider], xaxis_title="expert", yaxis=axis)
 
 
 def strongest(routing: xr.Dataset) -> go.Figure:

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from moe_interp.errors import BadOutput
 from moe_interp.results import real_file, whole_file
+from moe_interp.views.tables import between
 from moe_interp.views.tokens import shown
 
 
@@ -53,7 +54,7 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": shown, "fixed": fixed}
+    environment.filters |= {"shown": shown, "fixed": fixed, "between": between}
     return environment.get_template(name)
 
 

@@ -1,6 +1,7 @@
 """The profile of one expert as text or HTML, and a page of them all. Tokens and texts are untrusted and escaped."""
 
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import xarray as xr
 from moe_interp.errors import BadInput, UnknownName
 from moe_interp.results import provenance_of
 from moe_interp.views.page import template, write
-from moe_interp.views.tables import several
+from moe_interp.views.tables import between, several
 from moe_interp.views.tokens import shown
 
 _LEVEL = 0.05
@@ -22,10 +23,10 @@ class Profile:
     Attributes:
         layer, expert: which.
         summary: load, weight and output beside what they are compared with.
-        over: over-represented tokens with z and count; frequent: tokens with their count.
+        over: over-represented tokens with z and count; frequent: tokens with their count. Those of its own alone.
         over_null: the z that the first of them would have by chance.
         domains: name, share in per cent, its interval, p; the largest first.
-        partners: expert and lift.
+        partners: expert and lift; none of an expert that was never chosen.
         heaviest, random: contexts, the token between « and ».
     """
 
@@ -44,7 +45,7 @@ class Profile:
         over = "  ".join(f"{shown(token)} {z:.1f} ({count})" for token, z, count in self.over)
         frequent = "  ".join(f"{shown(token)} {count}" for token, count in self.frequent)
         domains = [
-            f"  {shown(name, 40)}: {share:.1f} % [{low:.1f}, {high:.1f}]" + (" *" if p <= _LEVEL else "")
+            f"  {shown(name, 40)}: {share:.1f} % {between(low, high, 1)}" + (" *" if p <= _LEVEL else "")
             for name, share, low, high, p in self.domains
         ]
         partners = ", ".join(f"{expert} ({lift:.1f}x)" for expert, lift in self.partners)
@@ -52,11 +53,11 @@ class Profile:
             [
                 f"layer {self.layer}, expert {self.expert}: {self.summary}",
                 f"over-represented tokens, z (count); by chance the first would have {self.over_null:.1f}:",
-                f"  {over}",
-                f"most frequent tokens: {frequent}",
+                f"  {over or '–'}",
+                f"most frequent tokens: {frequent or '–'}",
                 "domains, % of their tokens (* more than others, p <= 0.05 over the layer's experts):",
                 *domains,
-                f"chosen together with: {partners}",
+                f"chosen together with: {partners or '–'}",
                 "where its weight is largest:",
                 *(f"  {shown(text, 160)}" for text in self.heaviest),
                 "at random:",
@@ -88,11 +89,11 @@ def profile(profiles: xr.Dataset, layer: int, expert: int) -> Profile:
         layer=int(layer),
         expert=int(expert),
         summary=_summary(at, profiles.sizes["expert"]),
-        over=_zip(at["over_token"], at["over_z"], at["over_count"]),
+        over=[one for one in _zip(at["over_token"], at["over_z"], at["over_count"]) if one[-1]],
         over_null=float(at["over_z_null"]),
-        frequent=_zip(at["frequent_token"], at["frequent_count"]),
+        frequent=[one for one in _zip(at["frequent_token"], at["frequent_count"]) if one[-1]],
         domains=_domains(at),
-        partners=_zip(at["partner"], at["partner_lift"]),
+        partners=[one for one in _zip(at["partner"], at["partner_lift"]) if not isnan(one[-1])],
         heaviest=texts["heaviest"],
         random=texts["random"],
     )

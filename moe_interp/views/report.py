@@ -29,6 +29,7 @@ from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import provenance_of
 from moe_interp.views import figures, page, routing_figures
+from moe_interp.views.tables import between
 
 
 @dataclass(frozen=True)
@@ -186,14 +187,13 @@ def headlines(results: Results) -> list[page.Headline]:
     joined = similar["cosine_overall"].sel(residual="with", shared="without").mean("layer")
     ratios = quality.sel(aggregate="token", renormalise="no")
     one = ratios.sel(k=1)
-    ends = one["ratio_overall_interval"].values
     no_expert = results.lens["kl"].sel(part="resid_mid").mean()
     heaviest = results.lens["kl"].sel(part="resid_mid+c1").mean()
     return [
         page.Headline(
             "Who is routed where: the most specialised expert",
             f"expert {int(routed['expert'][expert])} of layer {int(routed['layer'][layer])} takes "
-            f"{100 * float(share):.0f} % [{100 * low:.0f}, {100 * high:.0f}] of the tokens of "
+            f"{100 * float(share):.0f} % {between(100 * low, 100 * high, 0)} of the tokens of "
             f"{routed['domain'].values[domain]}",
             f"{100 * figures.by_layer(routed, 'specialization_baseline')[layer]:.1f} % under a uniform router",
         ),
@@ -211,7 +211,7 @@ def headlines(results: Results) -> list[page.Headline]:
         ),
         page.Headline(
             "What fewer experts cost: perplexity with one expert",
-            f"× {float(one['ratio_overall']):.2f} [{ends[0]:.2f}, {ends[1]:.2f}]",
+            f"× {float(one['ratio_overall']):.2f} {between(*one['ratio_overall_interval'].values)}",
             f"× {float(one['ratio_random_overall']):.2f} with a random one of the chosen, "
             f"× {float(ratios['ratio_none_overall']):.2f} with none",
         ),

@@ -8,9 +8,9 @@ import xarray as xr
 from plotly.subplots import make_subplots
 
 from moe_interp.results import provenance_of
-from moe_interp.views.figures import COLOURS, CONTROL, layer_colour, layer_scale, line, style
+from moe_interp.views.figures import COLOURS, CONTROL, layer_colour, layer_scale, line, rows_of, style
 from moe_interp.views.page import Headline, check_writable, render, write
-from moe_interp.views.tokens import escaped
+from moe_interp.views.tables import between
 
 NAMES = {
     "frequency": "frequency",
@@ -68,7 +68,7 @@ def by_domain(result: xr.Dataset) -> go.Figure:
         go.Heatmap(
             z=result["rank_correlation_domain"].values.T,
             x=[NAMES[str(score)] for score in result["score"].values],
-            y=[escaped(str(name), 40) for name in result["domain"].values],
+            y=rows_of(result["domain"].values),
             customdata=np.moveaxis(result["rank_correlation_domain_interval"].values, 0, -1).swapaxes(0, 1),
             texttemplate="%{z:.2f}",
             hovertemplate="%{y}, %{x}: %{z:.2f}<br>%{customdata[0]:.2f} – %{customdata[1]:.2f}<extra></extra>",
@@ -78,7 +78,8 @@ def by_domain(result: xr.Dataset) -> go.Figure:
             colorbar={"title": "rank corr."},
         )
     )
-    return style(figure, 200 + 30 * result.sizes["domain"], yaxis_autorange="reversed", xaxis_tickangle=-25)
+    axis = {"autorange": "reversed", "type": "category"}
+    return style(figure, 200 + 30 * result.sizes["domain"], yaxis=axis, xaxis_tickangle=-25)
 
 
 def scatter(result: xr.Dataset, shown: tuple[str, ...] = ("frequency", "saliency", "attribution_path")) -> go.Figure:
@@ -169,8 +170,8 @@ def headlines(result: xr.Dataset) -> list[Headline]:
     ]
 
 
-def _between(value: float, ends: np.ndarray) -> str:
-    return f"{value:.2f} [{ends[0]:.2f}, {ends[1]:.2f}]"
+def _between(value: float, interval: np.ndarray) -> str:
+    return f"{value:.2f} {between(*interval)}"
 
 
 def page(result: xr.Dataset, path: str | Path) -> Path:

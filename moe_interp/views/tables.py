@@ -18,9 +18,14 @@ def figure(value: Any, interval: Iterable[Any] | None = None, digits: int = 2) -
         return "–"
     if interval is None:
         return f"{float(value):.{digits}f}"
-    low, high = map(float, interval)
-    ends = "–" if isnan(low) or isnan(high) else f"{low:.{digits}f}, {high:.{digits}f}"
-    return escape(f"{figure(value, digits=digits)} [{ends}]")
+    low, high = interval
+    return escape(f"{figure(value, digits=digits)} {between(low, high, digits)}")
+
+
+def between(low: Any, high: Any, digits: int = 2) -> str:
+    """An interval: ``[0.55, 0.70]``; ``[–]`` where there is none."""
+    low, high = float(low), float(high)
+    return "[–]" if isnan(low) or isnan(high) else f"[{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def several(baseline: xr.DataArray, digits: int) -> str:
