@@ -1,15 +1,18 @@
 """The report: self-contained, whole or not at all, and safe with hostile tokens, domains and names."""
 
+import io
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
+from rich.console import Console
 
 import moe_interp as moe
 from moe_interp import errors
-from moe_interp.views import figures
+from moe_interp.views import figures, tables
 from moe_interp.views import report as page
 from moe_interp.views.tokens import escaped, shown
 from tests.stub_tokenizer import StubTokenizer
@@ -172,6 +175,29 @@ def test_the_headlines_of_a_single_document_have_no_interval():
     assert not any("nan" in value for value in told)
     assert "% [–] of the tokens of a" in told[0]
     assert told[3].endswith("[–]")
+
+
+def test_names_do_not_steer_a_terminal():
+    name, told = "a b\x1b[31m\nred", r"a b\x1b[31m\x0ared"
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        corpus, options = moe.Corpus.from_texts({name: ["a text", "more of it"]}), {"resamples": 2}
+        routing, perplexity = (measure(model, corpus, **options) for measure in (moe.routing, moe.perplexity))
+        labels = moe.routing_by_label(model, corpus, lambda tokenized: [name] * len(tokenized.tokens), **options)
+    steps = {
+        "saturation": (("step", "layer"), [[1.0]]),
+        "saturation_interval": (("bound", "step", "layer"), [[[1.0]]] * 2),
+    }
+    saturation = xr.Dataset(steps, {"step": [name], "layer": [1]})
+    for table in (
+        tables.routing(routing),
+        tables.perplexity(perplexity),
+        tables.labels(labels),
+        tables.saturation(saturation),
+    ):
+        printed = io.StringIO()
+        Console(file=printed, width=300).print(table)
+        assert told in printed.getvalue()
+        assert "\x1b" not in printed.getvalue()
 
 
 def test_the_text_shown_is_short_with_and_without_spaces():

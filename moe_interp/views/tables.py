@@ -9,7 +9,7 @@ import xarray as xr
 from rich.markup import escape
 from rich.table import Table
 
-from moe_interp.views.tokens import shown
+from moe_interp.views.tokens import printable, shown
 
 
 def figure(value: Any, interval: Iterable[Any] | None = None, digits: int = 2) -> str:
@@ -20,6 +20,11 @@ def figure(value: Any, interval: Iterable[Any] | None = None, digits: int = 2) -
         return f"{float(value):.{digits}f}"
     low, high = interval
     return escape(f"{figure(value, digits=digits)} {between(low, high, digits)}")
+
+
+def _name(given: Any) -> str:
+    """A domain, a label or a step, which come from untrusted files."""
+    return escape(printable(str(given)))
 
 
 def between(low: Any, high: Any, digits: int = 2) -> str:
@@ -49,7 +54,7 @@ def _peak(at: xr.Dataset) -> str:
     peak = at["specialization"].argmax(...)
     here = {name: int(place) for name, place in peak.items()}
     share = figure(100 * at["specialization"][here], 100 * at["specialization_interval"][here].values, 0)
-    return f"{here['expert']}: {share} % of {escape(str(at['domain'].values[here['domain']]))}"
+    return f"{here['expert']}: {share} % of {_name(at['domain'].values[here['domain']])}"
 
 
 def labels(result: xr.Dataset) -> Table:
@@ -61,7 +66,7 @@ def labels(result: xr.Dataset) -> Table:
         for layer in result["layer"].values:
             at = here.sel(layer=layer, expert=int(lead.sel(layer=layer).values.argmax()))
             table.add_row(
-                escape(str(name)),
+                _name(name),
                 str(int(at["tokens"])),
                 str(layer),
                 str(int(at["expert"])),
@@ -79,7 +84,7 @@ def saturation(result: xr.Dataset) -> Table:
         at = result.sel(step=step)
         low, high = at["saturation_interval"].values
         cells = zip(at["saturation"].values, low, high, strict=True)
-        table.add_row(escape(str(step)), *(figure(mean, ends) for mean, *ends in cells))
+        table.add_row(_name(step), *(figure(mean, ends) for mean, *ends in cells))
     return table
 
 
@@ -128,7 +133,7 @@ def perplexity(result: xr.Dataset) -> Table:
     for domain in at["domain"].values:
         one = at.sel(domain=domain)
         whole = figure(one["perplexity_full"], one["perplexity_full_interval"].values, 1)
-        table.add_row(escape(str(domain)), whole, *_ratios(one, "ratio"))
+        table.add_row(_name(domain), whole, *_ratios(one, "ratio"))
     whole = figure(at["perplexity_full_overall"], at["perplexity_full_overall_interval"].values, 1)
     table.add_row("all", whole, *_ratios(at, "ratio_overall"))
     table.add_row("random slots", "", *_ratios(at, "ratio_random_overall"), style="dim")

@@ -16,6 +16,11 @@ def shown(token: str, limit: int = 24) -> str:
     return cut or "∅"
 
 
+def printable(text: str) -> str:
+    """A name for a terminal: control characters, which could steer it, as their code; all else as it is."""
+    return "".join(sign if sign.isprintable() else f"\\x{ord(sign):02x}" for sign in text)
+
+
 def escaped(token: str, limit: int = 24) -> str:
     """The same, escaped for figures."""
     return html.escape(shown(token, limit))
