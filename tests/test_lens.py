@@ -361,6 +361,37 @@ def test_parts_that_do_not_add_up_are_refused():
     handle.remove()
 
 
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])
+def test_parts_under_a_wider_router_are_as_many_as_it_chooses(tiny, family):
+    hf, ids, _ = tiny(family)
+    with moe.wrap(hf) as model:
+        plain = expert_lens(model, ids)
+        with model.edit(moe.top_k(5)):
+            wide, run = expert_lens(model, ids), model.run(ids)
+            attributed = logit_attribution(model, ids, 7)
+        layer = int(wide.layer[-1])
+        with model.edit(moe.top_k(5, layers=layer)), pytest.raises(BadInput, match="layers with different parts"):
+            expert_lens(model, ids)
+    assert (plain.sizes["rank"], wide.sizes["rank"]) == (3, 5)
+    assert "resid_mid+c1..5" in wide.part
+    order = run.routing[layer].by_rank()
+    expected = run.routing[layer].ids.gather(-1, order)[0]
+    np.testing.assert_array_equal(wide.expert.sel(layer=layer).transpose("pos", "rank"), expected)
+    assert f"{layer}.c5" in attributed.part
+
+
+def test_standing_edits_are_named_where_parts_do_not_add_up(tiny):
+    hf, ids, _ = tiny("olmoe")
+    with moe.wrap(hf) as model:
+        other = model.run(ids.flip(1), read="resid_post")
+        with model.edit(moe.patch(other, layer=3, point="resid_post")):
+            for lens in (lambda: expert_lens(model, ids), lambda: logit_attribution(model, ids, 7)):
+                with pytest.raises(
+                    UnsupportedModel, match="not the sum of its parts.* under standing edits. Leave out"
+                ):
+                    lens()
+
+
 BAD_LENS = [
     (dict(text=[[3, 4], [5, 6]]), BadInput, "one text.*got 2 texts"),
     (dict(text="hello"), BadInput, "needs a tokenizer"),

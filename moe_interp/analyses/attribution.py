@@ -65,7 +65,7 @@ def logit_attribution(
     parts = _residual_parts(model, run, at)
     values = torch.stack([part.value for part in parts])
     residual = run["resid_post", model.spec.last(model.spec.main_stack)][0, 0].to(values.device)
-    check_adds_up("the last resid_post", "embedding and all outputs", values.sum(0), residual.float(), model.dtype)
+    check_adds_up("the last resid_post", "embedding and all outputs", values.sum(0), residual.float(), model)
     split, logit = _split_logits(model, residual, values, ids)
     variables = {
         "attribution": Variable(("part", "token"), split.cpu().numpy(), "logits", "the part's share in the logit"),

@@ -99,10 +99,10 @@ def expert_lens(
     _check_options(model, top, definition, chunk)
     if lens is not None:
         _check_lens(model, lens, definition)
-    slots = model.spec.moe(chosen[0]).top_k
     shared = "shared_out" in model.spec.layer(chosen[0]).sites
-    parts = part_terms(slots, shared and definition == "paper", definition)
     run, at = run_text(model, text, _points(shared, definition), chosen, positions_of(positions))
+    slots = run.routing[chosen[0]].ids.shape[-1]  # standing edits may widen the router
+    parts = part_terms(slots, shared and definition == "paper", definition)
     targets = next_ids(run)[at.numbers]
     final = run.logits[0, at.columns].log_softmax(-1, dtype=torch.float32)
     decode = model.decode if definition == "paper" else _unit_decode(model)
@@ -169,7 +169,7 @@ def _rows(
     outputs, contributions = expert_terms(run, layer, at)
     whole = terms["resid_mid"] + contributions.sum(1) + terms.get("shared", 0.0)
     expected = "resid_mid + contributions + shared experts"
-    check_adds_up(f"resid_post of layer {layer}", expected, whole, terms["resid_post"], model.dtype)
+    check_adds_up(f"resid_post of layer {layer}", expected, whole, terms["resid_post"], model)
     terms |= {f"f{j}": value for j, value in enumerate(outputs.unbind(1), start=1)}
     terms |= {f"c{j}": value for j, value in enumerate(contributions.unbind(1), start=1)}
     values = torch.stack(list(terms.values()), dim=1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.adapters.sums import change_nothing
+from moe_interp.analyses.collect import top_ks
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.interventions import Intervention
 from moe_interp.model import MoEModel
@@ -40,7 +41,8 @@ def check_same_parts(model: MoEModel, layers: Sequence[int]) -> None:
     Raises:
         BadInput: they have different numbers of slots, or only some have shared experts.
     """
-    kinds = {(model.spec.moe(layer).top_k, "shared_out" in model.spec.layer(layer).sites) for layer in layers}
+    own = {layer: model.spec.moe(layer).top_k for layer in layers} | top_ks(model)
+    kinds = {(own[layer], "shared_out" in model.spec.layer(layer).sites) for layer in layers}
     if len(kinds) > 1:
         raise BadInput(
             "layers with different parts",
@@ -140,16 +142,19 @@ def tolerance(dtype: torch.dtype) -> float:
     return max(1e-4, 8 * torch.finfo(dtype).eps)
 
 
-def check_adds_up(what: str, expected: str, parts: Tensor, whole: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a whole that its parts do not add up to.
+def check_adds_up(what: str, expected: str, parts: Tensor, whole: Tensor, model: MoEModel) -> None:
+    """Refuse a whole that its parts do not add up to, which standing edits of either may be the cause of.
 
     Raises:
         UnsupportedModel: naming what and the error.
     """
     error = ((parts - whole).abs().max() / whole.abs().max()).item()
-    if not error <= tolerance(dtype):
+    if not error <= tolerance(model.dtype):
         raise UnsupportedModel(
-            f"{what} is not the sum of its parts", expected=expected, got=f"a relative error of {error:.2g}"
+            f"{what} is not the sum of its parts",
+            expected=expected,
+            got=f"a relative error of {error:.2g}" + " under standing edits" * bool(model._standing),
+            do="Leave out edits that set the residual, or a sum in place of its parts." if model._standing else None,
         )
 
 
