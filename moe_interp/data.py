@@ -217,7 +217,7 @@ def _no_field(where: str, field: str, there: Iterable[str]) -> BadData:
         f"{where} has no text",
         expected=f"a field {field!r}",
         got=f"the fields {', '.join(map(repr, there)) or 'none'}",
-        do='Say which of them holds the text: moe.read_corpus(path, text="...").',
+        do='Say which of them holds the text: moe.read_corpus(path, text="..."); --text-field in commands.',
     )
 
 

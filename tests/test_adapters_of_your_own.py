@@ -208,6 +208,14 @@ def test_a_model_without_embedding_norm_and_head(opened):
         ({"mid": "ln_2"}, "no module 'layers.0.ln_2' for resid_mid of layer 0"),
         ({"attention": lambda layer: "attn"}, "no module 'layers.0.attn' for attn_out of layer 0"),
         ({"experts": "experts"}, "no module 'layers.0.moe.experts' for the experts of layer 0"),
+        (
+            {"block": "ffn"},
+            "without experts: .* with 'ffn.router' in it, got 2 dense layers of Newcomer with modules inputs",
+        ),
+        (
+            {"router": "rt"},
+            "without experts: .* with 'moe.rt' in it, got 2 dense layers of Newcomer with modules inputs",
+        ),
         ({"num_experts": "count"}, "no attribute 'count': expected it in Block"),
         ({"renormalises": None}, "no attribute 'norm_topk_prob': expected it in Linear"),
         ({"layers": "blocks"}, "cannot find the layers of Newcomer"),

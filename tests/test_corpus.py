@@ -52,7 +52,9 @@ def test_a_text_that_is_no_string_is_an_error_all_the_same(text, tmp_path):
 
 def test_the_field_of_the_text_may_have_another_name(tmp_path):
     for path in written(tmp_path, [{"content": "one", "domain": "a", "size": 3}, {"content": "two", "domain": "b"}]):
-        message = "has no text: expected a field 'text', got the fields 'content', 'domain', 'size'.*read_corpus"
+        message = (
+            "has no text: expected a field 'text', got the fields 'content', 'domain', 'size'.*read_corpus.*--text-f"
+        )
         with pytest.raises(BadData, match=message):
             moe.read_corpus(path)
         corpus = moe.read_corpus(path, text="content")

@@ -177,6 +177,15 @@ def test_the_headlines_of_a_single_document_have_no_interval():
     assert told[3].endswith("[–]")
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_text_is_refused_before_anything_is_measured(text, tmp_path):
+    corpus = moe.Corpus.from_texts({"a": ["a text"]})
+    message = "the text is empty: expected at least one character"
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model, pytest.raises(errors.BadInput, match=message):
+        moe.report(model, corpus, tmp_path / "report.html", text=text)
+    assert not list(tmp_path.iterdir())
+
+
 def test_names_do_not_steer_a_terminal():
     name, told = "a b\x1b[31m\nred", r"a b\x1b[31m\x0ared"
     with moe.wrap(build("olmoe"), StubTokenizer()) as model:

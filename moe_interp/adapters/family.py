@@ -212,9 +212,9 @@ class Family:
         if not any(layer.moe for layer in layers):
             raise UnsupportedModel(
                 f"{model_type(hf)} model without experts",
-                expected="at least one mixture-of-experts layer",
-                got=f"{len(layers)} dense layers",
-                do="Open a checkpoint whose config has sparse layers.",
+                expected=f"at least one mixture-of-experts layer, with {self._needed()} in it",
+                got=f"{len(layers)} dense layers of {outline(hf)}",
+                do="Open a checkpoint whose config has sparse layers, or name the modules in the model's Family.",
             )
         entry = self.entry(hf)
         fields: dict[str, Any] = dict(
@@ -234,6 +234,10 @@ class Family:
         check_modules(hf, spec)
         given = {name: getattr(spec, name) for name in NO_SIZES} | dict(self.sizes(hf))
         return replace(spec, **sizes(hf, spec, given))
+
+    def _needed(self) -> str:
+        """The module by which a layer is known to be a mixture."""
+        return repr(f"{self._mixture}.{self.experts if self.call is None else self.router}".strip("."))
 
     def _final(self, body: At) -> tuple[Step, ...]:
         return () if self.norm is None else (body.through(self.norm),)

@@ -74,12 +74,15 @@ def report(
 
     Raises:
         BadOutput: the file cannot be written, found out before anything is measured.
+        BadInput: an empty text, or no corpus.
     """
     target = Path(path)
     page.check_writable(target)
     check_corpus(corpus)
+    if text is not None and not text.strip():
+        raise BadInput("the text is empty", expected="at least one character", got=repr(text))
     options: dict[str, Any] = {"resamples": resamples, "seed": seed, "max_tokens": max_tokens}
-    shown_text = text or opening(model, corpus)
+    shown_text = opening(model, corpus) if text is None else text
     model.encode(shown_text)
     results = Results(
         **_routed(model, corpus, max_tokens, resamples, seed),
