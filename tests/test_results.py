@@ -14,9 +14,9 @@ import moe_interp as moe
 from moe_interp import __version__
 from moe_interp.errors import BadData, BadInput, BadOutput
 from moe_interp.results import Variable, labelled, load, provenance_of, save
+from moe_interp.views.page import check_writable, write
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
-from moe_interp.views.page import check_writable, write
 
 PROVENANCE = {"model": "tiny/é", "tokens": 12, "level": 0.95}
 IDS = torch.arange(3, 15).view(2, 6)
