@@ -157,6 +157,7 @@ class Context:
         weighs_output: whether weights multiply outputs, not inputs of experts.
         choice, chosen: [B, S, E] and [B, S, K], what the router chose by and whom (after edits of them), where edits
             are in its choice.
+        k: how many experts the layer's router chooses.
         added: [B, S, D] by expert, what interventions add to ``routed_out`` in an expert's name where it has no slot.
     """
 
@@ -168,6 +169,7 @@ class Context:
     weighs_output: bool = True
     choice: Float[Tensor, "B S E"] | None = None
     chosen: Int[Tensor, "B S K"] | None = None
+    k: int | None = None
     added: dict[int, Tensor] = field(default_factory=dict)
 
     @property

@@ -406,3 +406,35 @@ def test_attribution_refuses_standing_edits_that_set_contributions():
             moe.attribution_patching(model, IDS, sample=1)
         found = moe.attribution_patching(model, IDS, layers=3, sample=None)
     assert float(found.rank_correlation) > 0.5
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [moe.top_k(8), moe.mask(layer=0, expert=2)],
+        [moe.mask(layer=0, expert=2, positions=0), moe.top_k(8)],
+        [moe.top_k(6), moe.mask(layer=0, expert=range(4), tokens=torch.ones(2, 7) > 0)],
+        [moe.top_k(8), moe.mask(layer=0, expert=2, on="logits")],
+    ],
+)
+def test_a_wider_router_needs_as_many_experts_left(edits):
+    model, clean = opened("olmoe")
+    with pytest.raises(BadInput, match="too few experts left at layer 0.*expected at least [68].*got [74]"):
+        model.run(IDS, edit=edits)
+    left = model.run(IDS, edit=[moe.top_k(6), moe.mask(layer=0, expert=(2, 5))]).routing[0].ids
+    assert set(left.flatten().tolist()) == {0, 1, 3, 4, 6, 7}
+    assert torch.equal(model.run(IDS).logits, clean.logits)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_a_mask_of_logits_leaves_as_many_as_are_chosen(family):
+    model, _ = opened(family)
+    for experts in (range(8), range(6)):
+        with pytest.raises(BadInput, match="too few experts left at layer 2 for token 3 of text 0: .*at least 3"):
+            model.run(IDS, edit=moe.mask(layer=2, expert=experts, on="logits", positions=3))
+    both = [moe.mask(layer=2, expert=range(first, first + 3), on="logits") for first in (0, 3)]
+    with pytest.raises(BadInput, match="too few experts left at layer 2 for token 0 of text 0: .*got 2"):
+        model.run(IDS, edit=both)
+    left = model.run(IDS, edit=moe.mask(layer=2, expert=range(5), on="logits")).routing[2]
+    if family == "olmoe":  # a selection bias is added later: it does not forbid
+        assert (left.ids >= 5).all()

@@ -213,7 +213,9 @@ class Program:
             stack = self.spec.main_stack if layer is None else self.spec.layers[layer].stack
             tokens = tokens_at(self.known, stack, value)
             moe = None if layer is None else self.spec.layers[layer].moe
-            self.contexts[layer] = Context(layer, tokens, weighs_output=moe is None or moe.weights_on == "output")
+            weighs_output = moe is None or moe.weights_on == "output"
+            k = None if moe is None else self.widths.get(layer, moe.top_k)  # type: ignore[arg-type]
+            self.contexts[layer] = Context(layer, tokens, weighs_output=weighs_output, k=k)
         context = self.contexts[layer]
         if layer is not None:
             context.rows = self.rows(layer)
@@ -227,7 +229,7 @@ class Program:
         key = layer, block.rows.start
         if key not in self.parts:
             tokens = whole.tokens.of(block.rows, block.texts)
-            self.parts[key] = Context(layer, tokens, weighs_output=whole.weighs_output)
+            self.parts[key] = Context(layer, tokens, weighs_output=whole.weighs_output, k=whole.k)
         part = self.parts[key]
         part.ids, part.weights, part.rows = (
             None if one is None else one[block.rows] for one in (whole.ids, whole.weights, whole.rows)

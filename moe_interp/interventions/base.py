@@ -224,16 +224,18 @@ def _check_pairs(one: Intervention, others: Sequence[Intervention], spec: ModelS
 def _check_left(interventions: Sequence[Intervention], spec: ModelSpec) -> None:
     """Refuse to forbid so many experts, everywhere, that a router has too few to choose from."""
     forbidden: dict[int, frozenset[int]] = {}
+    widths = {layer: k for one in interventions for layer, k in one.widths(spec).items()}
     for one in interventions:
         if getattr(one, "positions", None) is None and getattr(one, "tokens", None) is None:
             for layer, experts in one.forbids(spec).items():
                 forbidden[layer] = forbidden.get(layer, frozenset()) | experts
     for layer, experts in forbidden.items():
         moe = spec.moe(layer)
-        if moe.num_experts - len(experts) < moe.top_k:
+        k = widths.get(layer, moe.top_k)
+        if moe.num_experts - len(experts) < k:
             raise BadInput(
                 f"too few experts left at layer {layer}",
-                expected=f"at least {moe.top_k}, which are chosen",
+                expected=f"at least {k}, which are chosen",
                 got=str(moe.num_experts - len(experts)),
             )
 

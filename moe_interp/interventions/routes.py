@@ -6,7 +6,6 @@ router's own recipe from the scores as they were. Otherwise ``expert_ids`` and `
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -67,24 +66,12 @@ class Mask(_OfScores):
 
     def edits(self, spec: ModelSpec) -> list[Edit]:
         """One edit of the scores (or ``router_logits``) at each layer, which refuses to leave a token too few."""
-        edits = super().edits(spec)
-        if self.on == "logits":
-            return edits
-        return [edit._replace(fn=partial(self._checked, spec.moe(edit.layer or 0).top_k)) for edit in edits]
+        return [edit._replace(fn=self._checked) for edit in super().edits(spec)]
 
-    def _checked(self, k: int, scores: Float[Tensor, "B S E"], context: Context) -> Change:
+    def _checked(self, scores: Float[Tensor, "B S E"], context: Context) -> Change:
         """The change, where the router's choice leaves it a next best."""
-        left = (_open(scores) & ~self.columns(scores, context)).sum(dim=-1)
-        few = (left < k) & self.seen(context)
-        if bool(few.any()):
-            text, column = few.nonzero()[0].tolist()
-            raise BadInput(
-                f"too few experts left at layer {context.layer} for token {int(context.tokens.index[text, column])} of "
-                f"text {int(context.tokens.texts[text])}",
-                expected=f"at least {k} in the groups that the router chose: no others have a score to be next best by",
-                got=str(int(left[text, column])),
-                do="Forbid fewer, or force others with weights of your own.",
-            )
+        left = (_open(scores) if self.on == "selection" else scores != -torch.inf) & ~self.columns(scores, context)
+        check_left(left, self.seen(context), context, "Forbid fewer, or force others with weights of your own.")
         return self.changed(scores, context)
 
     def changed(self, scores: Float[Tensor, "B S E"], context: Context) -> Change:
@@ -93,6 +80,25 @@ class Mask(_OfScores):
         if self.on == "selection":
             scores = scores.clamp(min=torch.finfo(scores.dtype).min)
         return Change(scores.masked_fill(columns, -torch.inf), int(columns.any(dim=-1).sum()))
+
+
+def check_left(left: Bool[Tensor, "B S E"], where: Bool[Tensor, "B S"], context: Context, do: str) -> None:
+    """Refuse to leave a token fewer experts than the router chooses.
+
+    Raises:
+        BadInput: there is such a token.
+    """
+    k, count = context.k or 0, left.sum(dim=-1)
+    few = (count < k) & where
+    if bool(few.any()):
+        text, column = few.nonzero()[0].tolist()
+        raise BadInput(
+            f"too few experts left at layer {context.layer} for token {int(context.tokens.index[text, column])} of "
+            f"text {int(context.tokens.texts[text])}",
+            expected=f"at least {k} in the groups that the router chose: no others have a score to be next best by",
+            got=str(int(count[text, column])),
+            do=do,
+        )
 
 
 def _open(scores: Float[Tensor, "B S E"]) -> Bool[Tensor, "B S E"]:
