@@ -19,18 +19,30 @@ Indices = SupportsIndex | Iterable[SupportsIndex] | None
 """Layers or positions as they may be given: one, several, or None for all."""
 
 
+def index(number: Any) -> int:
+    """A whole number.
+
+    Raises:
+        TypeError: something else, or a truth value.
+    """
+    if isinstance(number, bool) or (isinstance(number, Tensor) and number.dtype == torch.bool):
+        raise TypeError("a truth value")
+    return operator.index(number)
+
+
 def positions_of(positions: Indices) -> tuple[int, ...] | None:
     """Positions as a tuple; None stays None and means all."""
     if positions is None:
         return None
     try:
-        return (operator.index(positions),)  # type: ignore[arg-type]
+        return (index(positions),)
     except TypeError:
         pass
     try:
-        found = tuple(operator.index(position) for position in positions)  # type: ignore[union-attr]
+        found = tuple(index(position) for position in positions)  # type: ignore[union-attr]
     except TypeError as error:
-        raise BadInput("not layers or positions", expected="whole numbers", got=repr(positions)) from error
+        do = "Marks of tokens, which are True or False, are given as tokens=."
+        raise BadInput("not layers or positions", expected="whole numbers", got=repr(positions), do=do) from error
     if not found:
         raise BadInput("no layers or positions", expected="at least one, or None for all", got=repr(positions))
     return found

@@ -438,3 +438,17 @@ def test_a_mask_of_logits_leaves_as_many_as_are_chosen(family):
     left = model.run(IDS, edit=moe.mask(layer=2, expert=range(5), on="logits")).routing[2]
     if family == "olmoe":  # a selection bias is added later: it does not forbid
         assert (left.ids >= 5).all()
+
+
+@pytest.mark.parametrize("given", [True, [True] * 7, torch.ones(7) > 0, torch.tensor(True), [0, False]])
+def test_truth_values_are_no_positions_and_no_layers(given):
+    for make in (
+        lambda: moe.scale(layer=0, expert=0, by=2.0, positions=given),
+        lambda: moe.scale(layer=given, expert=0, by=2.0),
+        lambda: moe.scale(layer=0, expert=given, by=2.0),
+        lambda: moe.select("moe_out", positions=given),
+    ):
+        with pytest.raises(BadInput, match="not layers or positions: expected whole numbers.*tokens="):
+            make()
+    with pytest.raises(BadInput, match="expected a whole number"):
+        moe.top_k(True)

@@ -1,13 +1,12 @@
 """Arguments of interventions, as they may be given: layers, experts, positions and marks of tokens."""
 
-import operator
 from typing import Any
 
 from torch import Tensor
 
 from moe_interp.errors import BadInput
 from moe_interp.interventions.values import ByToken
-from moe_interp.run import Indices, Run, positions_of
+from moe_interp.run import Indices, Run, index, positions_of
 
 Marks = Tensor | ByToken | None
 """Tokens as they may be given: booleans [B, S] (or [S]), a mark for each real token of each text, or None for all."""
@@ -20,7 +19,7 @@ def whole(number: Any) -> int:
         BadInput: something else.
     """
     try:
-        return operator.index(number)
+        return index(number)
     except TypeError as error:
         raise BadInput("not a layer, expert or k", expected="a whole number", got=repr(number)) from error
 
