@@ -452,3 +452,44 @@ def test_truth_values_are_no_positions_and_no_layers(given):
             make()
     with pytest.raises(BadInput, match="expected a whole number"):
         moe.top_k(True)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: moe.scale(**ONE, by=NAN), "by is no number: expected a finite number, got nan"),
+        (lambda: moe.scale(**ONE, by="x"), "by is no number: expected a finite number, got 'x'"),
+        (lambda: moe.scale(**ONE, by=None), "by is no number"),
+        (lambda: moe.scale(**ONE, by=torch.ones(2)), "by is no number"),
+        (lambda: moe.steer(torch.ones(64), **ONE, by=NAN), "by is no number"),
+        (lambda: moe.steer(torch.ones(64), layer=2, point="resid_mid", by=-INF), "by is no number.*got -inf"),
+        (lambda: moe.bias(**ONE, by=INF), "by is no number.*got inf"),
+        (lambda: moe.noise(NAN), "std is no number"),
+        (lambda: moe.noise(-1.0), "not a standard deviation: expected one from 0 on, got -1.0"),
+        (lambda: moe.share("x"), "share is no number"),
+        (lambda: moe.force((0, 1, 2), layer=2, weights=(NAN, 1, 1)), "a weight is no number"),
+        (lambda: moe.force((0,), layer=2, weights=["x"]), "a weight is no number"),
+        (lambda: moe.force((0,), layer=2, weights=None), "weights to force: expected .*got None"),
+        (lambda: moe.randomize(seed=2**63), "no seed: expected a whole number of 64 bits"),
+        (lambda: moe.noise(1.0, seed=-(2**63) - 1), "no seed"),
+        (lambda: moe.randomize(seed=0.5), "expected a whole number, got 0.5"),
+        (lambda: moe.top_k(2, renormalise="no"), "renormalise: expected True or False, got 'no'"),
+    ],
+)
+def test_numbers_are_finite_when_an_intervention_is_made(make, message):
+    with pytest.raises(BadInput, match=message):
+        make()
+
+
+def test_numbers_of_any_kind_are_numbers():
+    vector = torch.ones(64)
+    for one in (2, np.float32(2), torch.tensor(2)):
+        assert moe.scale(**ONE, by=one) == moe.scale(**ONE, by=2.0)
+        assert moe.steer(vector, **ONE, by=one) == moe.steer(vector, **ONE, by=2.0)
+    given = moe.force((0, 1), layer=2, weights=torch.tensor([0.5, 0.25]))
+    assert given == moe.force((0, 1), layer=2, weights=(0.5, 0.25))
+    assert moe.force(0, layer=2, weights=1) == moe.force(0, layer=2, weights=[1.0])
+    assert moe.noise(0.0).std == 0.0 and moe.randomize(seed=2**63 - 1).seed == 2**63 - 1

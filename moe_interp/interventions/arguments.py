@@ -1,5 +1,6 @@
 """Arguments of interventions, as they may be given: layers, experts, positions and marks of tokens."""
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,44 @@ def whole(number: Any) -> int:
         return index(number)
     except TypeError as error:
         raise BadInput("not a layer, expert or k", expected="a whole number", got=repr(number)) from error
+
+
+def finite(given: Any, what: str) -> float:
+    """A finite number.
+
+    Raises:
+        BadInput: something else.
+    """
+    try:
+        found = math.nan if isinstance(given, bool | str | bytes) else float(given)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise BadInput(f"{what} is no number", expected="a finite number", got=repr(given)[:80])
+    return found
+
+
+def seed_of(given: Any) -> int:
+    """What random draws may start from.
+
+    Raises:
+        BadInput: something else.
+    """
+    seed = whole(given)
+    if not -(2**63) <= seed < 2**63:
+        raise BadInput("no seed", expected="a whole number of 64 bits", got=str(seed))
+    return seed
+
+
+def yes_or_no(given: Any, what: str) -> bool:
+    """A truth value.
+
+    Raises:
+        BadInput: something else.
+    """
+    if not isinstance(given, bool):
+        raise BadInput(what, expected="True or False", got=repr(given)[:80])
+    return given
 
 
 def some(numbers: Indices, what: str, do: str | None = None) -> tuple[int, ...]:

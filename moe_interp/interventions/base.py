@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.errors import BadInput, UnknownName, UnsupportedModel
+from moe_interp.interventions.arguments import finite, seed_of, yes_or_no
 from moe_interp.interventions.values import ByToken, Values
 from moe_interp.points import POINTS, SELECTION
 from moe_interp.run import Context, Tokens, positions_of
@@ -105,6 +106,14 @@ class Placed(Intervention, abstract=True):
         for name in ("layers", "positions"):
             given = positions_of(getattr(self, name))
             object.__setattr__(self, name, None if given is None else tuple(dict.fromkeys(given)))
+        for item in dataclasses.fields(self):
+            given = getattr(self, item.name)
+            if item.type is float:
+                object.__setattr__(self, item.name, finite(given, item.name))
+            elif item.type is bool:
+                yes_or_no(given, item.name)
+            elif item.name == "seed":
+                object.__setattr__(self, item.name, seed_of(given))
         if self.tokens is not None:
             marks = ByToken.of(self.tokens, what="marks of tokens")
             if str(marks.values.tensor.dtype) != "torch.bool" or marks.values.tensor.dim() != 2:

@@ -68,7 +68,7 @@ def ablate(
                 experts=experts,
                 means=Values.of(torch.cat(pools)),
                 counts=tuple(map(len, pools)),
-                seed=whole(seed),
+                seed=seed,
                 **where(layers, positions, tokens),
             )
     one_of("ablation", how, ABLATIONS)
@@ -113,7 +113,7 @@ def _used(run: Run, layer: int, expert: int) -> Tensor:
 
 def scale(*, layer: Indices, expert: Indices, by: float, positions: Indices = None, tokens: Marks = None) -> Scale:
     """Multiply the outputs of experts (None: of all) by a factor, at these tokens."""
-    return Scale(experts=positions_of(expert), by=float(by), **where(layer, positions, tokens))
+    return Scale(experts=positions_of(expert), by=by, **where(layer, positions, tokens))
 
 
 def replace(
@@ -177,9 +177,9 @@ def steer(
     """
     stored, here = Values.of(vector, "a vector"), where(layer, positions, tokens)
     if point is None:
-        return AddToOutput(experts=some(expert, "expert", _OR_POINT), vector=stored, by=float(by), **here)
+        return AddToOutput(experts=some(expert, "expert", _OR_POINT), vector=stored, by=by, **here)
     _refuse_both(point, expert)
-    return AddToPoint(point=editable(point).name, vector=stored, by=float(by), **here)
+    return AddToPoint(point=editable(point).name, vector=stored, by=by, **here)
 
 
 def noise(
@@ -192,7 +192,7 @@ def noise(
     tokens: Marks = None,
 ) -> Noise:
     """Add Gaussian noise to a point: the corruption of causal tracing (Meng et al. 2022, arXiv 2202.05262)."""
-    return Noise(point=editable(point).name, std=float(std), seed=whole(seed), **where(layer, positions, tokens))
+    return Noise(point=editable(point).name, std=std, seed=seed, **where(layer, positions, tokens))
 
 
 def patch(
@@ -271,7 +271,9 @@ def force(
     if isinstance(weights, Tensor) and weights.dim() > 1:
         weights = ByToken.of(weights if weights.dim() > 2 else weights[None])
     elif not isinstance(weights, str | ByToken):
-        weights = tuple(float(weight) for weight in ([weights] if isinstance(weights, int | float) else weights))
+        if not isinstance(weights, int | float | Iterable):
+            raise BadInput("weights to force", expected="'own', 'kept' or numbers", got=repr(weights))
+        weights = (weights,) if isinstance(weights, int | float) else tuple(weights)
     return Force(experts=ids, weights=weights, **where(layer, positions, tokens))
 
 
@@ -309,7 +311,7 @@ def bias(
     Selection scores are what the router's top-k looks at: probabilities in most models, logits in some; a push on them
     changes no weight of an expert that was chosen anyhow.
     """
-    return Bias(experts=positions_of(expert), by=float(by), on=on, **where(layer, positions, tokens))
+    return Bias(experts=positions_of(expert), by=by, on=on, **where(layer, positions, tokens))
 
 
 def randomize(
@@ -325,7 +327,7 @@ def randomize(
     The weights are those that the router gave its own choice, slot by slot, or fresh ones by its recipe. A token's draw
     depends on the seed, the layer, and the text up to the token alone.
     """
-    return Randomize(weights=weights, seed=whole(seed), **where(layer, positions, tokens))
+    return Randomize(weights=weights, seed=seed, **where(layer, positions, tokens))
 
 
 def swap(
@@ -372,7 +374,7 @@ def share(
     Raises:
         BadInput: a share that is not above 0 and up to 1.
     """
-    return Share(share=float(of_weight), renormalise=renormalise, **where(layers, positions, tokens))
+    return Share(share=of_weight, renormalise=renormalise, **where(layers, positions, tokens))
 
 
 # ---- anything ----------------------------------------------------------------------------------------------

@@ -90,6 +90,11 @@ class Noise(_AtPoint):
     std: float
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.std < 0:
+            raise BadInput("not a standard deviation", expected="one from 0 on", got=str(self.std))
+
     def changed(self, value: Tensor, context: Context) -> Change:
         """The value plus noise that depends on the seed, the layer and the text up to the token."""
         entries = torch.arange(value[0, 0].numel(), device=value.device)

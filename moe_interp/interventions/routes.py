@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_interp.adapters.spec import ModelSpec, MoESpec
 from moe_interp.errors import BadInput, UnsupportedModel, one_of
+from moe_interp.interventions.arguments import finite
 from moe_interp.interventions.base import Change, Edit, Placed, layers_at, moe_layers_at
 from moe_interp.interventions.chance import uniform
 from moe_interp.interventions.outputs import OfExperts
@@ -153,7 +154,7 @@ class Force(Placed):
                 raise BadInput(
                     "weights do not fit experts", expected=f"{len(self.experts)} weights", got=str(self.weights)
                 )
-            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+            object.__setattr__(self, "weights", tuple(finite(weight, "a weight") for weight in self.weights))
 
     def decides(self, spec: ModelSpec) -> tuple[int, ...]:
         """Its layers, unless the router chooses some of the experts."""
