@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import moe_interp as moe
-from moe_interp.errors import UnsupportedModel
+from moe_interp.errors import BadInput, UnsupportedModel
 from tests.reference.model import forward
 from tests.tiny import FAMILIES, build
 from tests.tiny_types import build as build_type
@@ -207,3 +207,35 @@ def test_json_round_trip_does_the_same_thing():
         moe.from_json('[{"kind": "scale", "nonsense": 1}]')
     with pytest.raises(moe.MoEError, match="cannot read interventions"):
         moe.from_json("not json")
+
+
+def test_json_of_other_types_is_refused():
+    kind = '{"kind": "%s", "layers": [2], '
+    scale, point = kind % "scale" + '"experts": [1], ', kind % "setpoint" + '"point": "resid_mid", '
+    for text in (
+        "{}",
+        "3",
+        "[[]]",
+        '[[["kind", "topk"], ["k", 2]]]',
+        "[" * 100_000 + "]" * 100_000,
+        '[{"kind": "scale", "experts": [1], "layers": 2, "by": 1.0}]',
+        "[" + scale + '"by": "x"}]',
+        "[" + scale + '"by": true}]',
+        "[" + scale + '"by": NaN}]',
+        "[" + scale + '"by": 1.0, "positions": ["0"]}]',
+        "[" + scale + '"by": 1.0, "tokens": [true]}]',
+        "[" + point + '"values": 3}]',
+        "[" + point + '"values": {"tensor": {"dtype": "float32"}}}]',
+        "[" + point + '"values": {"by_token": {"values": 3, "lengths": 3}}}]',
+        "[" + kind % "noise" + '"point": "embed", "std": 1.0, "seed": "a"}]',
+        "[" + kind % "noise" + '"point": 3, "std": 1.0}]',
+        "[" + kind % "topk" + '"k": 2, "renormalise": "no"}]',
+        "[" + kind % "topk" + '"k": 2.0}]',
+        "[" + kind % "force" + '"experts": [1], "weights": {"a": 1}}]',
+        "[" + kind % "patch" + '"experts": [1], "outputs": [3], "weights": [3]}]',
+        "[" + kind % "mean" + '"experts": [1], "means": [3.0]}]',
+        "[" + kind % "apply" + '"point": "embed", "fn": "neg"}]',
+    ):
+        with pytest.raises(BadInput):
+            moe.from_json(text)
+    assert moe.from_json("[" + scale + '"by": 2}]') == [moe.scale(layer=2, expert=1, by=2.0)]

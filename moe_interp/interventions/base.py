@@ -8,7 +8,8 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from types import UnionType
+from typing import Any, ClassVar, NamedTuple, get_args, get_origin
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -324,13 +325,15 @@ def from_json(text: str) -> list[Intervention]:
     """Interventions from the JSON that `to_json` wrote.
 
     Raises:
-        BadInput: not a JSON list of interventions, or fields that the intervention does not have.
+        BadInput: not a JSON list of interventions, or fields that the intervention does not have, or of other types.
         UnknownName: no intervention of that kind.
     """
     try:
         records = json.loads(text)
-        return [_from_record(dict(record)) for record in records]
-    except (TypeError, ValueError) as error:
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise TypeError("no list of interventions")
+        return [_from_record(record) for record in records]
+    except (TypeError, ValueError, RecursionError) as error:
         raise BadInput("cannot read interventions", expected="JSON from moe.to_json", got=str(error)) from error
 
 
@@ -340,7 +343,24 @@ def _from_record(record: dict[str, Any]) -> Intervention:
         raise UnknownName(
             f"unknown intervention {kind!r}", expected=f"one of {', '.join(Intervention.kinds)}", got=repr(kind)
         )
-    return Intervention.kinds[kind](**{name: _restored(value) for name, value in record.items()})
+    found = {name: _restored(value) for name, value in record.items()}
+    for item in dataclasses.fields(Intervention.kinds[kind]):  # type: ignore[arg-type]
+        if item.name in found and not _is_of(item.type, found[item.name]):
+            raise BadInput(
+                f"{item.name} of a stored {kind}",
+                expected=str(getattr(item.type, "__name__", item.type)),
+                got=repr(found[item.name])[:80],
+            )
+    return Intervention.kinds[kind](**found)
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value that was stored is of the type of its field."""
+    if isinstance(kind, UnionType):
+        return any(_is_of(one, value) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_of(get_args(kind)[0], item) for item in value)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _restored(value: Any) -> Any:
