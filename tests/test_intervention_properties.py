@@ -493,3 +493,23 @@ def test_numbers_of_any_kind_are_numbers():
     assert given == moe.force((0, 1), layer=2, weights=(0.5, 0.25))
     assert moe.force(0, layer=2, weights=1) == moe.force(0, layer=2, weights=[1.0])
     assert moe.noise(0.0).std == 0.0 and moe.randomize(seed=2**63 - 1).seed == 2**63 - 1
+
+
+def test_contributions_of_another_width_are_refused():
+    model, _ = opened("olmoe")
+    for mean in (torch.ones(1), torch.ones(3)):
+        with pytest.raises(BadInput, match=f"contributions do not fit .*expected 64.*got {len(mean)}"):
+            model.run(IDS, edit=moe.ablate(layer=0, expert=0, how="mean", mean={(0, 0): mean}))
+    for mean in (torch.ones(()), torch.ones(2, 64)):
+        with pytest.raises(BadInput, match="no mean contribution of expert 0 of layer 0: expected a vector"):
+            moe.ablate(layer=0, expert=0, how="mean", mean={(0, 0): mean})
+    with pytest.raises(BadInput, match="means of several widths: expected one width, got 1 and 64"):
+        moe.ablate(layer=0, expert=(0, 1), how="mean", mean={(0, 0): torch.ones(64), (0, 1): torch.ones(1)})
+    with moe.wrap(build("olmoe", hidden_size=32)) as narrow:
+        run = narrow.run(IDS, read="expert_out")
+        for how in (
+            moe.patch(run, layer=0, expert=int(run.routing[0].ids[0, 0, 0])),
+            moe.ablate(layer=0, expert=int(run.routing[0].ids[0, 0, 0]), how="resample", run=run),
+        ):
+            with pytest.raises(BadInput, match="contributions do not fit .*expected 64.*got 32"):
+                model.run(IDS, edit=how)

@@ -59,8 +59,11 @@ def ablate(
             return mask(layer=layer, expert=expert, positions=positions, tokens=tokens)
         case "mean" if mean is not None:
             layers, experts = some(layer, "layer", _WRITTEN), some(expert, "expert", _WRITTEN)
-            means = Values.of(torch.stack([mean_of(mean, pair) for pair in _pairs(layers, experts)]))
-            return Mean(experts=experts, means=means, **where(layers, positions, tokens))
+            vectors = [mean_of(mean, pair) for pair in _pairs(layers, experts)]
+            widths = sorted({len(vector) for vector in vectors})
+            if len(widths) > 1:
+                raise BadInput("means of several widths", expected="one width", got=" and ".join(map(str, widths)))
+            return Mean(experts=experts, means=Values.of(torch.stack(vectors)), **where(layers, positions, tokens))
         case "resample" if run is not None:
             layers, experts = layers_of(run, layer), some(expert, "expert", _WRITTEN)
             pools = [_used(run, *pair) for pair in _pairs(layers, experts)]
@@ -88,14 +91,21 @@ def mean_of(means: Mapping[tuple[int, int], Tensor], pair: tuple[int, int]) -> T
     """[D], what is put in place of an expert's contribution.
 
     Raises:
-        BadInput: there is none of this (layer, expert).
+        BadInput: there is none of this (layer, expert), or no vector.
     """
     try:
-        return means[pair]
+        found = means[pair]
     except KeyError:
         raise BadInput(
             f"no mean of expert {pair[1]} of layer {pair[0]}", expected="means by (layer, expert)", got="none of this"
         ) from None
+    if found.dim() != 1:
+        raise BadInput(
+            f"no mean contribution of expert {pair[1]} of layer {pair[0]}",
+            expected="a vector [D]",
+            got=str(tuple(found.shape)),
+        )
+    return found
 
 
 def _used(run: Run, layer: int, expert: int) -> Tensor:

@@ -131,6 +131,12 @@ class _Contribution(OfExperts, abstract=True):
         touched = 0
         for number, expert in enumerate(self.named):
             vectors, weights, where = self.new(context, expert, self._place(context.layer, number))
+            if vectors.shape[-1] != outputs.shape[-1]:
+                raise BadInput(
+                    f"contributions do not fit the experts of layer {context.layer}",
+                    expected=f"{outputs.shape[-1]} numbers a token",
+                    got=str(vectors.shape[-1]),
+                )
             outputs, count = contribute(outputs, context, expert, vectors, weights, where)
             touched += count
         return Change(outputs, touched)
