@@ -513,3 +513,32 @@ def test_contributions_of_another_width_are_refused():
         ):
             with pytest.raises(BadInput, match="contributions do not fit .*expected 64.*got 32"):
                 model.run(IDS, edit=how)
+
+
+def test_values_and_marks_that_miss_every_text_are_refused():
+    model, _ = opened("olmoe")
+    short = model.run(IDS[:, :3], read=["expert_out", "resid_mid"])
+    expert = int(short.routing[LAYER].ids[0, 0, 0])
+    late = {"positions": [3, 4]}
+    first = torch.zeros(2, 7, dtype=torch.bool)
+    first[:, :2] = True
+    ragged = {"input_ids": IDS, "attention_mask": torch.tensor([[1] * 7, [1, 1, 0, 0, 0, 0, 0]])}
+    beyond = torch.zeros(2, 7, dtype=torch.bool)
+    beyond[1, 4] = True  # which only the other text has
+    for inputs, edit in (
+        (IDS, moe.replace(0 * short["resid_mid", LAYER], layer=LAYER, point="resid_mid", **late)),
+        (IDS, moe.replace(torch.zeros(2, 3, 64), layer=LAYER, expert=expert, **late)),
+        (IDS, moe.patch(short, layer=LAYER, expert=expert, **late)),
+        (IDS, moe.patch(short, layer=LAYER, point="resid_mid", **late)),
+        (IDS, moe.patch_route(short, layer=LAYER, **late)),
+        (IDS, moe.force(short.routing[LAYER].ids, layer=LAYER, **late)),
+        (IDS, moe.patch(short, layer=LAYER, point="resid_mid", tokens=~first, positions=[0, 1])),
+        (IDS, moe.scale(layer=LAYER, expert=expert, by=2.0, tokens=first, positions=-1)),
+        (ragged, moe.scale(layer=LAYER, expert=expert, by=2.0, tokens=beyond)),
+    ):
+        with pytest.raises(BadInput, match="an edit can never touch anything"):
+            model.run(inputs, edit=edit)
+    reaching = moe.patch(short, layer=LAYER, point="resid_mid", positions=[2, 3])
+    assert model.run(IDS, edit=reaching).touched == (2,)
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    model.generate(IDS[:, :2], edit=moe.patch(short, layer=LAYER, point="resid_mid", positions=2), **options)

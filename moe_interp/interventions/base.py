@@ -136,7 +136,7 @@ class Placed(Intervention, abstract=True):
         return self.here(context) & context.seen
 
     def check(self, texts: Sequence[Tokens]) -> None:
-        """Refuse positions and marks beyond the end of every text."""
+        """Refuse positions, marks and values that no token of any text has together."""
         longest = max(int(tokens.mask.sum(1).max()) for tokens in texts)
         missed = [
             position
@@ -155,6 +155,27 @@ class Placed(Intervention, abstract=True):
                 expected=f"positions within the {longest} tokens of the longest text",
                 got=got,
             )
+        if not any(self._reaches(tokens) for tokens in texts):
+            raise BadInput(
+                "an edit can never touch anything",
+                expected="a token at its positions that is marked, and for which there are values",
+                got="none in any text",
+            )
+
+    def _reaches(self, tokens: Tokens) -> bool:
+        """Whether a token is at its positions, marked, and has the values that it puts in."""
+        held = [getattr(self, item.name) for item in dataclasses.fields(self)]
+        # Of several, which are of one run, the first says it for all.
+        firsts = [some[0] if isinstance(some, tuple) and some else some for some in held]
+        by_token = [one for one in firsts if isinstance(one, ByToken)]
+        if not all(one.covers(tokens) for one in by_token):
+            return True  # of other texts, which is refused where they are put in
+        where = tokens.at(self.positions)
+        for one in by_token:
+            where = where & one.there(tokens)
+        if self.tokens is not None:
+            where = where & self.tokens.at(tokens)[0]
+        return bool(where.any()) or not (by_token or self.positions)
 
 
 def layers_at(spec: ModelSpec, point: str, layers: Iterable[int] | None) -> tuple[int | None, ...]:

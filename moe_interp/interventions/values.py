@@ -128,14 +128,21 @@ class ByToken:
         Raises:
             BadInput: they are of another number of texts.
         """
-        values, lengths = self.values.tensor, torch.tensor(self.lengths)
-        texts = self._texts(tokens)
-        values, lengths = values.to(tokens.mask.device)[texts], lengths.to(tokens.mask.device)[texts]
-        there = tokens.mask & (tokens.index < lengths[:, None])
+        there = self.there(tokens)
+        values = self.values.tensor.to(tokens.mask.device)[self._texts(tokens)]
         columns = tokens.index.clamp(0, values.shape[1] - 1)
         tail = values.shape[2:]
         columns = columns.view(*columns.shape, *[1] * len(tail)).expand(*columns.shape, *tail)
         return values.gather(1, columns), there
+
+    def there(self, tokens: Tokens) -> Bool[Tensor, "B S"]:
+        """[B, S], the tokens of a forward pass for which there are values.
+
+        Raises:
+            BadInput: they are of another number of texts.
+        """
+        lengths = torch.tensor(self.lengths, device=tokens.mask.device)[self._texts(tokens)]
+        return tokens.mask & (tokens.index < lengths[:, None])
 
     def covers(self, tokens: Tokens) -> bool:
         """Whether there are values for these texts: one for all, or as many as the whole batch has."""
