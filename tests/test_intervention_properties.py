@@ -440,6 +440,16 @@ def test_a_mask_of_logits_leaves_as_many_as_are_chosen(family):
         assert (left.ids >= 5).all()
 
 
+def test_more_experts_than_the_chosen_groups_have_are_refused():
+    with moe.wrap(build("deepseek_v3")) as model:
+        for k in (5, 6, 8):
+            with pytest.raises(BadInput, match=f"too few experts .* at layer 1 for token 0 .*at least {k} .*got 4"):
+                model.run(IDS, edit=moe.top_k(k))
+        assert model.run(IDS, edit=moe.top_k(4)).routing[1].ids.shape[-1] == 4
+    with moe.wrap(build("deepseek_v3", topk_group=2)) as model:
+        assert model.run(IDS, edit=moe.top_k(8)).routing[1].ids.shape[-1] == 8
+
+
 @pytest.mark.parametrize("given", [True, [True] * 7, torch.ones(7) > 0, torch.tensor(True), [0, False]])
 def test_truth_values_are_no_positions_and_no_layers(given):
     for make in (

@@ -71,7 +71,8 @@ class Mask(_OfScores):
 
     def _checked(self, scores: Float[Tensor, "B S E"], context: Context) -> Change:
         """The change, where the router's choice leaves it a next best."""
-        left = (_open(scores) if self.on == "selection" else scores != -torch.inf) & ~self.columns(scores, context)
+        there = open_to_choice(scores) if self.on == "selection" else scores != -torch.inf
+        left = there & ~self.columns(scores, context)
         check_left(left, self.seen(context), context, "Forbid fewer, or force others with weights of your own.")
         return self.changed(scores, context)
 
@@ -102,7 +103,7 @@ def check_left(left: Bool[Tensor, "B S E"], where: Bool[Tensor, "B S"], context:
         )
 
 
-def _open(scores: Float[Tensor, "B S E"]) -> Bool[Tensor, "B S E"]:
+def open_to_choice(scores: Float[Tensor, "B S E"]) -> Bool[Tensor, "B S E"]:
     """Experts that are not forbidden and whose group was chosen; scores of others are the lowest, or 0."""
     closed, none = scores <= torch.finfo(scores.dtype).min, scores == 0
     return ~closed & ~(none & (~none & ~closed).any(dim=-1, keepdim=True))

@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_interp.adapters.spec import ModelSpec, MoESpec
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.interventions.base import Change, Edit, Placed, layers_at, moe_layers_at
+from moe_interp.interventions.routes import check_left, open_to_choice
 from moe_interp.points import SELECTION
 from moe_interp.run import Context
 
@@ -57,7 +58,9 @@ class TopK(Placed):
         return wider
 
     def edits(self, spec: ModelSpec) -> list[Edit]:
-        """One edit of ``gate_weights`` at each layer, and a look at the choice of routers that must say whose K were.
+        """One edit of ``gate_weights`` at each layer, and looks at the choice of wider routers.
+
+        These must leave enough to choose, and say whose the router's own K were.
 
         Raises:
             UnsupportedModel: K experts would have had other weights, which those of k do not tell.
@@ -72,6 +75,8 @@ class TopK(Placed):
                     do="Leave renormalise off.",
                 )
         looks = [Edit(point, layer, _unchanged) for point in SELECTION for layer in layers_at(spec, point, wider)]
+        choosing = [layer for layer in self.widths(spec) if SELECTION[0] in spec.layer(layer).sites]
+        looks += [Edit(SELECTION[0], layer, _checked) for layer in choosing]
         layers = moe_layers_at(spec, self.layers)
         return looks + [Edit("gate_weights", layer, self._kept(spec.moe(layer), layer in wider)) for layer in layers]
 
@@ -123,6 +128,12 @@ def _rank_of_choice(context: Context) -> Int[Tensor, "B S K"]:
 
 def _unchanged(value: Tensor, context: Context) -> Change:
     return Change(value, 0)
+
+
+def _checked(scores: Float[Tensor, "B S E"], context: Context) -> Change:
+    """The scores, where the groups that the router chose have enough experts."""
+    check_left(open_to_choice(scores), context.seen, context, "Keep fewer.")
+    return Change(scores, 0)
 
 
 def _without(
