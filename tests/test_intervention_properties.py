@@ -552,3 +552,51 @@ def test_values_and_marks_that_miss_every_text_are_refused():
     assert model.run(IDS, edit=reaching).touched == (2,)
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
     model.generate(IDS[:, :2], edit=moe.patch(short, layer=LAYER, point="resid_mid", positions=2), **options)
+
+
+def each(*ids: int) -> torch.Tensor:
+    return torch.tensor(ids).expand(2, 7, len(ids))
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ([moe.force((0, 1), layer=0), moe.force((2, 3), layer=0)], "too many experts forced at layer 0: .*got 4"),
+        ([moe.force(e, layer=0, positions=[e, 5]) for e in range(4)], "too many experts forced at layer 0"),
+        ([moe.force(0, layer=0), moe.randomize(layer=0)], "experts forced where another decides all"),
+        ([moe.randomize(layer=0, weights="fresh"), moe.force(0, layer=0, positions=-1)], "another decides all"),
+        ([moe.force(0, layer=0), moe.force((1, 2, 3), layer=0, weights="kept")], "another decides all"),
+        ([moe.force(3, layer=0), moe.force(each(0, 1, 2), layer=0)], "another decides all"),
+        ([moe.mask(layer=0, expert=0), moe.randomize(layer=0)], "an expert forced or forbidden, not both"),
+        ([moe.mask(layer=0, expert=0), moe.force(each(0, 1, 2), layer=0)], "an expert forced or forbidden, not both"),
+        ([moe.swap(layer=0, experts=(0, 1)), moe.force(0, layer=0)], "an expert forced or swapped for another"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_found_before_anything_runs(edits, message):
+    model, _ = opened("olmoe")
+    for some in (edits, edits[::-1]):
+        with pytest.raises(BadInput, match=message):
+            model.run(IDS, edit=some)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [moe.force((0, 1), layer=0, positions=0), moe.force((2, 3), layer=0, positions=[1, 2])],
+        [moe.force((0, 1), layer=0), moe.force((1, 2), layer=0)],
+        [moe.force((0, 1), layer=0), moe.force((2, 3), layer=1)],
+        [moe.force(e, layer=0, positions=[e, e + 1]) for e in range(5)],
+        [moe.force(0, layer=0, positions=0), moe.randomize(layer=0, positions=[1, 2])],
+        [moe.force(0, layer=0), moe.force((0, 1, 2), layer=0, weights="kept")],
+        [moe.force(0, layer=0), moe.force(each(0, 1, 2), layer=0)],
+        [moe.mask(layer=0, expert=0, positions=0), moe.randomize(layer=0, positions=1)],
+        [moe.mask(layer=0, expert=3), moe.force(each(0, 1, 2), layer=0)],
+        [moe.mask(layer=0, expert=0, positions=0), moe.force(each(0, 1, 2), layer=0, positions=[1, 2])],
+        [moe.swap(layer=0, experts=(0, 1)), moe.force((0, 1), layer=0)],
+        [moe.swap(layer=0, experts=(0, 1)), moe.force(2, layer=0)],
+    ],
+)
+def test_what_does_not_contradict_is_not_refused(edits):
+    model, _ = opened("olmoe")
+    for some in (edits, edits[::-1]):
+        assert all(model.run(IDS, edit=some).touched)

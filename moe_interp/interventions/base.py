@@ -6,11 +6,12 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, ClassVar, NamedTuple, get_args, get_origin
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -75,6 +76,14 @@ class Intervention:
 
     def demands(self, spec: ModelSpec) -> Mapping[int, frozenset[int]]:
         """Experts that it makes run, by layer."""
+        return {}
+
+    def puts(self) -> ByToken | None:
+        """Experts that it makes run at each token, [B, N, K], where they differ."""
+        return None
+
+    def swaps(self, spec: ModelSpec) -> Mapping[int, frozenset[int]]:
+        """Two experts that it puts in each other's place, by layer."""
         return {}
 
     def forbids(self, spec: ModelSpec) -> Mapping[int, frozenset[int]]:
@@ -231,10 +240,11 @@ def check_together(interventions: Sequence[Intervention], spec: ModelSpec) -> No
 
     Raises:
         BadInput: two that decide all experts of the same tokens, or the number of experts of one router; one that
-            forces an expert that another forbids; several that forbid too many.
+            forces an expert that another forbids, swaps or overrules; several that force or forbid too many.
     """
     for number, one in enumerate(interventions):
         _check_pairs(one, interventions[:number], spec)
+    _check_forced(interventions, spec)
     _check_left(interventions, spec)
 
 
@@ -246,10 +256,60 @@ def _check_pairs(one: Intervention, others: Sequence[Intervention], spec: ModelS
         for layer in {*one.decides(spec)} & {*other.decides(spec)}:
             if _may_meet(one, other):
                 raise _conflict(layer, other, one, "one intervention that decides a token's experts")
-        for forced, forbidden in ((one, other), (other, one)):
-            for layer, experts in forced.demands(spec).items():
-                if experts & forbidden.forbids(spec).get(layer, frozenset()) and _may_meet(one, other):
-                    raise _conflict(layer, other, one, "an expert forced or forbidden, not both")
+        for first, second in ((one, other), (other, one)):
+            for layer, expected in _overruled(first, second, spec):
+                if _may_meet(one, other):
+                    raise _conflict(layer, other, one, expected)
+
+
+def _overruled(one: Intervention, other: Intervention, spec: ModelSpec) -> Iterator[tuple[int, str]]:
+    """Layers at which another intervention undoes what one says of experts, and what would be right."""
+    decided, runs = other.decides(spec), other.demands(spec)
+    for layer, experts in one.demands(spec).items():
+        if experts & other.forbids(spec).get(layer, frozenset()):
+            yield layer, "an expert forced or forbidden, not both"
+        if len(experts & other.swaps(spec).get(layer, frozenset())) == 1:
+            yield layer, "an expert forced or swapped for another, not both"
+        if layer in decided and any(not experts <= row for row in _rows(one, other, runs.get(layer, frozenset()))):
+            yield layer, "no experts forced where another decides all of them"
+    for layer, experts in one.forbids(spec).items():
+        if layer in decided and any(
+            experts & row or not row for row in _rows(one, other, runs.get(layer, frozenset()))
+        ):
+            yield layer, "an expert forced or forbidden, not both"
+
+
+def _rows(one: Any, other: Any, runs: frozenset[int]) -> list[frozenset[int]]:
+    """What the other makes run: at all tokens the same, or at each token at which both may act; none: any expert."""
+    ids = other.puts()
+    if ids is None:
+        return [runs]
+    numbers = torch.arange(ids.values.tensor.shape[1])
+    both = numbers < torch.tensor(ids.lengths)[:, None]
+    for where in (one, other):
+        if where.positions is not None and min(where.positions) >= 0:
+            both &= torch.isin(numbers, torch.tensor(where.positions))
+        if where.tokens is not None and where.tokens.values.tensor.shape == both.shape:
+            both &= where.tokens.values.tensor.cpu()
+    return [frozenset(row) for row in ids.values.tensor.cpu()[both].tolist()]
+
+
+def _check_forced(interventions: Sequence[Any], spec: ModelSpec) -> None:
+    """Refuse to force more experts of one token than its router chooses."""
+    widths = {layer: k for one in interventions for layer, k in one.widths(spec).items()}
+    demands = [(one, one.demands(spec)) for one in interventions]
+    for layer in {layer for _, experts in demands for layer in experts}:
+        here = [(one, experts[layer]) for one, experts in demands if layer in experts and one.tokens is None]
+        fixed = [one.positions for one, _ in here if one.positions is not None and min(one.positions) >= 0]
+        for position in {None, *(position for positions in fixed for position in positions)}:
+            met = [experts for one, experts in here if one.positions is None or position in one.positions]
+            forced, k = frozenset().union(*met), widths.get(layer, spec.moe(layer).top_k)
+            if len(met) > 1 and len(forced) > k:
+                raise BadInput(
+                    f"too many experts forced at layer {layer}",
+                    expected=f"up to {k}, the slots of a token",
+                    got=f"{len(forced)}: {sorted(forced)}",
+                )
 
 
 def _check_left(interventions: Sequence[Intervention], spec: ModelSpec) -> None:

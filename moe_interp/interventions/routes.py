@@ -169,6 +169,10 @@ class Force(Placed):
             return {}
         return dict.fromkeys(moe_layers_at(spec, self.layers), frozenset(self.experts))
 
+    def puts(self) -> ByToken | None:
+        """The experts, where they are given for each token."""
+        return self.experts if isinstance(self.experts, ByToken) else None
+
     def edits(self, spec: ModelSpec) -> list[Edit]:
         """Edits of the router's choice, or of ``expert_ids`` and ``gate_weights``."""
         layers = moe_layers_at(spec, self.layers)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.errors import BadInput
-from moe_interp.interventions.base import Change, Edit, Placed
+from moe_interp.interventions.base import Change, Edit, Placed, moe_layers_at
 from moe_interp.interventions.outputs import OfExperts
 from moe_interp.run import Context
 
@@ -24,6 +24,10 @@ class Swap(OfExperts):
         super().__post_init__()
         if len(self.named) != 2:
             raise BadInput("not two experts to swap", expected="two different ids", got=str(self.experts))
+
+    def swaps(self, spec: ModelSpec) -> Mapping[int, frozenset[int]]:
+        """The two, at each of its layers."""
+        return dict.fromkeys(moe_layers_at(spec, self.layers), frozenset(self.named))
 
     def edits(self, spec: ModelSpec) -> list[Edit]:
         """One edit of ``expert_ids`` at each layer."""
