@@ -161,7 +161,8 @@ class Restart:
         )
         blocks, begin = [], 0
         for (_, variant), some in zip(chunk, texts, strict=True):
-            blocks.append(Block([*self.edits, *variant.edits], slice(begin, begin + len(some)), some))
+            rows_of = slice(begin, begin + len(some))
+            blocks.append(Block([*self.edits, *variant.edits], rows_of, some, base=len(self.edits)))
             begin += len(some)
         logits, touched = self._logits(rows, blocks, first, at)
         found, columns = at.nonzero().T
@@ -255,7 +256,7 @@ class Restart:
         text = torch.zeros(count, dtype=torch.long, device=self.tokens.mask.device)
         at = self.tokens.mask[text]
         expected = self.base.output[text][at]
-        blocks = [Block(self.edits, slice(0, count), text)]
+        blocks = [Block(self.edits, slice(0, count), text, base=len(self.edits))]
         return all(_alike(self._logits(text, blocks, first, at)[0], expected) for first in starts)
 
 

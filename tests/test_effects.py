@@ -237,3 +237,18 @@ def test_edits_of_modules_are_refused_before_anything_is_run():
         pytest.raises(BadInput, match=r"not measured under edits of modules: .* got TopK\(.*k=5"),
     ):
         moe.expert_effects(model, IDS)
+
+
+def test_edits_that_reach_one_text_alone_do_not_stop_the_others():
+    marks = torch.zeros(3, 6, dtype=torch.bool)
+    marks[0, 2] = True
+    with moe.wrap(build("olmoe")) as model:
+        plain = moe.expert_effects(model, PADDED)
+        for edit in (
+            moe.scale(layer=0, expert=None, by=0.5, positions=4),
+            moe.scale(layer=0, expert=None, by=0.5, tokens=marks),
+        ):
+            with model.edit(edit):
+                found = moe.expert_effects(model, PADDED)
+            assert np.allclose(found.effect[..., 1:], plain.effect[..., 1:], atol=1e-6)
+            assert not np.allclose(found.effect[..., 0], plain.effect[..., 0], atol=1e-6)

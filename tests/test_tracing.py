@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import moe_interp as moe
+from moe_interp.analyses.tracing import noises
 from moe_interp.errors import BadInput, UnknownName, UnsupportedModel
 from moe_interp.stats import student_interval
 from tests.reference import patching as slow
@@ -31,7 +32,9 @@ def test_restored_experts_and_controls(family, at):
     ids = IDS.expand(SAMPLES, -1)
     with moe.wrap(hf) as model:
         result = moe.causal_trace(model, IDS, NOISED, ANSWER, noise=0.8, samples=SAMPLES, seed=3, at=at, layers=(2, 3))
-        embedded = model.run(ids, edit=moe.noise(0.8, positions=NOISED, seed=3), read="embed")["embed"]
+        noised = noises(0.8, NOISED, SAMPLES, 3, ids.shape[1])
+        embedded = model.run(ids, edit=noised, read="embed")["embed"]
+    assert (embedded[0] - embedded[1]).abs().max() > 0.1
     noise = {("embed", None): slow.put(embedded)}
     clean, base = forward(hf, ids), forward(hf, ids, edits=noise)
     start = probability(base.logits)

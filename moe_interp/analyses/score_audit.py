@@ -73,7 +73,7 @@ def score_audit(
         resamples: of documents, for intervals of effects.
         seed: of the random routers, the resamples, the control and the halves.
         max_tokens: documents are cut to so many.
-        batch_tokens: the most tokens in one pass; which draws the random routers make depends on it.
+        batch_tokens: the most tokens in one pass.
 
     Returns:
         ``effect`` (layer, expert), nats per scored token that taking the expert out adds, with ``_interval`` (bound)
@@ -157,9 +157,8 @@ def _measure(model: MoEModel, batch: Batch, into: _Measured, seed: int, batch_to
         estimate = estimates(model, batch.inputs, None, "nll", layers, steps).experts.nan_to_num().numpy()
         sums[rows] = estimate.transpose(2, 0, 1) * tokens[:, None, None]
     draws = [(draw, layer) for layer in layers for draw in range(into.router.shape[1])]
-    # A token's draw depends on the number of its text in the batch: another seed for every batch
-    of_batch: Any = np.random.default_rng([seed, int(rows.min())]).integers(2**31, size=into.router.shape[1])
-    variants = [Variant([randomize(layer=layer, weights="kept", seed=int(of_batch[draw]))]) for draw, layer in draws]
+    seeds = np.random.default_rng(seed).integers(2**63, size=into.router.shape[1])
+    variants = [Variant([randomize(layer=layer, weights="kept", seed=int(seeds[draw]))]) for draw, layer in draws]
     for outcome in sweep.restart.run(variants, sweep.bound.at, batch_tokens=batch_tokens):
         draw, layer = draws[outcome.number]
         into.router[rows, draw, layers.index(layer)] += sweep.difference(outcome).cpu().numpy() * tokens

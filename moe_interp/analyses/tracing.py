@@ -11,7 +11,7 @@ Noise is drawn several times; samples are the unit of the intervals, which say n
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -94,7 +94,7 @@ def causal_trace(
     chosen, ids = moe_layers(model, layers), tuple(token_ids(model, answer).tolist())
     inputs = _one_prompt(model, prompt)
     where, std = _positions(model, prompt, subject, inputs), _std(model, noise)
-    trace = _traced(model, inputs, named.noise(std, positions=where, seed=seed), samples, ids, at)
+    trace = _traced(model, inputs, partial(noises, std, where, samples, seed), samples, ids, at)
     points = [point for point in CONTROLS if point in model.points]
     most = max(experts_that_run(model, layer) for layer in chosen)
 
@@ -144,13 +144,28 @@ class _Trace(NamedTuple):
     length: int
 
 
+def noises(std: float, positions: Sequence[int], samples: int, seed: int, length: int) -> list[Intervention]:
+    """Noise for each of so many copies of a prompt, of a seed of its own: draws follow the text, which is one."""
+    seeds = np.random.default_rng(seed).integers(2**63, size=samples).tolist()
+    copies = torch.eye(samples, dtype=torch.bool)[:, :, None].expand(-1, -1, length)
+    return [
+        named.noise(std, positions=positions, seed=own, tokens=marks) for own, marks in zip(seeds, copies, strict=True)
+    ]
+
+
 def _traced(
-    model: MoEModel, inputs: Mapping[str, Any], noise: Intervention, samples: int, answer: tuple[int, ...], at: str
+    model: MoEModel,
+    inputs: Mapping[str, Any],
+    noise: Callable[[int], list[Intervention]],
+    samples: int,
+    answer: tuple[int, ...],
+    at: str,
 ) -> _Trace:
     read = ["expert_out", *(point for point in CONTROLS if point in model.points)]
     clean = model.run(inputs, read=read)
-    restart = Restart(model, {key: _repeated(value, samples) for key, value in inputs.items()}, edit=noise, read=read)
     metric, length = Probability(answer), int(clean.mask.sum())
+    copies = {key: _repeated(value, samples) for key, value in inputs.items()}
+    restart = Restart(model, copies, edit=noise(length), read=read)
     bound = metric.bind(restart.base)
     places = (None,) if at == "all" else tuple(range(length))
     return _Trace(restart, clean, bound, metric.bind(clean).of(clean)[0], bound.of(restart.base), places, length)

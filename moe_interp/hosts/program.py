@@ -34,11 +34,14 @@ class Block:
         edits: what is changed there.
         rows: which rows of the batch.
         texts: [rows], which texts of the whole batch they are.
+        base: how many of the edits, the first ones, were checked in a run of the whole batch; these rows may be such
+            as they never touch.
     """
 
     edits: Sequence[Intervention]
     rows: slice
     texts: Tensor
+    base: int = 0
 
 
 Edited = Sequence[Intervention] | Sequence[Block]
@@ -79,9 +82,12 @@ class Program:
         self.interventions: list[Intervention] = [one for some in lists for one in some]
         self.edits: dict[tuple[str, int | None], list[tuple[int, Block | None, Edit]]] = {}
         numbers = iter(range(len(self.interventions)))
+        self.checked: set[int] = set()
         for block, some in zip(self.blocks, lists, strict=True):
-            for one in some:
+            for place, one in enumerate(some):
                 number = next(numbers)
+                if block is not None and place < block.base:
+                    self.checked.add(number)
                 for edit in one.edits(spec):
                     self.edits.setdefault((edit.point, edit.layer), []).append((number, block, edit))
         self.whose = {number: block for edits_there in self.edits.values() for number, block, _ in edits_there}
@@ -141,6 +147,8 @@ class Program:
 
     def _check_positions(self, texts: Sequence[Tokens]) -> None:
         for number, one in enumerate(self.interventions):
+            if number in self.checked:
+                continue
             block = self.whose.get(number)
             one.check(texts if block is None else [tokens.of(block.rows, block.texts) for tokens in texts])
 
