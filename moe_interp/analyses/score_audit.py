@@ -157,7 +157,7 @@ def _measure(model: MoEModel, batch: Batch, into: _Measured, seed: int, batch_to
         estimate = estimates(model, batch.inputs, None, "nll", layers, steps).experts.nan_to_num().numpy()
         sums[rows] = estimate.transpose(2, 0, 1) * tokens[:, None, None]
     draws = [(draw, layer) for layer in layers for draw in range(into.router.shape[1])]
-    seeds = np.random.default_rng(seed).integers(2**63, size=into.router.shape[1])
+    seeds: Any = np.random.default_rng(seed).integers(2**63, size=into.router.shape[1])
     variants = [Variant([randomize(layer=layer, weights="kept", seed=int(seeds[draw]))]) for draw, layer in draws]
     for outcome in sweep.restart.run(variants, sweep.bound.at, batch_tokens=batch_tokens):
         draw, layer = draws[outcome.number]
