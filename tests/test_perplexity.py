@@ -111,8 +111,9 @@ def test_one_layer_at_a_time(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_more_experts_than_the_model_takes(family: str, renormalises: bool) -> None:
     """The router's own recipe for five is that of the same weights under a config that says five."""
-    model = model_of(family, norm_topk_prob=renormalises)
-    five = model_of(family, norm_topk_prob=renormalises, num_experts_per_tok=5)
+    groups = {"topk_group": 2} if family == "deepseek_v3" else {}  # of four experts each
+    model = model_of(family, norm_topk_prob=renormalises, **groups)
+    five = model_of(family, norm_topk_prob=renormalises, num_experts_per_tok=5, **groups)
     got = perplexity(model, CORPUS, ks=[5, 3], renormalise="both", resamples=20)
     assert got.k.values.tolist() == [3, 5]
     plain = nats(model)

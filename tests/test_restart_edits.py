@@ -37,7 +37,11 @@ def test_restarts_go_on_under_other_edits_once(layer, stands):
 
 
 def test_restarts_refuse_standing_edits_of_modules():
-    with moe.wrap(build("qwen3_moe")) as model, model.edit(moe.top_k(5)), pytest.raises(BadInput, match="some rows"):
+    with (
+        moe.wrap(build("qwen3_moe")) as model,
+        model.edit(moe.top_k(5)),
+        pytest.raises(BadInput, match="not measured under edits of modules"),
+    ):
         Restart(model, IDS)
 
 
