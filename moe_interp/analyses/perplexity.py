@@ -30,7 +30,7 @@ from moe_interp.analyses.plain import check_writes_text
 from moe_interp.data import Batch, Corpus, batches, check_corpus
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, apply, top_k
-from moe_interp.interventions.base import check_together
+from moe_interp.interventions.together import check_together
 from moe_interp.interventions.widths import keep_slots
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from moe_interp.adapters.spec import ModelSpec, MoESpec
 from moe_interp.errors import BadInput
-from moe_interp.interventions.base import Edit, Intervention, check_together, layers_at
+from moe_interp.interventions.base import Edit, Intervention, layers_at
 from moe_interp.interventions.chance import prefixes
+from moe_interp.interventions.together import check_together
 from moe_interp.points import POINTS
 from moe_interp.run import Context, Read, Routing, Tokens, TopTokens
 

@@ -1,6 +1,6 @@
 """WHAT CHANGES: composable edits of points, as plain data."""
 
-from moe_interp.interventions.base import Change, Edit, Intervention, check_together, from_json, to_json
+from moe_interp.interventions.base import Change, Edit, Intervention
 from moe_interp.interventions.named import (
     ablate,
     apply,
@@ -18,6 +18,8 @@ from moe_interp.interventions.named import (
     swap,
     top_k,
 )
+from moe_interp.interventions.stored import from_json, to_json
+from moe_interp.interventions.together import check_together
 
 __all__ = [
     "Change",
