@@ -36,6 +36,7 @@ SENT = (
     "interventions.values",
     "interventions.chance",
     "interventions.base",
+    "interventions.together",
     "interventions.outputs",
     "interventions.places",
     "interventions.routes",
