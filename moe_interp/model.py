@@ -1,6 +1,7 @@
 """A mixture-of-experts model whose inside can be read and edited."""
 
 import importlib.metadata
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -449,8 +450,8 @@ class MoEModel:
 
 
 def _told(edits: Sequence[Intervention]) -> dict[str, str]:
-    """Edits as a result names them."""
-    return {"edits": "; ".join(map(repr, edits))} if edits else {}
+    """Edits as a result names them: functions without their addresses, which are others in every process."""
+    return {"edits": re.sub(r" at 0x[0-9a-f]+", "", "; ".join(map(repr, edits)))} if edits else {}
 
 
 def _are_texts(inputs: Inputs) -> bool:

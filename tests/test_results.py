@@ -175,3 +175,5 @@ def test_a_result_under_edits_says_so():
             assert provenance_of(moe.expert_effects(model, IDS))["edits"] == repr(edit)
         assert model.run(IDS, edit=edit).provenance["edits"] == repr(edit)
         assert "edits" not in model.run(IDS).provenance
+        told = model.run(IDS, edit=moe.apply("resid_mid", lambda value: value, layers=1)).provenance["edits"]
+        assert "<lambda>" in told and "0x" not in told
