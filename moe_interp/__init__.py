@@ -85,7 +85,7 @@ _HOMES = {
     "analyses.attribution_patching": ("attribution_patching",),
     "analyses.score_audit": ("score_audit",),
     "analyses.effects": ("expert_effects",),
-    "errors": ("MoEError",),
+    "errors": ("EditsElsewhere", "MoEError"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -132,7 +132,7 @@ if TYPE_CHECKING:
     from moe_interp.bridge import attach
     from moe_interp.checkpoint import load
     from moe_interp.data import Corpus, read_corpus, sample
-    from moe_interp.errors import MoEError
+    from moe_interp.errors import EditsElsewhere, MoEError
     from moe_interp.hosts.hooked import trace_points
     from moe_interp.interventions import (
         Intervention,
@@ -166,6 +166,7 @@ __all__ = [
     "POINTS",
     "ByToken",
     "Corpus",
+    "EditsElsewhere",
     "Family",
     "Intervention",
     "MoEError",

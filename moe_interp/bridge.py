@@ -2,9 +2,6 @@
 
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
-
-from torch import nn
 
 from moe_interp.errors import BadInput
 from moe_interp.hosts import close_host, open_host
@@ -14,7 +11,7 @@ from moe_interp.points import POINTS
 if TYPE_CHECKING:
     from moe_interp.adapters import ModelSpec
 
-_ATTACHED: WeakKeyDictionary[nn.Module, "Attached"] = WeakKeyDictionary()
+_ATTACHED = "_moe_interp_attached"  # on the bridge itself: a table of bridges would keep them
 
 
 class Attached:
@@ -30,9 +27,9 @@ class Attached:
         from moe_interp.hosts.bridge import BridgeHost
 
         self.bridge, self.model = bridge, wrap(bridge)
-        opened = open_host(self.model.hf, self.model.spec)  # it stays open if somebody closes the model
+        self._opened = open_host(self.model.hf, self.model.spec)  # it stays open if somebody closes the model
         try:
-            self._host = BridgeHost(bridge, opened)
+            self._host = BridgeHost(bridge, self._opened)
         except BaseException:
             self._close()
             raise
@@ -61,13 +58,13 @@ class Attached:
 
     def close(self) -> None:
         """Leave the bridge as it was found."""
-        if _ATTACHED.get(self.bridge) is self:
-            del _ATTACHED[self.bridge]
+        if vars(self.bridge).get(_ATTACHED) is self:
+            del vars(self.bridge)[_ATTACHED]
             self._host.remove()
             self._close()
 
     def _close(self) -> None:
-        close_host(self.model.hf)
+        close_host(self._opened)
         self.model.close()
 
     def __enter__(self) -> "Attached":
@@ -110,10 +107,10 @@ def attach(bridge: Any) -> Attached:
             got=type(bridge).__name__,
             do="Use moe.wrap(model) for a transformers model.",
         )
-    if bridge in _ATTACHED:
+    if _ATTACHED in vars(bridge):
         raise BadInput("the bridge is attached already", expected="one attach", do="Close the first, or use it.")
-    _ATTACHED[bridge] = Attached(bridge)
-    return _ATTACHED[bridge]
+    found = vars(bridge)[_ATTACHED] = Attached(bridge)
+    return found
 
 
 def attached(bridge: Any) -> Attached:
@@ -122,6 +119,7 @@ def attached(bridge: Any) -> Attached:
     Raises:
         BadInput: it is not attached.
     """
-    if bridge not in _ATTACHED:
+    if _ATTACHED not in getattr(bridge, "__dict__", {}):
         raise BadInput("the bridge is not attached", expected="a bridge after moe.attach(bridge)", got="one before")
-    return _ATTACHED[bridge]
+    found: Attached = vars(bridge)[_ATTACHED]
+    return found

@@ -8,6 +8,8 @@ MoEError            what went wrong, what was expected, what was got, what to do
 ├── BadCheckpoint     weights that are missing or not finite
 ├── BadOutput         a result that cannot be written where it was asked to go
 └── RemoteFailure     a remote server that could not run what it was sent
+
+EditsElsewhere is a warning: a pass ran without edits that stand in another thread or task.
 """
 
 from collections.abc import Sequence
@@ -52,6 +54,10 @@ class BadOutput(MoEError):
 
 class RemoteFailure(MoEError):
     """A remote server that could not run what it was sent."""
+
+
+class EditsElsewhere(UserWarning):
+    """A forward pass runs without edits that stand in another context."""
 
 
 def one_of(name: str, given: object, options: Sequence[str]) -> None:

@@ -3,10 +3,11 @@
 import importlib.metadata
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -20,9 +21,10 @@ from moe_interp.adapters.formulas import has_nan, logits_of, output_of
 from moe_interp.adapters.sums import follow
 from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
-from moe_interp.hosts import Session, close_host, open_host
+from moe_interp.hosts import Session, Standing, Standings, close_host, open_host
 from moe_interp.hosts.program import Program
 from moe_interp.interventions import Intervention
+from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.run import Read, Run, positions_of
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ class MoEModel:
     """A transformers model, its tokenizer, and the points of its inside.
 
     The model stays instrumented until `close`, or the end of the ``with`` that it is used in. Wrapping one model twice
-    is fine: it is restored when the last wrapper closes.
+    is fine: it is restored when the last wrapper closes. Several threads and tasks may use it at a time: what one of
+    them reads and edits is its own.
 
     Attributes:
         hf: the transformers model itself.
@@ -52,7 +55,6 @@ class MoEModel:
         # torch.compile puts a model into a wrapper, whose hooks the model's own methods would not reach.
         hf = getattr(hf, "_orig_mod", hf)
         self.hf, self.tokenizer = hf, tokenizer
-        self._sessions: dict[Session, ExitStack] = {}  # those that stand, the last at the end, and what ends them
         self._open(hf, describe(hf) if spec is None else spec)
         self.name = name or getattr(hf, "name_or_path", "") or self.spec.model_type
 
@@ -60,12 +62,15 @@ class MoEModel:
         self.spec, self._closed = spec, False
         self._host = open_host(hf, spec)
         self.spec = self._host.spec  # of a model that is open already, what it was opened by
+        self._began: WeakSet[Standing] = WeakSet()  # what was begun to stand by this wrapper
 
     def close(self) -> None:
-        """Leave the transformers model as it was found."""
+        """End the edits that stand by `edit`, and leave the transformers model as it was found."""
         if not self._closed:
             self._closed = True
-            close_host(self.hf)
+            for standing in list(self._began):
+                standing.end()
+            close_host(self._host)
 
     def __repr__(self) -> str:
         s = self.spec
@@ -140,25 +145,33 @@ class MoEModel:
             BadInput: inputs or edits that cannot be right, or gradients of weights that have none.
             BadCheckpoint: the weights are not finite.
         """
+        return self._run(inputs, read, edit, grad, output)
+
+    def _run(
+        self,
+        inputs: Inputs,
+        read: Reads | str | Read,
+        edit: Edits,
+        grad: bool = False,
+        output: bool = True,
+        forms: dict[str, Any] | None = None,
+    ) -> Run:
+        """A run that also notes what each layer returns besides the residual, by path."""
         self._check_open()
         if grad:
             self._check_gradients()
         interventions = [*self._standing, *listed(edit, Intervention)]
         reads = [as_read(one) for one in listed(read, (str, Read))]
         model_inputs = self._complete(inputs)
-        session = Session(self._host, interventions, reads, grad, self.decode)
         unembedded: list[Tensor] = []
 
         def last_alone(hidden: Tensor) -> Tensor:
             unembedded.append(hidden)
             return hidden[:, -1:]
 
-        with ExitStack() as stack:
-            stack.enter_context(self._in_place_of_standing())
-            stack.enter_context(session())
-            if not output and "labels" not in model_inputs:
-                stack.enter_context(self._host.unembedding(last_alone))
-            returned = self.forward(model_inputs)
+        change = None if output or "labels" in model_inputs else last_alone
+        session = Session(self._host, interventions, reads, grad, self.decode, unembed=change, forms=forms)
+        returned = session(lambda: self.forward(model_inputs))
         self._check_finite(next(iter(unembedded), returned), session.program.tokens.mask, bool(interventions))
         return self._run_of(session.program, model_inputs, returned if output else None)
 
@@ -218,10 +231,11 @@ class MoEModel:
                 got=type(entry).__name__,
                 do="Use run, a token at a time.",
             )
-        session = Session(self._host, [*self._standing, *listed(edit, Intervention)], whole=False)
+        edits = [*self._standing, *listed(edit, Intervention)]
+        _check_steps(edits, options)
         model_inputs = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
-        with self._in_place_of_standing(), session():
-            ids = entry.generate(**model_inputs, **options)
+        session = Session(self._host, edits, whole=False, texts=_count(model_inputs))
+        ids = session(lambda: entry.generate(**model_inputs, **options))
         return self._written(inputs, ids, model_inputs.get("attention_mask"))
 
     def _written(self, inputs: Inputs, ids: Any, mask: Tensor | None) -> str | list[str] | Tensor:
@@ -236,68 +250,47 @@ class MoEModel:
         return texts[0] if isinstance(inputs, str) and len(texts) == 1 else texts
 
     @contextmanager
-    def edit(self, *edits: Intervention | Sequence[Intervention]) -> Iterator["Session"]:
+    def edit(self, *edits: Intervention | Sequence[Intervention], everywhere: bool = False) -> Iterator[Standing]:
         """Edits that stand inside the ``with``.
 
         They act in `run` and `generate`, before those given there, so in every analysis (those that call `experts`
         refuse edits of what these put out); and in calls of the transformers model itself, gradients as they are. What
         others hook to a point there, or take in a trace, is what the edits made of its value.
 
+        They act in this context alone: not in other threads, nor in tasks that were begun before. A thread joins by
+        ``contextvars.copy_context().run``. A pass that is made elsewhere meanwhile has no edits, and warns once
+        (`moe.EditsElsewhere`).
+
         ``with model.edit(...) as standing`` gives what knows how often each touched something in direct calls,
         ``standing.touched``; runs tell it themselves.
 
+        Args:
+            edits: interventions, carried out in order, after those that stand already.
+            everywhere: act in all contexts, before what stands in single ones.
+
         Raises:
             UnknownName: a point, layer or expert that the model does not have.
-            BadInput: edits that contradict each other, or that are left before others that were made inside theirs.
+            BadInput: edits that contradict each other.
         """
         self._check_open()
         given = [one for some in edits for one in listed(some, Intervention)]
-        session = Session(self._host, [*self._standing, *given], grad=None, first=True)
-        with ExitStack() as stack:
-            stack.enter_context(self._in_place_of_standing())
-            stack.enter_context(session())
-            ending = stack.pop_all()
-        with self._stands(session, ending):
-            yield session
+        self._check_edits([*self._standing, *given])
+        standing = Standing(given, everywhere=yes_or_no(everywhere, "everywhere"))
+        self._began.add(standing)
+        with self._standings.stand(standing):
+            yield standing
 
-    @contextmanager
-    def _stands(self, session: Any, ending: ExitStack) -> Iterator[Any]:
-        """A session that stands inside the ``with``; ``ending`` takes its edits away."""
-        self._sessions[session] = ending
-        try:
-            yield session
-        finally:
-            later = self._leave(session)
-        if later:
-            raise BadInput(
-                "edits were left out of order",
-                expected="those that were made last to be left first",
-                got=f"{later} that were made later and stood still; they are gone with these",
-                do="Use `with model.edit(...)`, one inside the other.",
-            )
-
-    def _leave(self, session: Any) -> int:
-        """End a session, after all that were made inside it: the number of these."""
-        # What edits change in the modules is put back right in one order alone: the last first.
-        if session not in self._sessions:
-            return 0
-        standing = list(self._sessions)
-        left = standing[standing.index(session) :]
-        for one in reversed(left):
-            self._sessions.pop(one).close()
-        return len(left) - 1
+    def _check_edits(self, edits: Sequence[Intervention]) -> None:
+        """Refuse what the model cannot have."""
+        Program(self.spec, edits)
 
     @property
-    def _last(self) -> Any:
-        return next(reversed(self._sessions), None)
+    def _standings(self) -> Standings:
+        return self._host.standings
 
     @property
     def _standing(self) -> list[Intervention]:
-        return self._last.interventions if self._sessions else []
-
-    def _in_place_of_standing(self) -> AbstractContextManager[None]:
-        """A run takes the standing edits into its own list, so that they come before its own at every point."""
-        return self._last.pause() if self._sessions else nullcontext()
+        return self._standings.edits()
 
     def forward(self, model_inputs: Mapping[str, Any]) -> Tensor:
         """The model's own forward pass: logits, or the last hidden states of a model without a head."""
@@ -387,7 +380,7 @@ class MoEModel:
 
     @contextmanager
     def plain(self) -> Iterator[None]:
-        """The model as it was found, uncompiled, with transformers' own experts, inside the ``with``.
+        """The model as it was found, uncompiled, with transformers' own experts, in this context inside the ``with``.
 
         They are its ``grouped_mm`` where that can run, else ``eager``, its loop over experts. One inside another
         changes nothing.
@@ -397,7 +390,7 @@ class MoEModel:
             BadInput: the model is closed.
         """
         self._check_not_closed()
-        with self._host.removed():
+        with self._host.plainly():
             yield
 
     def audit(self, inputs: Inputs | None = None) -> "Audit":
@@ -420,7 +413,7 @@ class MoEModel:
 
     def _check_open(self) -> None:
         self._check_not_closed()
-        if self.here and not self._host.handles:
+        if self._standings.plain:
             raise BadInput("the model is plain", expected="a call outside `with model.plain()`")
 
     def _check_gradients(self) -> None:
@@ -435,7 +428,7 @@ class MoEModel:
         if self.hf.training and getattr(self.hf, "is_gradient_checkpointing", False):
             raise BadInput(
                 "gradients would be wrong",
-                expected="activations that are kept: what is computed anew after the run knows nothing of its edits",
+                expected="activations that are kept: a layer that is computed anew does not go on with what was read",
                 got="a model in training with gradient checkpointing",
                 do="model.hf.eval(), or model.hf.gradient_checkpointing_disable(); or backward inside model.edit(...).",
             )
@@ -447,6 +440,33 @@ class MoEModel:
         if edited:  # the edit may have meant it
             return
         raise BadCheckpoint("the model returned NaN", expected="finite logits", do="Try another dtype.")
+
+
+def _count(model_inputs: Mapping[str, Any]) -> int | None:
+    """How many texts model inputs have, as far as they say."""
+    given = next((model_inputs[name] for name in ("input_ids", "inputs_embeds") if name in model_inputs), None)
+    return None if given is None else len(given)
+
+
+# Options of `generate` by which a step has several new tokens, of which some may be taken back.
+_SEVERAL_AT_ONCE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+
+
+def _check_steps(edits: Sequence[Intervention], options: Mapping[str, Any]) -> None:
+    """Refuse edits at the newest token of a step where steps are not single tokens.
+
+    Raises:
+        BadInput: there are such edits.
+    """
+    given = [name for name in _SEVERAL_AT_ONCE if options.get(name) is not None]
+    last = [one for one in edits if any(position < 0 for position in getattr(one, "positions", None) or ())]
+    if given and last:
+        raise BadInput(
+            "the newest token of a step is not known",
+            expected="positions from the start of the text, or a token at each step",
+            got=f"positions {last[0].positions} with {', '.join(given)}",  # type: ignore[attr-defined]
+            do="Name positions from the start, mark tokens, or leave the option out.",
+        )
 
 
 def _told(edits: Sequence[Intervention]) -> dict[str, str]:

@@ -66,7 +66,11 @@ def _wrap_traced(lm: Any, tokenizer: Any, name: str | None, remote: bool | str) 
             got="parameters on the meta device",
             do="Load it with dispatch=True, or moe.wrap(lm, remote=True).",
         )
-    return wrap(lm._module, tokenizer or getattr(lm, "tokenizer", None), name=name)
+    from moe_interp.hosts.apart import keep_apart
+
+    model = wrap(lm._module, tokenizer or getattr(lm, "tokenizer", None), name=name)
+    model._host.undo.append(keep_apart(lm.interleaver))
+    return model
 
 
 def is_bridge(model: Any) -> bool:

@@ -8,8 +8,9 @@ there is one.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NoReturn
+from weakref import WeakSet
 
 import nnsight
 import torch
@@ -20,10 +21,12 @@ from moe_interp import errors
 from moe_interp.adapters import ModelSpec, describe
 from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadCheckpoint, RemoteFailure, UnsupportedModel
+from moe_interp.hosts.calls import Standings
 from moe_interp.hosts.passes import Pass, stock_pass
-from moe_interp.hosts.program import Block, Edited, Program, tokens_of
+from moe_interp.hosts.program import Block, Edited, Program
 from moe_interp.hosts.sending import sent
 from moe_interp.hosts.stock import reached
+from moe_interp.hosts.tokens import tokens_of
 from moe_interp.interventions import Intervention
 from moe_interp.model import Edits, MoEModel, Reads, as_read, listed
 from moe_interp.run import Read, Run, TopTokens
@@ -53,14 +56,19 @@ class RemoteMoEModel(MoEModel):
     def __init__(self, lm: Any, remote: bool | str = True, name: str | None = None):
         self.lm, self.remote = lm, remote
         self.tokenizer = getattr(lm, "tokenizer", None)
-        self._sessions = {}
+        self._stands, self._began = Standings(), WeakSet()
         self.spec, self._closed = reached(describe(lm._module)), False
         self._told = {"dtype": str(next(lm._module.parameters()).dtype), "device": "remote"}
         self.name = name or getattr(lm, "repo_id", None) or self.spec.model_type
 
     def close(self) -> None:
-        """Nothing is open here."""
+        """Nothing is open here but edits that stand, which end."""
         self._closed = True
+        self._stands.end()
+
+    @property
+    def _standings(self) -> Standings:
+        return self._stands
 
     @property
     def device(self) -> torch.device:
@@ -178,20 +186,6 @@ class RemoteMoEModel(MoEModel):
         return ids
 
     @contextmanager
-    def edit(self, *edits: Intervention | Sequence[Intervention]) -> Iterator[Any]:
-        """Edits that stand inside the ``with``, before those given to `run` and `generate`.
-
-        Raises:
-            UnknownName, BadInput: edits that the model cannot have.
-            BadInput: they are left before others that were made inside theirs.
-        """
-        self._check_open()
-        standing = _Standing([*self._standing, *(one for some in edits for one in listed(some, Intervention))])
-        Program(self.spec, standing.interventions)
-        with self._stands(standing, ExitStack()):
-            yield standing
-
-    @contextmanager
     def _failing(self) -> Iterator[None]:
         try:
             yield
@@ -256,13 +250,6 @@ class RemoteMoEModel(MoEModel):
         raise UnsupportedModel(
             f"{what} cannot be had of a model on a server", expected="runs, reads and edits", got=self.name, do=do
         )
-
-
-class _Standing:
-    """Edits that stand."""
-
-    def __init__(self, interventions: list[Intervention]):
-        self.interventions = interventions
 
 
 def _fill(program: Program, told: Mapping[str, Any]) -> None:

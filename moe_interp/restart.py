@@ -8,14 +8,13 @@ a restart without edits, and then every variant is a whole pass. So it is on a s
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput
@@ -87,8 +86,12 @@ class Restart:
             )
         self.layers = [layer.index for layer in model.spec.main_layers]
         wanted = [one for one in read if (one if isinstance(one, str) else one.point) != "resid_pre"]
-        with self._forms() as self._returned:
-            self.base = model.run(self.inputs, read=[Read("resid_pre", tuple(self.layers)), *wanted], edit=own)
+        self._returned: dict[str, Any] = {}  # what each layer returns besides the residual: None for a tensor alone
+        every = [Read("resid_pre", tuple(self.layers)), *wanted]
+        if model.here:
+            self.base = model._run(self.inputs, every, own, forms=self._returned)
+        else:
+            self.base = model.run(self.inputs, read=every, edit=own)
         self.separable = self._reproduces([self.layers[0]])
         self.exact = (
             model.here
@@ -183,62 +186,28 @@ class Restart:
         inputs = {key: _of_rows(value, rows, len(self.tokens.mask)) for key, value in self.inputs.items()}
         if not self.model.here:
             return cast(Any, self.model).run_blocks(inputs, blocks, at)
-        session = Session(self.model._host, blocks)
-        with ExitStack() as stack:
-            stack.enter_context(self.model._in_place_of_standing())
-            if first > self.layers[0]:
-                stack.enter_context(self._from(first, rows))
-            stack.enter_context(session())
-            gathered = stack.enter_context(self._only(at))
-            logits = self.model.forward(inputs)
-        return (logits.flatten(0, -2) if gathered else logits[at]), session.touched
-
-    @contextmanager
-    def _from(self, first: int, rows: Int[Tensor, " R"]) -> Iterator[None]:
-        """Layers before ``first`` do nothing, and it is given what the base run gave it."""
-        host, spec = self.model._host, self.model.spec
-        paths = {spec.layers[layer].path for layer in self.layers if layer < first} - {spec.layers[first].path}
-        cached = self.base["resid_pre", first]
-        with ExitStack() as stack:
-            for path in paths:
-                stack.enter_context(host.replaced(path, _returning(self._returned[path])))
-            handle = host.point("resid_pre", first).register_forward_hook(lambda *_: cached[rows])
-            stack.callback(handle.remove)
-            yield
-
-    @contextmanager
-    def _only(self, at: Bool[Tensor, "R S"]) -> Iterator[list[bool]]:
-        """The unembedding sees these tokens alone; what is yielded is not empty if it did."""
-        seen: list[bool] = []
+        gathered: list[bool] = []  # not empty if the unembedding saw the wanted tokens alone
 
         def gather(hidden: Tensor) -> Tensor:
             if hidden.shape[:2] != at.shape:
                 return hidden
-            seen.append(True)
+            gathered.append(True)
             return hidden[at][None]
 
-        with self.model._host.unembedding(gather):
-            yield seen
+        session = Session(self.model._host, blocks, unembed=gather, **self._from(first, rows))
+        logits = session(lambda: self.model.forward(inputs))
+        return (logits.flatten(0, -2) if gathered else logits[at]), session.program.touched
 
-    @contextmanager
-    def _forms(self) -> Iterator[dict[str, Any]]:
-        """What each layer returns besides the residual: None for a tensor alone."""
-        forms: dict[str, Any] = {}
-        if not self.model.here:
-            yield forms
-            return
+    def _from(self, first: int, rows: Int[Tensor, " R"]) -> dict[str, Any]:
+        """Layers before ``first`` do nothing, and it is given what the base run gave it."""
+        if first == self.layers[0]:
+            return {}
         spec = self.model.spec
-
-        def hook(path: str) -> Any:
-            def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                forms[path] = output[1:] if isinstance(output, tuple) else None
-
-            return look
-
-        with ExitStack() as stack:
-            for path in {spec.layers[layer].path for layer in self.layers}:
-                stack.callback(self.model.hf.get_submodule(path).register_forward_hook(hook(path)).remove)
-            yield forms
+        paths = {spec.layers[layer].path for layer in self.layers if layer < first} - {spec.layers[first].path}
+        return {
+            "given": {("resid_pre", first): self.base["resid_pre", first][rows]},
+            "skipped": {path: self._returned[path] for path in paths},
+        }
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -275,13 +244,3 @@ def _alike(got: Float[Tensor, "n V"], expected: Float[Tensor, "n V"]) -> bool:
 
 def _of_rows(value: Any, rows: Tensor, count: int) -> Any:
     return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
-
-
-def _returning(form: Any) -> Any:
-    """A layer's forward that returns what it is given, in the form that the layer has."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return hidden if form is None else (hidden, *form)
-
-    return forward

@@ -57,12 +57,14 @@ class Tokens:
         index: [B, S], the number of each real token in its text; with a KV cache this goes on from the cached ones.
         numbers: [B], which texts of a larger batch these are; None: all of it.
         prefixes: [B, S], a number that stands for the text up to each token; None for inputs without ids.
+        beginning_known: False where the tokens follow cached ones of which the ids were not seen.
     """
 
     mask: Bool[Tensor, "B S"]
     index: Int[Tensor, "B S"]
     numbers: Int[Tensor, " B"] | None = None
     prefixes: Int[Tensor, "B S"] | None = None
+    beginning_known: bool = True
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor, length: int) -> "Tokens":
@@ -77,13 +79,24 @@ class Tokens:
 
     @property
     def whose(self) -> Int[Tensor, "B S"]:
-        """[B, S], what random numbers of a token depend on: its text up to it, else numbers of both."""
+        """[B, S], the key of each token's random draws: its text up to it, or (text, position) if there are no ids.
+
+        Raises:
+            BadInput: the tokens follow cached ones of which the ids were not seen.
+        """
+        if not self.beginning_known:
+            raise BadInput(
+                "random draws for a text whose beginning is unknown",
+                expected="a cache that was filled under edits of this model, so that its token ids were seen",
+                got="one that was filled otherwise, or of which the rows were changed by hand",
+                do="Run the whole text, or fill the cache inside `with model.edit(...)`.",
+            )
         return (self.texts[:, None] << 32) + self.index if self.prefixes is None else self.prefixes
 
     def of(self, rows: slice, numbers: Int[Tensor, " b"]) -> "Tokens":
         """Those of some rows, which are texts ``numbers`` of the whole batch."""
         prefixes = None if self.prefixes is None else self.prefixes[rows]
-        return Tokens(self.mask[rows], self.index[rows], numbers, prefixes)
+        return Tokens(self.mask[rows], self.index[rows], numbers, prefixes, self.beginning_known)
 
     def at(self, positions: tuple[int, ...] | None) -> Bool[Tensor, "B S"]:
         """[B, S], True at the given positions of every text (at all real tokens for None)."""

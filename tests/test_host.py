@@ -138,20 +138,24 @@ def test_edits_are_refused_while_the_model_is_plain():
         assert model.run(IDS, edit=moe.ablate(layer=0, expert=0)).touched[0] > 0
 
 
-def test_plain_inside_plain_leaves_every_hook_once():
+def test_nothing_acts_on_a_plain_model_however_often_it_is_made_plain():
     hf = build("olmoe")
-    before, double = traces(hf), moe.apply("resid_mid", lambda value: value * 2, layers=0)
-    with moe.wrap(hf) as model, moe.wrap(hf) as other:
-        opened, expected = traces(hf), model.run(IDS, edit=double)
+    before, expected, double = traces(hf), logits(hf), moe.apply("resid_mid", lambda value: value * 2, layers=0)
+    with moe.wrap(hf) as model, moe.wrap(hf) as other, model.edit(double) as standing:
+        seen, opened = [], traces(hf)
+        handle = hf.model.layers[0].moe_points.resid_mid.register_forward_hook(lambda *args: seen.append(args))
+        edited = logits(hf)
+        assert len(seen) == 1 and standing.touched == [16] and not torch.equal(edited, expected)
         with model.plain():
             with model.plain(), other.plain():
-                assert not hasattr(hf, "moe_points")
-            assert not hasattr(hf, "moe_points")
+                assert torch.equal(logits(hf), expected)
+            assert torch.equal(logits(hf), expected)
             with pytest.raises(moe.MoEError, match="the model is plain"):
                 model.audit()
-        assert traces(hf).keys() == opened.keys() and traces(hf)["hooks"] == opened["hooks"]
-        run = model.run(IDS, edit=double)
-    assert run.touched == expected.touched == (16,) and torch.equal(run.logits, expected.logits)
+        assert len(seen) == 1 and standing.touched == [16]
+        assert torch.equal(logits(hf), edited) and len(seen) == 2
+        handle.remove()
+        assert traces(hf) == opened
     assert traces(hf) == before
 
 

@@ -12,6 +12,7 @@ Files of single architectures add kernels of their own.
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -279,8 +280,8 @@ class Separate:
     """Experts that are modules of their own, in a ModuleList or a ModuleDict.
 
     Each expert's own forward is called on its tokens, so whatever it is made of (quantised or adapted linear maps, any
-    activation) is what runs. Neurons are what its ``down`` is given, taken there by a hook; once somebody looks at
-    them, the expert is called a second time, with the neurons that came back.
+    activation) is what runs. Neurons are what its ``down`` is given, taken there by a hook, which `open` sets; once
+    somebody looks at them, the expert is called a second time, with the neurons that came back.
 
     Attributes:
         up, down, gate: names of an expert's linear maps; ``gate`` is None where there is none.
@@ -317,11 +318,16 @@ class Separate:
         return self._call(expert, rows, lambda module, args: (act,))
 
     def _call(self, expert: nn.Module, rows: Tensor, at_down: Callable[..., Any]) -> Tensor:
-        handle = expert.get_submodule(self.down).register_forward_pre_hook(at_down)
-        try:
-            return expert(rows)
-        finally:
-            handle.remove()
+        return copy_context().run(self._called, expert, rows, at_down)
+
+    def _called(self, expert: nn.Module, rows: Tensor, at_down: Callable[..., Any]) -> Tensor:
+        _AT_DOWN.set((expert.get_submodule(self.down), at_down))
+        return expert(rows)
+
+    def open(self, experts: nn.Module) -> list[Callable[[], None]]:
+        """Let the neurons of experts be met: what takes the hooks away again."""
+        downs = [expert.get_submodule(self.down) for expert in experts.children()]
+        return [down.register_forward_pre_hook(_met_at_down).remove for down in downs]
 
     def weights(self, experts: Any, expert: int) -> ExpertWeights:
         """The matrices of one expert, detached."""
@@ -332,6 +338,15 @@ class Separate:
             biases = [None if linear is None else _bias(linear) for linear in linears]
             found = ExpertWeights(*matrices, *biases)  # type: ignore[arg-type]
             return found.copied() if brought else found
+
+
+# Set in the context of one call of an expert: its down-projection, and what is done there.
+_AT_DOWN: ContextVar[tuple[nn.Module, Callable[..., Any]] | None] = ContextVar("moe_interp_at_down", default=None)
+
+
+def _met_at_down(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    there = _AT_DOWN.get()
+    return there[1](module, args) if there is not None and there[0] is module else None
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:

@@ -20,7 +20,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from numpy.typing import ArrayLike
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from moe_interp import stats
@@ -29,12 +29,12 @@ from moe_interp.analyses.exact import UNIT
 from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.routing_values import LOAD, by_name, from_counts, switch_loss, taken
 from moe_interp.errors import BadInput
-from moe_interp.hosts.local import ATTRIBUTE
-from moe_interp.hosts.program import arguments_of, seen_by, tokens_at, tokens_of
+from moe_interp.hosts import Standing
+from moe_interp.hosts.program import Program, seen_by
 from moe_interp.model import MoEModel
 from moe_interp.opening import wrap
 from moe_interp.results import Description, described, labelled
-from moe_interp.run import Routing, Run, Tokens
+from moe_interp.run import Read, Routing, Run
 
 Tell = Callable[[int, dict[str, float]], None]
 """Called with the step and the values, by names such as "routing/layer_3/max_vio"."""
@@ -165,22 +165,13 @@ class RoutingWatch:
         self.raised: list[Alarm] = []
         self._reports: list[tuple[int, xr.Dataset]] = []
         self._ours = not isinstance(model, MoEModel)
-        self._seen: dict[tuple[str, int], Tensor] = {}
-        self._taps: list[Any] = []
         self._sums: RoutingCounts | None = None
-        self._known: Mapping[str, Tokens] | None = None
-        hf = self.model.hf
-        self._handles = [
-            hf.register_forward_pre_hook(self._begin, with_kwargs=True),
-            hf.register_forward_hook(self._end, always_call=True),
-        ]
+        self._standing: Standing | None = None
+        self._held: object = None  # as long as somebody holds this, it listens
 
     def close(self) -> None:
         """Stop listening, and leave the model as it was found; the table stays."""
-        self._untap()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._stop()
         if self._ours:
             self.model.close()
             self._ours = False
@@ -206,8 +197,9 @@ class RoutingWatch:
         self.drop()  # what a step that was begun and never ended may have left
         if number % self.every == 0:
             self._sums = RoutingCounts.empty(1, *sizes(self.model))
-            # Until the end of the step: what is computed anew in the backward pass must find the hooks it had.
-            self._taps = [self._tap(point, layer) for layer in self.model.layers for point in _POINTS]
+            reads = [Read(point, self.model.layers) for point in _POINTS]
+            self._standing = Standing(reads=reads, hear=self._heard)
+            self._held = self._standing.begin(self.model._standings)
 
     def end(self, number: int) -> list[Alarm]:
         """What `step` does last: report, and give the alarms that were raised."""
@@ -215,7 +207,7 @@ class RoutingWatch:
 
     def _finish(self, number: int) -> list[Alarm]:
         sums, self._sums = self._sums, None
-        self._untap()
+        self._stop()
         if sums is None or not sums.tokens.sum():
             return []
         report = routing_health(sums)
@@ -234,7 +226,12 @@ class RoutingWatch:
     def drop(self) -> None:
         """Forget what was counted in a step that failed."""
         self._sums = None
-        self._untap()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._standing is not None:
+            self._standing.end()
+        self._standing = self._held = None
 
     def table(self) -> xr.Dataset:
         """All reports so far, with a dim ``step``.
@@ -260,39 +257,21 @@ class RoutingWatch:
         about = {**self.model.provenance(), "every": self.every}
         return labelled(described(named, table), coords, analysis="routing_watch", provenance=about)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._sums is None:
+    def _heard(self, program: Program) -> None:
+        """Count a pass, if all layers ran in it."""
+        layers, values, spec = self.model.layers, program.values, self.model.spec
+        if self._sums is None or not all((point, layer) in values for point in _POINTS for layer in layers):
             return
-        self._seen, self._known = {}, tokens_of(self.model.spec, args, arguments_of(module, args, kwargs))
-
-    def _tap(self, point: str, layer: int) -> Any:
-        def keep(module: nn.Module, args: tuple[Any, ...], value: Tensor) -> None:
-            if self._known is not None:
-                self._seen[point, layer] = value.detach()
-
-        points = self.model.hf.get_submodule(f"{self.model.spec.layer(layer).path}.{ATTRIBUTE}")
-        return points.get_submodule(point).register_forward_hook(keep)
-
-    def _untap(self) -> None:
-        for tap in self._taps:
-            tap.remove()
-        self._taps = []
-
-    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        layers, known, self._known = self.model.layers, self._known, None
-        whole = all((point, layer) in self._seen for point in _POINTS for layer in layers)
-        if self._sums is None or known is None or not whole:  # outside a step, or the pass failed
-            return
-        routing, spec = {}, self.model.spec
+        routing = {}
         for layer in layers:
-            seen = {name: self._seen[point, layer] for point, name in _POINTS.items()}
-            tokens = tokens_at(known, spec.layers[layer].stack, seen["ids"])  # of an encoder or of a decoder
-            mask = seen_by(spec.moe(layer), tokens.mask, self.model._host.taps[layer].rows, seen["weights"])
+            seen = {name: values[point, layer].detach() for point, name in _POINTS.items()}
+            context = program.contexts[layer]
+            mask = seen_by(spec.moe(layer), context.tokens.mask, context.rows, seen["weights"])
             routing[layer] = Routing(mask=mask, **seen)  # type: ignore[arg-type]
         # The last layer is of the stack that gives the output, whose tokens are those of the run.
+        tokens = program.contexts[layers[-1]].tokens
         run = Run(torch.zeros(*tokens.mask.shape, 1), None, tokens, routing, {})
         self._sums.update(run, np.zeros(len(tokens.mask), np.int64))
-        self._seen = {}
 
 
 def told(report: xr.Dataset) -> dict[str, float]:

@@ -32,6 +32,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from moe_interp.adapters.spec import Input, LayerSpec, MoESpec, Output, RouterLinear, Site
 from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.hosts.calls import under_way
 from moe_interp.hosts.local import LocalHost
 from moe_interp.hosts.taps import RESIDUAL, HookPoint, Taps
 from moe_interp.points import POINTS, Scope
@@ -85,9 +86,10 @@ class FlatPoint(LensPoint):
         """The hook, shown [batch, pos, ...]."""
 
         def shown(value: Any, *, hook: LensPoint, see: Callable[..., Any] = hook) -> Any:
-            batch, length = self.taps.grid
-            if not isinstance(value, Tensor):
+            flow = self.taps.now()
+            if flow is None or not isinstance(value, Tensor):
                 return see(value, hook=hook)
+            batch, length = flow.grid
             if value.shape[:2] == (batch, length) or value.shape[:1] != (batch * length,):
                 return see(value, hook=hook)
             result = see(value.reshape(batch, length, *value.shape[1:]), hook=hook)
@@ -216,6 +218,7 @@ class BridgeHost:
         theirs = self._theirs(point, layer, site)
         if theirs is not None and isinstance(site, Output):  # the module's own code has passed it when ours is met
             self._put(self.host.fronts, (point, layer), theirs)
+            self.undo.append(theirs.register_forward_pre_hook(self._standing_first(point, layer)).remove)
         hook = theirs or self._ours(point, layer)
         name = hook_name(point, block)
         if self._taken(name, hook, hooks):  # by what comes of it after a norm or a factor
@@ -226,6 +229,15 @@ class BridgeHost:
             self._register(one, hook)
         self.hook_names[point, layer] = name
         self.spellings[point, layer] = names
+
+    def _standing_first(self, point: str, layer: int | None) -> Callable[..., Tensor | None]:
+        """A hook that carries out the edits that stand, before all others at TransformerLens's own hook point."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Tensor | None:
+            call = under_way(self.host)
+            return None if call is None else call.edited_first((point, layer), args[0])
+
+        return hook
 
     def _taken(self, name: str, hook: LensPoint, hooks: dict[str, LensPoint]) -> bool:
         return not name.endswith(".hook_resid_mid") and hooks.get(name, hook) is not hook

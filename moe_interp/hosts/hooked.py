@@ -4,6 +4,7 @@
 that the server's model has (`moe_interp.hosts.stock`).
 """
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from moe_interp.adapters import ModelSpec, describe
 from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.hosts.apart import keep_apart
 from moe_interp.hosts.local import ATTRIBUTE, LocalHost, attribute_of, close_host, open_host
 from moe_interp.hosts.sending import sent
 from moe_interp.hosts.stock import reached, stock_points
@@ -55,6 +57,7 @@ class HookReach:
         self.host: LocalHost | None = None
         self.envoys: dict[tuple[str, int | None], Envoy] = {}
         self.parked: list[tuple[HookPoint, Parked]] = []
+        self.together: Callable[[], None] = lambda: None  # ends what keeps traces and runs apart
         self.seen: WeakKeyDictionary[Any, dict[int, int]] = WeakKeyDictionary()  # visits, by block and layer
 
     def sent(self) -> tuple[Any, ...]:
@@ -90,8 +93,8 @@ class HookReach:
 
     def slots(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Expert ids and, once they are known, weights [B, S, K] of the rows of this block."""
-        taps = self.opened().taps[layer]
-        return self._cut(taps.ids), None if taps.weights is None else self._cut(taps.weights)
+        flow: Any = self.opened().taps[layer].traced
+        return self._cut(flow.ids), None if flow.weights is None else self._cut(flow.weights)
 
     def _cut(self, value: Any) -> Tensor:
         """The rows of the block that asks."""
@@ -105,7 +108,8 @@ class HookReach:
             return
         for point, parked in self.parked:
             point.watchers.remove(parked)
-        close_host(self.host.hf)
+        self.together()
+        close_host(self.host)
         self.host, self.envoys, self.parked = None, {}, []
 
     @property
@@ -120,6 +124,7 @@ class HookReach:
             self.close()  # the weights have come since
         if self.host is None:
             self.host = open_host(hf, self.spec)
+            self.together = keep_apart(self.lm.interleaver)
             self.parked = [self._watch(name, layer) for name, layer in _all_points(self.spec)]
         return self.host
 

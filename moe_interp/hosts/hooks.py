@@ -1,4 +1,8 @@
-"""Hooks on a model's own modules that carry values through a layer's hook points, a kind of site at a time."""
+"""Hooks on a model's own modules that carry values through a layer's hook points, a kind of site at a time.
+
+They are set once, when a model is opened, and ask for the layer's flow in the pass that is under way. Function modes
+are entered by a ``with`` inside the call that they serve, which `around` wraps.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
 from moe_interp.adapters.spec import (
     BlockCall,
@@ -25,54 +28,93 @@ from moe_interp.hosts.modes import FirstLinear, TopK
 from moe_interp.hosts.taps import Taps
 from moe_interp.points import SELECTION
 
+Undo = Callable[[], Any]
 
-def attach(hf: nn.Module, taps: Taps, name: str, site: Site) -> list[RemovableHandle]:
-    """Hook the model's own modules so that the value at ``site`` passes through the hook point ``name``."""
+
+def attach(hf: nn.Module, taps: Taps, name: str, site: Site) -> list[Undo]:
+    """Hook the model's own modules so that the value at ``site`` passes through the hook point ``name``.
+
+    Returns:
+        What takes the hooks away.
+
+    Raises:
+        UnsupportedModel: a site that this host does not know.
+    """
     module = hf.get_submodule(site.module)
     match site:
         case Input():
-            return [module.register_forward_pre_hook(_input_hook(taps, name), with_kwargs=True)]
+            return [module.register_forward_pre_hook(_input_hook(taps, name), with_kwargs=True).remove]
         case ResidualInput():
             hook = _residual_hook(taps, name, site.argument)
-            return [module.register_forward_pre_hook(hook, with_kwargs=True)]
+            return [module.register_forward_pre_hook(hook, with_kwargs=True).remove]
         case Output():
-            return [module.register_forward_hook(_output_hook(taps, name))]
+            return [module.register_forward_hook(_output_hook(taps, name)).remove]
         case GatedOutput():
             return _attach_gated(module, hf.get_submodule(site.gate), taps, name)
         case RouterLinear() if name == "router_logits":
-            return _attach_router(module, taps, site.columns)
+            return [around(module, _through_linear(taps, site.columns))]
         case RouterOutput() if name == "router_logits":
-            return [module.register_forward_hook(_logits_hook(taps))]
+            return [module.register_forward_hook(_logits_hook(taps)).remove]
         case RouterTopK() if name == "selection_scores":
-            return _attach_selection(module, taps, site)
+            return [around(module, _through_choice(taps, site))]
         case RouterTopK() | RouterLinear() | RouterOutput() | ExpertsCall() | BlockCall():
             return []  # router_scores follow from the logits; the calls are replaced as a whole
     raise UnsupportedModel(f"no way to reach {name!r}", expected="a site this host knows", got=repr(site))
 
 
-def attach_grid(hf: nn.Module, taps: Taps) -> RemovableHandle:
-    """Tell the taps of a layer how many texts and positions it is called with."""
+def around(module: nn.Module, wrapper: Callable[..., Any]) -> Undo:
+    """Put ``wrapper(own, *args, **kwargs)`` around the whole call of a module, its hooks included.
+
+    It goes where torch looks first when a module is called, as ``module.compile()`` does, so that the module's forward
+    stays what others find, wrap and read the source of.
+
+    Returns:
+        What takes it away.
+    """
+    before: Any = vars(module).get("_compiled_call_impl")
+    own = before or module._call_impl
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(own, *args, **kwargs)
+
+    module._compiled_call_impl = called
+
+    def undo() -> None:
+        if vars(module).get("_compiled_call_impl") is not called:
+            return  # somebody compiled it since
+        if before is None:
+            del module._compiled_call_impl
+        else:
+            module._compiled_call_impl = before
+
+    return undo
+
+
+def attach_grid(hf: nn.Module, taps: Taps) -> Undo:
+    """Tell the flow of a layer how many texts and positions it is called with."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        taps.enter(_argument(args, kwargs, 0))
+        flow = taps.now()
+        if flow is not None:
+            flow.enter(_argument(args, kwargs, 0))
 
-    return hf.get_submodule(taps.layer.path).register_forward_pre_hook(enter, with_kwargs=True)
+    return hf.get_submodule(taps.layer.path).register_forward_pre_hook(enter, with_kwargs=True).remove
 
 
-def attach_modality(hf: nn.Module, taps: Taps) -> list[RemovableHandle]:
-    """Tell the taps of a layer which tokens its mixture is about to see."""
+def attach_modality(hf: nn.Module, taps: Taps) -> list[Undo]:
+    """Tell the flow of a layer which tokens its mixture is about to see."""
     modality = taps.layer.modality
     if modality is None:
         return []
 
     def split(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        position = modality.position
+        flow, position = taps.now(), modality.position
         kinds = args[position] if len(args) > position else kwargs.get(modality.argument)
         # As the block does: where every token is of the first kind, all go to its mixture as they are.
-        if kinds is not None and bool(kinds.any()):
-            taps.rows = kinds.bool() == modality.kept
+        if flow is not None and kinds is not None and bool(kinds.any()):
+            flow.rows = kinds.bool() == modality.kept
 
-    return [hf.get_submodule(modality.module).register_forward_pre_hook(split, with_kwargs=True)]
+    return [hf.get_submodule(modality.module).register_forward_pre_hook(split, with_kwargs=True).remove]
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Tensor:
@@ -81,8 +123,11 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Ten
 
 def _input_hook(taps: Taps, name: str) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        flow = taps.now()
+        if flow is None:
+            return None
         value = _argument(args, kwargs, 0)
-        changed = taps(name, value)
+        changed = flow(name, value)
         if changed is value:
             return None
         return ((changed, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": changed})
@@ -92,10 +137,13 @@ def _input_hook(taps: Taps, name: str) -> Callable[..., Any]:
 
 def _residual_hook(taps: Taps, name: str, argument: int) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        flow = taps.now()
+        if flow is None:
+            return
         value = _argument(args, kwargs, argument)
         # Shown as a copy, because autograd must not find the original overwritten where it was needed.
-        shown = value.clone() if taps.live(name) else value
-        changed = taps(name, shown)
+        shown = value.clone() if flow.live(name) else value
+        changed = flow(name, shown)
         if changed is not shown:
             value.copy_(changed)
 
@@ -104,8 +152,11 @@ def _residual_hook(taps: Taps, name: str, argument: int) -> Callable[..., Any]:
 
 def _output_hook(taps: Taps, name: str) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        flow = taps.now()
+        if flow is None:
+            return None
         value = output[0] if isinstance(output, tuple) else output
-        changed = taps(name, value)
+        changed = flow(name, value)
         if changed is value:
             return None
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
@@ -113,71 +164,67 @@ def _output_hook(taps: Taps, name: str) -> Callable[..., Any]:
     return hook
 
 
-def _attach_gated(module: nn.Module, gate: nn.Module, taps: Taps, name: str) -> list[RemovableHandle]:
+def _attach_gated(module: nn.Module, gate: nn.Module, taps: Taps, name: str) -> list[Undo]:
     """Take the product of a module's output and its sigmoid gate through a hook point.
 
     The block multiplies them itself. When the gate returns, the product is formed as the block would, passed through
     the point and written over the module's output, and the gate is opened (the sigmoid of infinity is exactly 1).
     """
-    held: list[Tensor] = []
 
     def remember(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        held[:] = [output] if taps.awaited(name) else []
+        flow = taps.now()
+        if flow is not None and flow.awaited(name):
+            flow.ungated[name] = output
 
     def open_gate(module: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor | None:
-        if not held:
+        flow = taps.now()
+        ungated = None if flow is None else flow.ungated.pop(name, None)
+        if flow is None or ungated is None:
             return None
-        ungated = held.pop()
-        ungated.copy_(taps(name, functional.sigmoid(logits) * ungated.clone()))
+        ungated.copy_(flow(name, functional.sigmoid(logits) * ungated.clone()))
         return torch.full_like(logits, torch.inf)
 
-    return [module.register_forward_hook(remember), gate.register_forward_hook(open_gate)]
+    return [module.register_forward_hook(remember).remove, gate.register_forward_hook(open_gate).remove]
 
 
-def _attach_router(router: nn.Module, taps: Taps, columns: int | None) -> list[RemovableHandle]:
+def _through_linear(taps: Taps, columns: int | None) -> Callable[..., Any]:
     """Take the router's logits through their hook point before it selects."""
-    entered: list[FirstLinear] = []
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if taps.awaited("router_logits") or taps.awaited("router_scores"):
-            entered.append(FirstLinear(lambda logits: taps.routed(logits, columns)))
-            entered[-1].__enter__()
-
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not entered:
-            return
-        mode = entered.pop()
-        mode.__exit__(None, None, None)
-        if not mode.met and output is not None:
+    def router(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        flow = taps.now()
+        if flow is None or not (flow.awaited("router_logits") or flow.awaited("router_scores")):
+            return own(*args, **kwargs)
+        with FirstLinear(lambda logits: flow.routed(logits, columns), lambda: flow.now) as mode:
+            output = own(*args, **kwargs)
+        if not mode.met:
             raise UnsupportedModel(
                 f"no router logits at layer {taps.layer.index}",
                 expected="a router that computes them by F.linear",
-                got=type(module).__name__,
+                got="one that computes them in another way",
                 do="If its forward returns them and nothing else, its adapter should say returns_logits=True.",
             )
+        return output
 
-    return [router.register_forward_pre_hook(enter), router.register_forward_hook(leave, always_call=True)]
+    return router
 
 
-def _attach_selection(module: nn.Module, taps: Taps, site: RouterTopK) -> list[RemovableHandle]:
+def _through_choice(taps: Taps, site: RouterTopK) -> Callable[..., Any]:
     """Take a router's choice through its hook points."""
-    entered: list[TopK] = []
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if any(map(taps.awaited, SELECTION)):
-            entered.append(TopK(site, taps.chosen))
-            entered[-1].__enter__()
+    def router(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        flow = taps.now()
+        if flow is None or not any(map(flow.awaited, SELECTION)):
+            return own(*args, **kwargs)
+        with TopK(site, flow.chosen, lambda: flow.now):
+            return own(*args, **kwargs)
 
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if entered:
-            entered.pop().__exit__(None, None, None)
-
-    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    return router
 
 
 def _logits_hook(taps: Taps) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        changed = taps.routed(output)
+        flow = taps.now()
+        changed = output if flow is None else flow.routed(output)
         return None if changed is output else changed
 
     return hook

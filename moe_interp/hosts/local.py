@@ -4,53 +4,65 @@ What is installed, and taken away again by `LocalHost.remove`:
 
 - ``moe_points`` on every decoder layer (and on the model, for ``embed``): one `HookPoint` for each point. They hold no
   parameters, so the state dict keeps its keys; plain hooks and other libraries see them like any module.
-- hooks on the model's own modules that carry values through those hook points. A hook point that nobody hooks costs
-  a dictionary look-up.
+- hooks on the model's own modules that carry values through those hook points, if the pass that is under way or
+  anybody at the hook point wants them.
 - an experts function in transformers' registry. It is chosen for each experts module through a copy of that module's
   config: configs are shared between layers and models, so writing to one would reach models that are not ours, and
   would be undone by whoever restores it. Experts that do not ask the registry, and blocks that compute in their own
-  way, get another ``forward`` on the instance.
+  way, get another ``forward`` on the instance. Where nobody looks at single experts, all of them run as they did.
+- a ``forward`` on the whole model that begins a pass (`moe_interp.hosts.calls`) and keeps the compiler out: code that
+  was compiled before does not see hooks that came later. Modules inside begin one when they are called by themselves.
+- routers whose number of experts is that of the pass (`moe_interp.hosts.widths`).
 - a ``__reduce_ex__`` that refuses copies and pickles, whose hooks would reach the original.
-- a ``forward`` on the whole model that keeps the compiler out. Code compiled before does not see hooks that came
-  later, so an opened model runs eagerly; what was compiled is back when it is closed.
 """
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_interp.adapters.experts import run_experts
+from moe_interp.adapters.experts import Separate, run_experts
 from moe_interp.adapters.family import bare
 from moe_interp.adapters.formats import check_format, is_fp8, plain_function
 from moe_interp.adapters.spec import BlockCall, LayerSpec, ModelSpec
 from moe_interp.errors import UnsupportedModel
-from moe_interp.hosts.hooks import attach, attach_grid, attach_modality
+from moe_interp.hosts.calls import Call, Standing, Standings, enter, session_of, under_way
+from moe_interp.hosts.eager import eagerly
+from moe_interp.hosts.hooks import around, attach, attach_grid, attach_modality
+from moe_interp.hosts.recompute import remembering
 from moe_interp.hosts.taps import HookPoint, Taps, refuse_copies
+from moe_interp.hosts.widths import varying
 
 IMPLEMENTATION = "moe_interp"
 ATTRIBUTE = "moe_points"
+HOST = "_moe_interp_host"
 
 
 class LocalHost:
-    """Hook points on a transformers model in this process."""
+    """Hook points on a transformers model in this process.
+
+    Attributes:
+        entries: modules that a pass may enter by with tokens; each with the one stack that it has, or None.
+        standings: what stands on the model.
+        fronts: hook points of others that a value passes before our own, by (point, layer).
+    """
 
     def __init__(self, hf: nn.Module, spec: ModelSpec):
-        self.hf, self.spec = hf, spec
-        self.handles: list[RemovableHandle] = []
+        self.hf, self.spec, self.users = hf, spec, 0
         self.undo: list[Callable[[], Any]] = []
         self.configs: dict[nn.Module, Any] = {}
-        self.removals = 0  # how many `removed` are under way
-        self.taps = {layer.index: Taps(layer, spec.streams) for layer in spec.layers}
+        self.standings = Standings()
+        self.entries = _entries(hf, spec)
+        self.recomputed = [module for module in hf.modules() if hasattr(module, "gradient_checkpointing")]
+        self.taps = {layer.index: Taps(self, layer, spec.streams) for layer in spec.layers}
         self.embed = nn.ModuleDict({"embed": HookPoint()})
-        self.fronts: dict[tuple[str, int | None], nn.Module] = {}  # of others, passed before our own
+        self.fronts: dict[tuple[str, int | None], nn.Module] = {}
         try:
             self._install()
         except BaseException:
@@ -62,25 +74,101 @@ class LocalHost:
         points = self.embed if layer is None else self.taps[layer].points
         return points[name]  # type: ignore[return-value]
 
-    def front(self, name: str, layer: int | None) -> nn.Module:
-        """Where the value of a point passes first: an identity, as its hook point is."""
-        return self.fronts.get((name, layer), self.point(name, layer))
+    def experts_at(self, layer: int) -> nn.Module:
+        """The experts of a layer."""
+        return bare(self.hf.get_submodule(self.spec.moe(layer).experts))
+
+    # ---- installing -----------------------------------------------------------------------------------------
 
     def _install(self) -> None:
         for layer in self.spec.layers:
-            if layer.moe:
-                check_format(self.hf.get_submodule(layer.moe.experts), layer.moe.experts)
-        self._run_eagerly()
+            self._check(layer)
+        self._begin_passes()
         self._set(self.hf, "__reduce_ex__", refuse_copies)
         self._add(self.hf, ATTRIBUTE, self.embed)
         if self.spec.embed is not None:
-            self.handles.append(self.hf.get_submodule(self.spec.embed).register_forward_hook(self._embedded))
+            self.undo.append(self.hf.get_submodule(self.spec.embed).register_forward_hook(self._embedded).remove)
+        if self.spec.unembed is not None and _is_transformers(self.hf.get_submodule(self.spec.entry)):
+            self.undo.append(self.hf.get_submodule(self.spec.unembed).register_forward_pre_hook(self._unembed).remove)
         for taps in self.taps.values():
             self._add(self.hf.get_submodule(taps.layer.path), attribute_of(taps.layer), taps.points)
-            self.handles += [attach_grid(self.hf, taps), *attach_modality(self.hf, taps)]
+            self.undo += [attach_grid(self.hf, taps), *attach_modality(self.hf, taps)]
             for name, site in taps.layer.sites.items():
-                self.handles += attach(self.hf, taps, name, site)
+                self.undo += attach(self.hf, taps, name, site)
             self._replace(taps)
+
+    def _check(self, layer: LayerSpec) -> None:
+        if layer.moe:
+            check_format(self.hf.get_submodule(layer.moe.experts), layer.moe.experts)
+        if hasattr(self.hf.get_submodule(layer.path), attribute_of(layer)):
+            raise UnsupportedModel(
+                "a part of an opened model cannot be opened",
+                expected="the whole model, which is open already, or a part of one that is closed",
+                got=f"a layer at {layer.path or 'the top'} that has hook points",
+                do="Use the model that is open; it can be called by its parts, too.",
+            )
+
+    def _begin_passes(self) -> None:
+        """Let a pass begin where the model, or a part of it, is called."""
+        for path in {"", self.spec.entry}:
+            module: Any = self.hf.get_submodule(path)
+            self._set(module, "forward", eagerly(self._entering(path, module.forward)))
+            if module._compiled_call_impl is not None:
+                self._set(module, "_compiled_call_impl", None)
+        blocks = {layer.moe.block: layer for layer in self.spec.layers if layer.moe}
+        layers = {layer.path for layer in self.spec.layers}
+        for path in self.entries.keys() - {"", self.spec.entry} - layers - blocks.keys():
+            self.undo.append(around(self.hf.get_submodule(path), functools.partial(enter_at, self, path)))
+        for path in layers - {"", self.spec.entry}:
+            self.undo.append(around(self.hf.get_submodule(path), functools.partial(self._layer, path)))
+        for path, layer in blocks.items():
+            if path not in layers:
+                self.undo.append(around(self.hf.get_submodule(path), functools.partial(self._block, layer)))
+        entry: Any = self.hf.get_submodule(self.spec.entry)
+        if hasattr(entry, "prepare_inputs_for_generation"):
+            self._set(entry, "prepare_inputs_for_generation", self._preparing(entry.prepare_inputs_for_generation))
+
+    def _entering(self, path: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return enter(self, path, own, args, kwargs)
+
+        return forward
+
+    def _layer(self, path: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A layer, as a part of a pass or alone; left out, or its form noted, where a session says so."""
+        call = under_way(self)
+        session = None if call is None else call.session
+        if session is not None and path in session.skipped:
+            hidden, form = args[0] if args else kwargs["hidden_states"], session.skipped[path]
+            return hidden if form is None else (hidden, *form)
+        output = enter(self, path, own, args, kwargs)
+        if session is not None and session.forms is not None:
+            session.forms[path] = output[1:] if isinstance(output, tuple) else None
+        return output
+
+    def _block(self, layer: LayerSpec, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A mixture, as a part of a pass or alone."""
+
+        def block(*args: Any, **kwargs: Any) -> Any:
+            flow = self.taps[layer.index].now()
+            if flow is not None and flow.grid == (0, 0):  # the layer was not called
+                flow.enter(args[0] if args else kwargs["hidden_states"])
+            return own(*args, **kwargs)
+
+        return enter(self, layer.moe.block, block, args, kwargs)  # type: ignore[union-attr]
+
+    def _preparing(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """A generation's own preparation of the inputs of a pass, which tells its session that the pass comes."""
+
+        @functools.wraps(own)
+        def prepare(*args: Any, **kwargs: Any) -> Any:
+            session = session_of(self)
+            if session is not None:
+                session.expects = True
+            return own(*args, **kwargs)
+
+        return prepare
 
     def _add(self, owner: nn.Module, name: str, points: nn.ModuleDict) -> None:
         owner.add_module(name, points.train(self.hf.training))
@@ -88,22 +176,39 @@ class LocalHost:
         self.undo.append(functools.partial(owner._modules.pop, name, None))
 
     def _embedded(self, module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:
-        point = self.point("embed", None)
-        if point.live:
-            return point(value)
-        for watcher in point.watchers:
-            watcher.missed()
+        call, point = under_way(self), self.point("embed", None)
+        if call is None or call.plain:
+            return None
+        if not point.live:
+            for watcher in point.watchers:
+                watcher.missed()
+        if point.live or ("embed", None) in call.wanted:
+            return call.passed("embed", None, point, value)
         return None
+
+    def _unembed(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Change what the unembedding is given of a batch, [B, S, D], where a session says so.
+
+        Rows [n, D], of a residual that is decoded on the way, are left as they are. So is a module that is not one of
+        transformers' models: its forward may count on logits of every token.
+        """
+        call = under_way(self)
+        change = None if call is None or call.session is None else call.session.unembed
+        return (change(args[0]), *args[1:]) if change and args and args[0].dim() == 3 else None
 
     def _replace(self, taps: Taps) -> None:
         """Put our own computation of experts or block in place of the model's."""
         moe = taps.layer.moe
         if moe is None:
             return
+        for owner, name in moe.width or ():
+            self.undo.append(varying(bare(self.hf.get_submodule(owner)), name, taps))
+        if isinstance(moe.kernel, Separate):
+            self.undo += moe.kernel.open(self.hf.get_submodule(moe.experts))
         site = taps.layer.sites["expert_out"]
         module = bare(self.hf.get_submodule(site.module))
         if isinstance(site, BlockCall):
-            self._replace_forward(module, lambda *args, **kwargs: site.forward(module, taps, *args, **kwargs))
+            self._replace_forward(module, functools.partial(_block_forward, taps, site, module))
         elif asks_registry(module):
             if is_fp8(module):
                 _register_fp8()
@@ -112,23 +217,22 @@ class LocalHost:
             module.config = _choosing(module.config, IMPLEMENTATION)
             module._moe_taps = taps
         else:
-            self._replace_forward(module, lambda *args: _experts_forward_of(taps, module, *args))
-
-    def _run_eagerly(self) -> None:
-        # Compiled code does not ask whether hooks came or went: it would run on without them.
-        for path in {"", self.spec.entry}:
-            module: Any = self.hf.get_submodule(path)
-            self._set(module, "forward", _eagerly(module.forward))
-            if module._compiled_call_impl is not None:
-                self._set(module, "_compiled_call_impl", None)
+            self._replace_forward(module, functools.partial(_experts_forward_of, taps, module))
 
     def _replace_forward(self, module: Any, forward: Callable[..., Any]) -> None:
+        """``forward(own, *args, **kwargs)`` in place of a module's own."""
         wrapped = vars(module).get("__nnsight__")
         if wrapped is not None:  # nnsight's own forward stays, and calls what it finds here
-            self._set(wrapped, "body", lambda module, *args, **kwargs: forward(*args, **kwargs))
+            body = wrapped.body
+            self._set(
+                wrapped,
+                "body",
+                lambda module, *args, **kwargs: forward(functools.partial(body, module), *args, **kwargs),
+            )
             return
         # accelerate wraps an offloaded module's forward and calls the original from there.
-        self._set(module, "_old_forward" if "_old_forward" in vars(module) else "forward", forward)
+        name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        self._set(module, name, functools.partial(forward, getattr(module, name)))
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         """An attribute of the instance, for as long as the model is open."""
@@ -148,43 +252,29 @@ class LocalHost:
 
     def remove(self) -> None:
         """Leave the model as it was found."""
-        for handle in self.handles:
-            handle.remove()
+        self.standings.end()
         for restore in reversed(self.undo):
             restore()
         for experts, config in self.configs.items():
             experts.config = config
             del experts._moe_taps
-        self.handles, self.undo, self.configs = [], [], {}
+        self.undo, self.configs = [], {}
 
-    @contextmanager
-    def removed(self) -> Iterator[None]:
-        """The model without any of this, uncompiled and on transformers' own experts, inside the ``with``.
+    # ---- while it is open -----------------------------------------------------------------------------------
+
+    def plainly(self) -> AbstractContextManager[Standing]:
+        """The model as it was found, uncompiled and on transformers' own experts, in this context inside the ``with``.
 
         Raises:
             UnsupportedModel: transformers has none for these experts here.
         """
-        chosen = dict(self.plain)
-        if None in chosen.values():
+        if None in self.plain.values():
             raise UnsupportedModel(
                 "there is no plain model to run",
                 expected="experts that an implementation of transformers runs on this device",
                 got="FP8 experts without an accelerator",
             )
-        self.removals += 1
-        try:
-            if self.removals == 1:
-                self.remove()
-                for module, name in chosen.items():
-                    self.undo.append(functools.partial(setattr, module, "config", module.config))
-                    module.config = _choosing(module.config, str(name))
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        finally:
-            self.removals -= 1
-            if self.removals == 0 and is_open(self):  # it may have been closed inside
-                self.remove()
-                self._install()
+        return self.standings.stand(Standing(plain=True))
 
     @property
     def plain(self) -> dict[Any, str | None]:
@@ -196,108 +286,50 @@ class LocalHost:
         """Whether every mixture of the model runs on transformers' ``grouped_mm``, so that a run can be bit-equal."""
         return len(self.configs) == len(self.spec.moe_layers) and set(self.plain.values()) == {"grouped_mm"}
 
-    @contextmanager
-    def widened(self, widths: Mapping[int, int]) -> Iterator[None]:
-        """Let routers choose another number of experts (by layer) inside the ``with``."""
-        with ExitStack() as stack:
-            everywhere = [(*place, k) for layer, k in widths.items() for place in self.spec.moe(layer).width or ()]
-            for owner, name, k in everywhere:
-                router = bare(self.hf.get_submodule(owner))
-                stack.callback(setattr, router, name, getattr(router, name))
-                setattr(router, name, k)
-            yield
-
-    @contextmanager
-    def replaced(self, path: str, forward: Callable[..., Any]) -> Iterator[None]:
-        """Another forward of a module inside the ``with``."""
-        module = bare(self.hf.get_submodule(path))
-        name = "_old_forward" if "_old_forward" in vars(module) else "forward"
-        there, before = name in vars(module), vars(module).get(name)
-        setattr(module, name, forward)
-        try:
-            yield
-        finally:
-            if there:
-                setattr(module, name, before)
-            else:
-                delattr(module, name)
-
-    @contextmanager
-    def unembedding(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Change what the unembedding is given of a batch, [B, S, D], inside the ``with``; some tokens alone, say.
-
-        Rows [n, D], of a residual that is decoded on the way, are left as they are. So is a module that is not one of
-        transformers' models: its forward may count on logits of every token.
-        """
-
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            return (change(args[0]), *args[1:]) if args and args[0].dim() == 3 else None
-
-        with ExitStack() as stack:
-            if self.spec.unembed is not None and _is_transformers(self.hf.get_submodule(self.spec.entry)):
-                unembedding = self.hf.get_submodule(self.spec.unembed)
-                stack.callback(unembedding.register_forward_pre_hook(hook).remove)
-            yield
-
-    @contextmanager
-    def exchanged(self, whose: Mapping[int, int]) -> Iterator[None]:
-        """Let the experts of other layers run in place of a layer's own inside the ``with``."""
-        before = {layer: self.taps[layer].stand_in for layer in whose}
-        try:
-            for layer, other in whose.items():
-                self.taps[layer].stand_in = bare(self.hf.get_submodule(self.spec.moe(other).experts))
-            yield
-        finally:
-            for layer, module in before.items():
-                self.taps[layer].stand_in = module
-
-    @contextmanager
-    def dropping(self, layers: Iterable[int]) -> Iterator[None]:
-        """Leave slots of weight 0 uncomputed at these layers inside the ``with``."""
-        before = {layer: self.taps[layer].drops for layer in layers}
-        try:
-            for layer in before:
-                self.taps[layer].drops = True
-            yield
-        finally:
-            for layer, drops in before.items():
-                self.taps[layer].drops = drops
+    def remember_recomputed(self) -> None:
+        """Let layers that are computed anew in a backward pass find the pass that they were computed in."""
+        for module in self.recomputed if self.hf.training and torch.is_grad_enabled() else ():
+            own = vars(module).get("_gradient_checkpointing_func")
+            if own is not None and not hasattr(own, "remembers"):
+                self._set(module, "_gradient_checkpointing_func", remembering(own))
 
 
-_HOSTS: WeakKeyDictionary[nn.Module, tuple[LocalHost, int]] = WeakKeyDictionary()  # and how many opened them
+def enter_at(host: LocalHost, path: str, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a part of the model that is given tokens."""
+    return enter(host, path, own, args, kwargs)
+
+
+_OPENING = threading.RLock()
 
 
 def open_host(hf: nn.Module, spec: ModelSpec) -> LocalHost:
     """The host of a model, opened unless it is; close it as often as it was opened.
 
     Raises:
-        UnsupportedModel: a copy of an opened model.
+        UnsupportedModel: a copy of an opened model, or a part of one.
     """
-    if hf not in _HOSTS and hasattr(hf, ATTRIBUTE):
-        raise UnsupportedModel(
-            "a copy of an opened model cannot be opened",
-            expected="a model that was copied before it was opened, or after it was closed",
-            got="a copy whose hooks still reach the original",
-            do="Close the original, then copy.",
-        )
-    host, users = _HOSTS.get(hf) or (LocalHost(hf, spec), 0)
-    _HOSTS[hf] = (host, users + 1)
-    return host
+    with _OPENING:
+        host = vars(hf).get(HOST)
+        if host is not None and host.hf is not hf:
+            raise UnsupportedModel(
+                "a copy of an opened model cannot be opened",
+                expected="a model that was copied before it was opened, or after it was closed",
+                got="a copy whose hooks still reach the original",
+                do="Close the original, then copy.",
+            )
+        if host is None:  # on the model itself: a table of models would keep them
+            host = vars(hf)[HOST] = LocalHost(hf, spec)
+        host.users += 1
+        return host
 
 
-def close_host(hf: nn.Module) -> None:
+def close_host(host: LocalHost) -> None:
     """Leave the model as it was found, when everybody who opened it has closed it."""
-    host, users = _HOSTS[hf]
-    if users > 1:
-        _HOSTS[hf] = (host, users - 1)
-        return
-    del _HOSTS[hf]
-    host.remove()
-
-
-def is_open(host: LocalHost) -> bool:
-    """Whether somebody has opened a model by this host and not closed it."""
-    return _HOSTS.get(host.hf, (None, 0))[0] is host
+    with _OPENING:
+        host.users -= 1
+        if host.users == 0:
+            vars(host.hf).pop(HOST, None)
+            host.remove()
 
 
 def attribute_of(layer: LayerSpec) -> str:
@@ -314,15 +346,18 @@ def _is_transformers(module: nn.Module) -> bool:
     return type(module).__module__.startswith("transformers.")
 
 
-def _eagerly(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, with nothing in it compiled."""
-
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.compiler.set_stance("force_eager"):
-            return forward(*args, **kwargs)
-
-    return torch.compiler.disable(run, reason="opened by moe_interp: points need eager execution")
+def _entries(hf: nn.Module, spec: ModelSpec) -> dict[str, str | None]:
+    """All modules that hold layers; each with the stack of these, if it is one and no more than a part of the model."""
+    found: dict[str, str | None] = {"": None, spec.entry: None}
+    stacks: dict[str, set[str]] = {}
+    for layer in spec.layers:
+        names = layer.path.split(".")
+        for depth in range(1, len(names)):
+            stacks.setdefault(".".join(names[:depth]), set()).add(layer.stack)
+    for path, held in stacks.items():
+        if path not in found and type(hf.get_submodule(path)).forward is not nn.Module.forward:
+            found[path] = next(iter(held)) if len(held) == 1 else None
+    return found
 
 
 def _choosing(config: Any, implementation: str) -> Any:
@@ -332,15 +367,40 @@ def _choosing(config: Any, implementation: str) -> Any:
     return chosen
 
 
+def _block_forward(
+    taps: Taps, site: BlockCall, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """A block that computes in its own way, with everything passed through hook points if somebody may look."""
+    flow = taps.now()
+    return own(*args, **kwargs) if flow is None or flow.idle else site.forward(module, flow, *args, **kwargs)
+
+
 def _experts_forward(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """transformers' experts call, with everything passed through hook points."""
-    return _experts_forward_of(experts._moe_taps, experts, hidden, ids, weights)
+    taps: Taps = experts._moe_taps
+    return _experts_forward_of(taps, experts, functools.partial(_own_experts, taps, experts), hidden, ids, weights)
 
 
-def _experts_forward_of(taps: Taps, experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    moe = taps.layer.moe
+def _own_experts(taps: Taps, experts: Any, *args: Tensor) -> Tensor:
+    """What the module's own class computes: by the implementation that the model was given, or the plain one."""
+    call: Call | None = under_way(taps.host)
+    plain = call is not None and call.plain
+    name: Any = plain_function(experts) if plain else taps.host.configs[experts]._experts_implementation
+    registry = _fp8_functions() if is_fp8(experts) else ALL_EXPERTS_FUNCTIONS
+    return registry.get_interface(name, type(experts).forward.__wrapped__)(experts, *args)
+
+
+def _experts_forward_of(
+    taps: Taps, experts: Any, own: Callable[..., Tensor], hidden: Tensor, ids: Tensor, weights: Tensor
+) -> Tensor:
+    flow, moe = taps.now(), taps.layer.moe
+    if flow is None or moe is None:
+        return own(hidden, ids, weights)
+    if not flow.opens_experts:
+        total = own(hidden, flow("expert_ids", ids), flow("gate_weights", weights))
+        return flow("routed_out", total)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    out = run_experts(taps, moe.kernel, experts, rows, ids, weights, in_turn=taps.in_turn)  # type: ignore[union-attr]
+    out = run_experts(flow, moe.kernel, experts, rows, ids, weights, in_turn=taps.in_turn)
     return out.view(*hidden.shape[:-1], -1)
 
 
@@ -349,10 +409,14 @@ def _fp8_experts_forward(experts: Any, hidden: Tensor, ids: Tensor, weights: Ten
     return _experts_forward(experts, hidden, ids, weights.to(hidden.dtype))
 
 
-def _register_fp8() -> None:
+def _fp8_functions() -> Any:
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 
-    ALL_FP8_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _fp8_experts_forward)
+    return ALL_FP8_EXPERTS_FUNCTIONS
+
+
+def _register_fp8() -> None:
+    _fp8_functions().register(IMPLEMENTATION, _fp8_experts_forward)
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)

@@ -1,4 +1,8 @@
-"""What happens inside a call, met by torch's function modes: the first linear map, a top-k, the second products."""
+"""What happens inside a call, met by torch's function modes: the first linear map, a top-k, the second products.
+
+A mode meets all that its thread runs until it is left, also what users give and what that runs of a model. So those of
+a pass of a model ask whether the pass itself runs.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,35 +16,44 @@ from moe_interp.adapters.spec import RouterTopK
 from moe_interp.errors import UnsupportedModel
 
 
-class FirstLinear(TorchFunctionMode):
-    """Passes the result of the first ``F.linear`` under it through a function."""
+def _always() -> bool:
+    return True
 
-    def __init__(self, through: Callable[[Tensor], Tensor]):
+
+class FirstLinear(TorchFunctionMode):
+    """Passes the result of the first ``F.linear`` under it through a function, while ``now`` says so."""
+
+    def __init__(self, through: Callable[[Tensor], Tensor], now: Callable[[], bool] = _always):
         super().__init__()
-        self.through, self.met = through, False
+        self.through, self.now, self.met = through, now, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is not functional.linear or self.met:
+        if func is not functional.linear or self.met or not self.now():
             return result
         self.met = True
         return self.through(result)
 
 
 class TopK(TorchFunctionMode):
-    """Passes every top-k over rows of so many columns through a function of its input and of itself."""
+    """Passes every top-k over rows of so many columns through a function of its input and itself, while ``now``."""
 
-    def __init__(self, site: RouterTopK, through: Callable[[Tensor, Callable[[Tensor], Any]], Any]):
+    def __init__(
+        self,
+        site: RouterTopK,
+        through: Callable[[Tensor, Callable[[Tensor], Any]], Any],
+        now: Callable[[], bool] = _always,
+    ):
         super().__init__()
-        self.site, self.through = site, through
+        self.site, self.through, self.now = site, through, now
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in (torch.topk, Tensor.topk) or not self._of_all(args[0]):
+        if func not in (torch.topk, Tensor.topk) or not self._of_all(args[0]) or not self.now():
             return func(*args, **kwargs)
         return self.through(args[0], lambda scores: func(scores, *args[1:], **kwargs))
 

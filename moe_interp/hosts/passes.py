@@ -16,8 +16,9 @@ from moe_interp.adapters.formulas import has_nan, logits_of, output_of
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.adapters.sums import follow
 from moe_interp.hosts.choices import choice, rechosen, rechosen_at, topk
-from moe_interp.hosts.program import Edited, Program, nonzero, tokens_of
+from moe_interp.hosts.program import Edited, Program, nonzero
 from moe_interp.hosts.stock import StockReach
+from moe_interp.hosts.tokens import tokens_of
 from moe_interp.points import POINTS, SELECTION
 from moe_interp.run import Read
 

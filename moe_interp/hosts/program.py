@@ -5,18 +5,19 @@ what it gets back. At each point: edits as given, then what the routing and the 
 model went on with.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from inspect import signature
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_interp.adapters.spec import ModelSpec, MoESpec
 from moe_interp.errors import BadInput
+from moe_interp.hosts.tokens import tokens_at
 from moe_interp.interventions.base import Edit, Intervention, layers_at
-from moe_interp.interventions.chance import prefixes
 from moe_interp.interventions.together import check_together
 from moe_interp.points import POINTS
 from moe_interp.run import Context, Read, Routing, Tokens, TopTokens
@@ -50,7 +51,7 @@ Edited = Sequence[Intervention] | Sequence[Block]
 
 
 class Program:
-    """Edits and reads of one or more forward passes.
+    """Edits and reads of a forward pass; `of_pass` makes those of several passes from one.
 
     Args:
         spec: what the model computes.
@@ -104,17 +105,16 @@ class Program:
         self.contexts: dict[int | None, Context] = {}
         self.parts: dict[tuple[int | None, int], Context] = {}  # of a block at a layer
         self.known: Mapping[str, Tokens] = {}  # by stack, as far as the inputs of the model say
-        self.read_before: dict[str, Tensor] = {}  # by stack, the prefix that each text [B, 1] had reached
 
     def _any_adds(self, there: Sequence[tuple[int, Any, Edit]]) -> bool:
         return any(self.interventions[number].adds for number, _, _ in there)
 
-    @property
-    def wanted(self) -> list[tuple[str, int | None]]:
+    @cached_property
+    def wanted(self) -> frozenset[tuple[str, int | None]]:
         """The points (and layers) whose values the program must be given."""
         routing = [(point, layer) for layer in self.spec.moe_layers for point in ("expert_ids", "gate_weights")]
         added = [("routed_out", layer) for layer in self.adding]
-        return list(dict.fromkeys([*self.edits, *added, *routing, *self.reads]))
+        return frozenset([*self.edits, *added, *routing, *self.reads])
 
     @property
     def dropping(self) -> set[int]:
@@ -125,26 +125,21 @@ class Program:
             if layer is not None and any(self.interventions[number].drops for number, _, _ in there)
         }
 
+    def of_pass(self, rows: Callable[[int], Tensor | None]) -> "Program":
+        """The same edits and reads for one forward pass: what it leaves is not mixed with what another one does."""
+        one = copy.copy(self)
+        one.rows, one.touched, one.values, one.tops = rows, [0] * len(self.touched), {}, {}
+        return one
+
     def begin(self, known: Mapping[str, Tokens], whole: bool = True) -> None:
         """Before every forward pass: which tokens are real, by stack; ``whole`` if these are all that there will be.
 
         Raises:
             BadInput: edits at positions that no text has.
         """
-        self.known = {stack: self._going_on(stack, tokens) for stack, tokens in known.items()}
-        self.contexts, self.parts = {}, {}
+        self.known, self.contexts, self.parts = known, {}, {}
         if known and whole:
             self._check_positions(list(known.values()))
-
-    def _going_on(self, stack: str, tokens: Tokens) -> Tokens:
-        """Prefixes of tokens that follow cached ones begin with those of the pass before."""
-        if tokens.prefixes is None:
-            return tokens
-        before, cached = self.read_before.get(stack), tokens.index.clamp(min=0).amin(dim=1, keepdim=True) > 0
-        if before is not None and len(before) == len(cached):
-            tokens = replace(tokens, prefixes=tokens.prefixes + torch.where(cached, before, 0))
-        self.read_before[stack] = tokens.prefixes[:, -1:]  # type: ignore[index]
-        return tokens
 
     def _check_positions(self, texts: Sequence[Tokens]) -> None:
         for number, one in enumerate(self.interventions):
@@ -331,72 +326,3 @@ def _check_decodes(spec: ModelSpec, point: str, layer: int | None) -> None:
             expected="values of the residual stream's space, of a model with an unembedding",
             got=f"{POINTS[point].dims} of {spec.model_type}",
         )
-
-
-def arguments_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a module's forward by their names, also of those that were given by their place."""
-    if not args:
-        return kwargs
-    named = [one.name for one in signature(module.forward).parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
-    return dict(zip(named, args, strict=False)) | kwargs
-
-
-def tokens_of(spec: ModelSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tokens]:
-    """The tokens of each stack, as far as the model's inputs say."""
-    if spec.kind == "other":
-        return {}
-    found: dict[str, Tokens] = {}
-    given = args[0] if args else kwargs.get("input_ids")
-    given = kwargs.get("inputs_embeds") if given is None else given
-    crossed = spec.kind == "encoder-decoder"
-    if given is not None:
-        stack = "encoder" if crossed else spec.main_stack
-        found[stack] = _masked(given, kwargs.get("attention_mask"), {} if crossed else kwargs)
-    if crossed:
-        found |= _decoder_tokens(kwargs)
-    return found
-
-
-def _decoder_tokens(kwargs: dict[str, Any]) -> dict[str, Tokens]:
-    """Those of the decoder; a decoder that makes its inputs from labels has padding where these are left out, -100."""
-    names = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
-    given = next((name for name in names if kwargs.get(name) is not None), None)
-    if given is None:
-        return {}
-    target, mask = kwargs[given], kwargs.get("decoder_attention_mask")
-    if mask is None and given == "labels":
-        mask = target != -100
-    if isinstance(mask, Mapping):  # masks by kind of attention, which a model made for itself
-        mask = None
-    if isinstance(mask, Tensor) and mask.dim() == 2:  # some cover the prompt, whose tokens are the encoder's
-        mask = mask[:, -(_cached(kwargs) + target.shape[1]) :]
-    return {"decoder": _masked(target, mask, kwargs)}
-
-
-def _cached(kwargs: dict[str, Any]) -> int:
-    cache = kwargs.get("past_key_values")
-    return 0 if cache is None else cache.get_seq_length()
-
-
-def tokens_at(known: Mapping[str, Tokens], stack: str, value: Tensor) -> Tokens:
-    """The tokens that a value [B, S, ...] of a stack has; all are real where the model's inputs do not say."""
-    tokens = known.get(stack)
-    if tokens is None or tokens.mask.shape != value.shape[:2]:
-        return Tokens.from_mask(value.new_ones(value.shape[:2]), value.shape[1])
-    return tokens
-
-
-def _masked(given: Tensor, mask: Any, kwargs: dict[str, Any]) -> Tokens:
-    batch, length = given.shape[:2]
-    if mask is None:
-        mask = torch.ones(batch, _cached(kwargs) + length, dtype=torch.bool, device=given.device)
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise BadInput(
-            "cannot tell real tokens from padding",
-            expected="an attention mask of shape [batch, pos]",
-            got=f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__,
-        )
-    tokens = Tokens.from_mask(mask, length)
-    if given.dim() != 2 or given.is_floating_point():
-        return tokens
-    return replace(tokens, prefixes=prefixes(given, tokens.mask, tokens.index))

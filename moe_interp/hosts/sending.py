@@ -42,6 +42,7 @@ SENT = (
     "interventions.routes",
     "interventions.swaps",
     "interventions.widths",
+    "hosts.tokens",
     "hosts.program",
     "hosts.modes",
     "hosts.sandbox",

@@ -1,4 +1,4 @@
-"""Hook points, and the taps that carry a layer's values through them."""
+"""Hook points; the taps of a layer, which are there as long as a model is open; and its flow in one forward pass."""
 
 from collections.abc import Callable
 from math import prod
@@ -11,6 +11,7 @@ from moe_interp.adapters.experts import check_ids
 from moe_interp.adapters.formulas import router_scores
 from moe_interp.adapters.spec import LayerSpec
 from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.hosts.calls import Call, under_way
 from moe_interp.points import SELECTION
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
@@ -97,19 +98,54 @@ def refuse_copies(protocol: Any) -> NoReturn:
 
 
 class Taps:
-    """Carries the values of one layer through its hook points, in the shape that the table of points promises."""
+    """A layer's hook points.
 
-    def __init__(self, layer: LayerSpec, streams: int = 1):
-        self.layer, self.streams = layer, streams
-        self.points = nn.ModuleDict({name: HookPoint() for name in layer.sites})
-        self.grid = (0, 0)  # B, S of the forward pass under way
-        self.rows: Tensor | None = None  # [B, S], True at the tokens that the mixture sees; None: all
-        self.ids: Tensor | None = None  # [B, S, K], the experts that run in the forward pass under way
-        self.weights: Tensor | None = None  # [B, S, K], and their weights, without gradients
-        self.in_turn = False  # whether outputs are added up as transformers' loop over experts does
-        self.chose = False  # whether the router's choice was met in the forward pass under way
-        self.stand_in: nn.Module | None = None  # experts that run in place of the layer's own
-        self.drops = False  # whether slots of weight 0 need no computing
+    Attributes:
+        layer: what the layer computes.
+        streams: how many residual streams there are.
+        at: the hook points by name.
+        in_turn: whether outputs are added up as transformers' loop over experts does.
+        traced: the last flow that a block of a trace took part in.
+    """
+
+    def __init__(self, host: Any, layer: LayerSpec, streams: int = 1):
+        self.host, self.layer, self.streams = host, layer, streams
+        self.at = {name: HookPoint() for name in layer.sites}
+        self.points = nn.ModuleDict(self.at)
+        self.in_turn = False
+        self.traced: Flow | None = None
+
+    def now(self) -> "Flow | None":
+        """The layer's flow in the pass that is under way; None where there is none, or where the model is plain."""
+        call = under_way(self.host)
+        if call is None or call.plain:
+            return None
+        flow = call.flows.get(self.layer.index)
+        if flow is None:
+            flow = call.flows[self.layer.index] = Flow(self, call)
+        return flow
+
+
+class Flow:
+    """Carries the values of one layer in one pass through its hook points, in the shape that the table promises.
+
+    Attributes:
+        grid: B, S.
+        rows: [B, S], True at the tokens that the mixture sees; None: all.
+        ids: [B, S, K], the experts that run, where a trace may ask for them.
+        weights: [B, S, K], and their weights, without gradients.
+        chose: whether the router's choice was met.
+        ungated: outputs that wait for their gate, by point.
+    """
+
+    def __init__(self, taps: Taps, call: Call):
+        self.taps, self.call, self.layer = taps, call, taps.layer
+        self.grid = (0, 0)
+        self.rows: Tensor | None = None
+        self.ids: Tensor | None = None
+        self.weights: Tensor | None = None
+        self.chose = False
+        self.ungated: dict[str, Tensor] = {}
 
     def enter(self, hidden: Tensor) -> None:
         """The layer is called with these hidden states: [B, S, ...], or [S, D] where there is no batch.
@@ -121,17 +157,30 @@ class Taps:
             self.grid = (hidden.shape[0], 1)
         self.rows, self.chose = None, False
 
+    @property
+    def now(self) -> bool:
+        """Whether code that runs here is a part of this pass, and not of one inside it or of what a user gave."""
+        return under_way(self.taps.host) is self.call
+
     def live(self, name: str) -> bool:
-        """Whether anything is hooked at the point (False where the layer does not have it)."""
-        return name in self.points and self.points[name].live  # type: ignore[return-value]
+        """Whether anything is to be done at the point (False where the layer does not have it)."""
+        point = self.taps.at.get(name)
+        return point is not None and (point.live or (name, self.layer.index) in self.call.wanted)
 
     def awaited(self, name: str) -> bool:
         """Whether anything may want the point's value before the forward pass ends."""
-        return name in self.points and self.points[name].awaited  # type: ignore[return-value]
+        point = self.taps.at.get(name)
+        return point is not None and (point.awaited or (name, self.layer.index) in self.call.wanted)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing can come of carrying the layer's values through its points."""
+        return not any(map(self.awaited, self.taps.at))
 
     def missed(self, name: str) -> None:
         """The point's value has gone by, and nobody took it."""
-        for watcher in self.points[name].watchers if name in self.points else ():  # type: ignore[union-attr]
+        point = self.taps.at.get(name)
+        for watcher in point.watchers if point else ():
             watcher.missed()
 
     def __call__(self, name: str, value: Tensor, slots: int | None = None) -> Tensor:
@@ -143,23 +192,26 @@ class Taps:
         if name == "expert_ids":
             self._check_chose()
         value = self._through(name, value, slots)
-        if name == "expert_ids":
-            self.ids = self._shown(value, (), self.rows)
-        if name == "gate_weights":
-            self.weights = self._shown(value.detach(), (), self.rows)
+        if name in ("expert_ids", "gate_weights") and any(watcher.later for watcher in self.taps.at[name].watchers):
+            shown = self._shown(value.detach(), (), self.rows)
+            self.ids, self.weights = (shown, None) if name == "expert_ids" else (self.ids, shown)
+            self.taps.traced = self
         return value
 
     def _through(self, name: str, value: Tensor, slots: int | None) -> Tensor:
         if not self.live(name):
             self.missed(name)
             return value
-        middle = (slots,) if slots else (self.streams,) if name in RESIDUAL and self.streams > 1 else ()
+        streams = self.taps.streams
+        middle = (slots,) if slots else (streams,) if name in RESIDUAL and streams > 1 else ()
         rows = self.rows if name in INSIDE else None
         shown = self._shown(value, middle, rows)
-        point = self.points[name]
+        point = self.taps.at[name]
+        if not point.live:
+            self.missed(name)
         # Who watches may write into what is shown, and takes gradients by it: the model goes on with just that.
         watched = point.watched
-        changed = point(shown)
+        changed = self.call.passed(name, self.layer.index, point, shown)
         if changed is shown and not watched:
             return value
         back = changed if rows is None else changed[rows]
@@ -225,12 +277,19 @@ class Taps:
 
     def experts(self, own: nn.Module) -> nn.Module:
         """The experts that run: the layer's own, or those that an intervention put in their place."""
-        return own if self.stand_in is None else self.stand_in
+        other = self.call.exchanges.get(self.layer.index)
+        return own if other is None else self.taps.host.experts_at(other)
+
+    @property
+    def opens_experts(self) -> bool:
+        """Whether what single slots put out is wanted, or is not what the layer's own experts compute."""
+        inside = self.awaited("expert_act") or self.awaited("expert_out")
+        return inside or self.layer.index in self.call.exchanges or self.layer.index in self.call.dropping
 
     def kept(self, weights: Tensor) -> Tensor | None:
         """[T, K], the slots that must be computed; None: all."""
         needed = self.live("expert_act") or self.live("expert_out") or torch.is_grad_enabled()
-        return None if needed or not self.drops else weights != 0
+        return None if needed or self.layer.index not in self.call.dropping else weights != 0
 
     def _show_scores(self, logits: Tensor) -> None:
         """Show the scores that weights come from; they are read, never replaced."""

@@ -1,0 +1,370 @@
+"""Which edits and reads a forward pass has: they belong to a call, and never to the model.
+
+1. A `Session` is what one `run` or `generate` asks for. It is in force in the context of that call (a context variable,
+   PEP 567), so that other threads, tasks and runs inside it do not meet it.
+2. A `Standing` is what `model.edit` begins: in force in the context that began it until its ``with`` ends, or in all.
+3. A `Call` is one forward pass. It is made where the pass enters the model, takes what is in force there, and holds all
+   that the pass needs: tokens, routes, what edits and reads leave. Hooks are set once, when a model is opened, and ask
+   for the call that is under way.
+4. What users give (edits, hooks at points) runs in the context that the pass was begun in: a run inside it is a run of
+   its own.
+
+Sessions and calls are set in copies of the context alone, which end with the function that runs in them. So nothing is
+left behind by an exception, whenever it comes.
+"""
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import Context, ContextVar, copy_context
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moe_interp.adapters.spec import ModelSpec
+from moe_interp.errors import EditsElsewhere
+from moe_interp.hosts.program import Edited, Program
+from moe_interp.hosts.tokens import arguments_of, tokens_of
+from moe_interp.interventions import Intervention
+from moe_interp.run import Read, Tokens
+
+T = TypeVar("T")
+Place = tuple[str, int | None]
+
+_SESSION: ContextVar["Session | None"] = ContextVar("moe_interp_session", default=None)
+_STANDING: ContextVar[tuple["Standing", ...]] = ContextVar("moe_interp_standing", default=())
+_CALL: ContextVar["Call | None"] = ContextVar("moe_interp_call", default=None)
+_DEPTH: ContextVar[int] = ContextVar("moe_interp_depth", default=0)
+
+
+def depth() -> int:
+    """How many runs and generations are inside each other in this context."""
+    return _DEPTH.get()
+
+
+# ---- what stands ---------------------------------------------------------------------------------------------
+
+
+class Standing:
+    """What is in force in a context for a while: edits, reads that somebody hears, or that the model is plain.
+
+    Attributes:
+        edits: interventions, in order.
+        touched: how many values each of them has changed in direct calls of the transformers model.
+        everywhere: whether it is in force in every context.
+        plain: whether the model computes as it was found.
+        reads: what is kept for `hear`, after all edits.
+        hear: told the program of every whole pass.
+    """
+
+    def __init__(
+        self,
+        edits: Sequence[Intervention] = (),
+        *,
+        everywhere: bool = False,
+        plain: bool = False,
+        reads: Sequence[Read] = (),
+        hear: Callable[[Program], None] | None = None,
+    ):
+        self.edits, self.everywhere, self.plain = list(edits), everywhere, plain
+        self.reads, self.hear = tuple(reads), hear
+        self.touched = [0] * len(self.edits)
+        self.told = False  # whether somebody was warned of passes without it
+        self.joined: tuple[tuple[Standing, ...], Program] | None = None  # with what stood before it, once it was used
+        self._on: weakref.ref[Standings] | None = None
+        self._held: weakref.ref[_Held] | None = None
+
+    def on(self, standings: "Standings") -> bool:
+        """Whether it is in force on this model."""
+        return self._held is not None and self._held() is not None and self._on is standings.ref
+
+    def begin(self, standings: "Standings") -> "_Held":
+        """Begin; it ends with `end`, at the latest when nobody holds what is returned."""
+        held = _Held()
+        self._on, self._held = standings.ref, weakref.ref(held)
+        with standings.lock:
+            standings.all.add(self)
+            if self.everywhere:
+                standings.everywhere = (*(one for one in standings.everywhere if one.on(standings)), self)
+        if not self.everywhere:
+            _STANDING.set((*(one for one in _STANDING.get() if one._held is not None), self))
+        return held
+
+    def end(self) -> None:
+        """End, in all contexts that it is in force in."""
+        self._held = None
+        if self in _STANDING.get():
+            _STANDING.set(tuple(one for one in _STANDING.get() if one is not self))
+
+
+class _Held:
+    """What the frame of a ``with`` holds: however that ends, what stands in it has ended."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Standings:
+    """All that stands on one model, in whatever context."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.ref = weakref.ref(self)
+        self.everywhere: tuple[Standing, ...] = ()
+        self.all: weakref.WeakSet[Standing] = weakref.WeakSet()
+
+    @contextmanager
+    def stand(self, standing: Standing) -> Iterator[Standing]:
+        """In force inside the ``with``."""
+        try:
+            held = standing.begin(self)
+            yield standing
+            del held
+        finally:
+            standing.end()
+
+    def here(self) -> list[Standing]:
+        """What is in force in this context, in the order in which it began; first what is in force everywhere."""
+        return [one for one in (*self.everywhere, *_STANDING.get()) if one.on(self)]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model is plain in this context."""
+        return any(one.plain for one in self.here())
+
+    def edits(self) -> list[Intervention]:
+        """The edits that stand in this context."""
+        return [edit for one in self.here() for edit in one.edits]
+
+    def end(self) -> None:
+        """End all that stands, in every context."""
+        for one in list(self.all):
+            one.end()
+
+    def warn_of_others(self, here: Sequence[Standing], model_type: str) -> None:
+        """Tell, once for each, of edits that stand elsewhere, in a pass that begins where none stand."""
+        if any(one.edits for one in here):
+            return
+        with self.lock:
+            missed = [one for one in self.all if one.edits and one.on(self) and not one.told]
+        for one in missed:
+            one.told = True
+            warnings.warn(
+                EditsElsewhere(
+                    f"a forward pass of {model_type} runs without edits that stand in another context: "
+                    f"{'; '.join(map(repr, one.edits))}. A thread, an executor or a task starts without them: give it "
+                    "contextvars.copy_context().run, or edit with model.edit(..., everywhere=True)."
+                ),
+                stacklevel=4,
+            )
+
+
+# ---- what a call asks for ------------------------------------------------------------------------------------
+
+
+class Session:
+    """What one `run` or `generate` asks for.
+
+    Args:
+        host: the opened model.
+        edits, reads, decode: as `Program` has them, which says what is refused.
+        grad: whether to keep the graph.
+        whole: whether a pass without a cache has all tokens that there will be.
+        texts: how many texts a generation was given, of which beams may make more rows.
+        unembed: changes what the unembedding is given of a batch, [B, S, D]; some tokens alone, say.
+        given: a value to put at a point before all edits.
+        skipped: modules to leave out, by path, and what each returns besides the residual (None: a tensor alone).
+        forms: filled with what layers return besides the residual, by path.
+    """
+
+    def __init__(
+        self,
+        host: Any,
+        edits: Edited,
+        reads: Sequence[Read] = (),
+        grad: bool = False,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        *,
+        whole: bool = True,
+        texts: int | None = None,
+        unembed: Callable[[Tensor], Tensor] | None = None,
+        given: Mapping[Place, Tensor] | None = None,
+        skipped: Mapping[str, Any] | None = None,
+        forms: dict[str, Any] | None = None,
+    ):
+        self.host, self.grad, self.whole, self.texts = host, grad, whole, texts
+        self.unembed, self.given, self.skipped, self.forms = unembed, dict(given or {}), dict(skipped or {}), forms
+        self.program = Program(host.spec, edits, reads, grad, decode=decode)
+        self.expects: bool | None = None  # whether the next pass is one that `generate` has prepared inputs for
+
+    def __call__(self, forward: Callable[[], T]) -> T:
+        """What ``forward`` returns, with this in force."""
+        return copy_context().run(self._in_force, forward)
+
+    def _in_force(self, forward: Callable[[], T]) -> T:
+        _SESSION.set(self)
+        _DEPTH.set(depth() + 1)
+        with torch.set_grad_enabled(self.grad):
+            return forward()
+
+    def takes(self) -> bool:
+        """Whether the pass that begins is one of its own.
+
+        A generation prepares the inputs of each pass just before it. What is run without, between the passes, is what
+        a logits processor or a streamer calls.
+        """
+        its = self.expects is not False
+        self.expects = None if self.expects is None else False
+        return its
+
+
+def session_of(host: Any) -> Session | None:
+    """What the call in this context asks of a model, if anything."""
+    session = _SESSION.get()
+    return session if session is not None and session.host is host else None
+
+
+# ---- a forward pass ------------------------------------------------------------------------------------------
+
+
+class Call:
+    """One forward pass.
+
+    Attributes:
+        host: the opened model.
+        path: the module that it entered by.
+        outer: the pass that it was begun inside, of whatever model.
+        outside: the context that it was begun in.
+        first: edits that stand, in a direct call of the transformers model; own: what `run` or `generate` asked for.
+        heard: reads that stand.
+        wanted: points (and layers) at which any of these has something to do.
+        flows: by layer, what the pass knows of it.
+    """
+
+    def __init__(self, host: Any, path: str, outside: Context, session: Session | None, standing: Sequence[Standing]):
+        self.host, self.path, self.outer, self.outside = host, path, _CALL.get(), outside
+        self.session, self.flows = session, dict[int, Any]()
+        self.standing = [] if session else [one for one in standing if one.edits]
+        self.plain = any(one.plain for one in standing)
+        self.own = session.program.of_pass(self._rows) if session else None
+        self.first = _joined(host.spec, self.standing, self._rows) if self.standing and not self.plain else None
+        listening = [one for one in standing if one.hear and not self.plain]
+        self.heard = [(one, Program(host.spec, (), one.reads, rows=self._rows)) for one in listening]
+        self.programs = [one for one in (self.first, self.own, *(program for _, program in self.heard)) if one]
+        self.wanted = frozenset[Place]().union(session.given if session else (), *(one.wanted for one in self.programs))
+        edits = self.own or self.first
+        self.widths: Mapping[int, int] = edits.widths if edits else {}
+        self.exchanges: Mapping[int, int] = edits.exchanges if edits else {}
+        self.dropping: set[int] = edits.dropping if edits else set()
+
+    def holds(self, path: str) -> bool:
+        """Whether a module that is entered while this pass is under way is a part of it."""
+        return path.startswith(f"{self.path}.") if self.path else path != ""
+
+    def _rows(self, layer: int) -> Tensor | None:
+        return self.flows[layer].rows if layer in self.flows else None
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the programs which tokens are real."""
+        self.host.remember_recomputed()
+        if not self.programs:
+            return
+        known: dict[str, Tokens] = {}
+        whole = False
+        if self.path in self.host.entries:
+            given = arguments_of(module, args, kwargs)
+            known = tokens_of(self.host.spec, args, given, self.host.entries[self.path])
+            whole = (self.session is None or self.session.whole) and given.get("past_key_values") is None
+        texts = self.session.texts if self.session else None
+        if texts is not None:
+            known = {stack: _of_texts(tokens, texts) for stack, tokens in known.items()}
+        for program in self.programs:
+            program.begin(known, whole)
+
+    def end(self) -> None:
+        """Hand over what the pass has left."""
+        if self.session is not None and self.own is not None:
+            self.session.program = self.own
+        if self.first is not None:
+            counts = iter(self.first.touched)
+            with self.host.standings.lock:
+                for one in self.standing:
+                    one.touched = [before + next(counts) for before in one.touched]
+        for one, program in self.heard:
+            self.away(one.hear, program)  # type: ignore[arg-type]
+
+    def passed(self, name: str, layer: int | None, point: Any, value: Tensor) -> Tensor:
+        """A value after edits that stand, hooks at its point, and the edits and reads of the call."""
+        place = name, layer
+        if self.session is not None and place in self.session.given:
+            value = self.session.given[place]
+        if place not in self.host.fronts:
+            value = self.edited_first(place, value)
+        if point.live:
+            value = self.away(point, value)
+        if self.own is not None and place in self.own.wanted:
+            value = self.away(self.own, name, layer, value)
+        for _, program in self.heard:
+            if place in program.wanted:
+                self.away(program, name, layer, value)
+        return value
+
+    def edited_first(self, place: Place, value: Tensor) -> Tensor:
+        """A value after edits that stand."""
+        there = self.first is not None and place in self.first.wanted
+        return self.away(self.first, *place, value) if there else value  # type: ignore[arg-type]
+
+    def away(self, function: Callable[..., T], *args: Any) -> T:
+        """What a function returns outside the pass: what it runs of the model is no part of it."""
+        return self.outside.copy().run(function, *args)
+
+
+def under_way(host: Any) -> Call | None:
+    """The pass of a model that is under way in this context, the innermost."""
+    call = _CALL.get()
+    while call is not None and call.host is not host:
+        call = call.outer
+    return call
+
+
+def enter(host: Any, path: str, own: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    """Call a module's own code: as a part of the pass that is under way, or as a pass of its own."""
+    call = under_way(host)
+    if call is not None and call.holds(path):
+        return own(*args, **kwargs)
+    return copy_context().run(_pass, host, path, own, args, kwargs)
+
+
+def _pass(host: Any, path: str, own: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    session, standing = session_of(host), host.standings.here()
+    if session is not None and not session.takes():
+        session = None
+    _SESSION.set(None)
+    outside = copy_context()
+    if host.standings.all:
+        host.standings.warn_of_others(standing, host.spec.model_type)
+    call = Call(host, path, outside, session, standing)
+    _CALL.set(call)
+    call.begin(host.hf.get_submodule(path), args, kwargs)
+    result = own(*args, **kwargs)
+    call.end()
+    return result
+
+
+def _joined(spec: ModelSpec, standing: Sequence[Standing], rows: Callable[[int], Tensor | None]) -> Program:
+    """The edits of several that stand, as the program of one pass."""
+    last, all_of_them = standing[-1], tuple(standing)
+    if last.joined is None or last.joined[0] != all_of_them:
+        last.joined = all_of_them, Program(spec, [edit for one in standing for edit in one.edits])
+    return last.joined[1].of_pass(rows)
+
+
+def _of_texts(tokens: Tokens, texts: int) -> Tokens:
+    """Tokens of rows of which beams have made several for each text."""
+    rows = len(tokens.mask)
+    if rows == texts or rows % texts:
+        return tokens
+    return replace(tokens, numbers=torch.arange(rows, device=tokens.mask.device) // (rows // texts))
