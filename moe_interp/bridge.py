@@ -4,7 +4,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from moe_interp.errors import BadInput
-from moe_interp.hosts import close_host, open_host
+from moe_interp.hosts import open_host
 from moe_interp.opening import is_bridge, wrap
 from moe_interp.points import POINTS
 
@@ -27,9 +27,9 @@ class Attached:
         from moe_interp.hosts.bridge import BridgeHost
 
         self.bridge, self.model = bridge, wrap(bridge)
-        self._opened = open_host(self.model.hf, self.model.spec)  # it stays open if somebody closes the model
+        self._opening = open_host(self.model.hf, self.model.spec)  # it stays open if somebody closes the model
         try:
-            self._host = BridgeHost(bridge, self._opened)
+            self._host = BridgeHost(bridge, self._opening.host)
         except BaseException:
             self._close()
             raise
@@ -64,7 +64,7 @@ class Attached:
             self._close()
 
     def _close(self) -> None:
-        close_host(self._opened)
+        self._opening.close()
         self.model.close()
 
     def __enter__(self) -> "Attached":

@@ -21,7 +21,7 @@ from moe_interp.adapters.formulas import has_nan, logits_of, output_of
 from moe_interp.adapters.sums import follow
 from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
-from moe_interp.hosts import Session, Standing, Standings, close_host, open_host
+from moe_interp.hosts import Session, Standing, Standings, open_host
 from moe_interp.hosts.program import Program
 from moe_interp.interventions import Intervention
 from moe_interp.interventions.arguments import yes_or_no
@@ -60,17 +60,18 @@ class MoEModel:
 
     def _open(self, hf: nn.Module, spec: ModelSpec) -> None:
         self.spec, self._closed = spec, False
-        self._host = open_host(hf, spec)
+        self._opening = open_host(hf, spec)
+        self._host = self._opening.host
         self.spec = self._host.spec  # of a model that is open already, what it was opened by
         self._began: WeakSet[Standing] = WeakSet()  # what was begun to stand by this wrapper
 
     def close(self) -> None:
         """End the edits that stand by `edit`, and leave the transformers model as it was found."""
         if not self._closed:
-            self._closed = True
             for standing in list(self._began):
                 standing.end()
-            close_host(self._host)
+            self._opening.close()
+            self._closed = True
 
     def __repr__(self) -> str:
         s = self.spec

@@ -60,7 +60,7 @@ def test_a_sound_model_that_edits_hardly_move_passes_in_bf16():
 def test_an_edit_that_moves_nothing_is_found(monkeypatch):
     def deaf(taps, name, argument):
         def hook(module, args, kwargs):
-            taps(name, args[0].clone())  # shown to the point, and what comes back forgotten
+            taps.now()(name, args[0].clone())  # shown to the point, and what comes back forgotten
 
         return hook
 
@@ -70,7 +70,7 @@ def test_an_edit_that_moves_nothing_is_found(monkeypatch):
 
 def test_a_shared_expert_left_out_of_its_gate_is_found(monkeypatch):
     def ungated(module, gate, taps, name):
-        return [module.register_forward_hook(hooks._output_hook(taps, name))]
+        return [module.register_forward_hook(hooks._output_hook(taps, name)).remove]
 
     monkeypatch.setattr(hooks, "_attach_gated", ungated)
     assert "moe_out = routed_out + shared_out" in failures(build("qwen2_moe"))

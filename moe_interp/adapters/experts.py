@@ -326,7 +326,8 @@ class Separate:
 
     def open(self, experts: nn.Module) -> list[Callable[[], None]]:
         """Let the neurons of experts be met: what takes the hooks away again."""
-        downs = [expert.get_submodule(self.down) for expert in experts.children()]
+        paths = [f"{name}.{self.down}" for name, _ in experts.named_children()]
+        downs = [module for path, module in experts.named_modules() if path in paths]
         return [down.register_forward_pre_hook(_met_at_down).remove for down in downs]
 
     def weights(self, experts: Any, expert: int) -> ExpertWeights:

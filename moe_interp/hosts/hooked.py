@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_interp.adapters import ModelSpec, describe
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.hosts.apart import keep_apart
-from moe_interp.hosts.local import ATTRIBUTE, LocalHost, attribute_of, close_host, open_host
+from moe_interp.hosts.local import ATTRIBUTE, LocalHost, Opening, attribute_of, open_host
 from moe_interp.hosts.sending import sent
 from moe_interp.hosts.stock import reached, stock_points
 from moe_interp.hosts.taps import HookPoint
@@ -55,6 +55,7 @@ class HookReach:
     def __init__(self, lm: Any, spec: ModelSpec):
         self.lm, self.spec = lm, spec
         self.host: LocalHost | None = None
+        self.opening: Opening | None = None
         self.envoys: dict[tuple[str, int | None], Envoy] = {}
         self.parked: list[tuple[HookPoint, Parked]] = []
         self.together: Callable[[], None] = lambda: None  # ends what keeps traces and runs apart
@@ -109,7 +110,8 @@ class HookReach:
         for point, parked in self.parked:
             point.watchers.remove(parked)
         self.together()
-        close_host(self.host)
+        if self.opening is not None:
+            self.opening.close()
         self.host, self.envoys, self.parked = None, {}, []
 
     @property
@@ -123,7 +125,8 @@ class HookReach:
         if self.host is not None and self.host.hf is not hf:
             self.close()  # the weights have come since
         if self.host is None:
-            self.host = open_host(hf, self.spec)
+            self.opening = open_host(hf, self.spec)
+            self.host = self.opening.host
             self.together = keep_apart(self.lm.interleaver)
             self.parked = [self._watch(name, layer) for name, layer in _all_points(self.spec)]
         return self.host

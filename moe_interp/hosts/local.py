@@ -19,6 +19,7 @@ What is installed, and taken away again by `LocalHost.remove`:
 import copy
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -54,7 +55,8 @@ class LocalHost:
     """
 
     def __init__(self, hf: nn.Module, spec: ModelSpec):
-        self.hf, self.spec, self.users = hf, spec, 0
+        self.hf, self.spec = hf, spec
+        self.openings: weakref.WeakSet[Opening] = weakref.WeakSet()
         self.undo: list[Callable[[], Any]] = []
         self.configs: dict[nn.Module, Any] = {}
         self.standings = Standings()
@@ -213,7 +215,7 @@ class LocalHost:
             if is_fp8(module):
                 _register_fp8()
             self.configs[module] = module.config
-            taps.in_turn = plain_function(module) == "eager"
+            taps.plain = plain_function(module)
             module.config = _choosing(module.config, IMPLEMENTATION)
             module._moe_taps = taps
         else:
@@ -251,14 +253,15 @@ class LocalHost:
         self.undo.append(undo)
 
     def remove(self) -> None:
-        """Leave the model as it was found."""
+        """Leave the model as it was found; again, if it was interrupted."""
         self.standings.end()
-        for restore in reversed(self.undo):
-            restore()
+        while self.undo:
+            self.undo[-1]()
+            self.undo.pop()
         for experts, config in self.configs.items():
             experts.config = config
-            del experts._moe_taps
-        self.undo, self.configs = [], {}
+            vars(experts).pop("_moe_taps", None)
+        self.configs = {}
 
     # ---- while it is open -----------------------------------------------------------------------------------
 
@@ -299,11 +302,27 @@ def enter_at(host: LocalHost, path: str, own: Callable[..., Any], *args: Any, **
     return enter(host, path, own, args, kwargs)
 
 
+class Opening:
+    """Somebody's use of an opened model; the model is closed when the last of them is."""
+
+    def __init__(self, host: LocalHost):
+        self.host = host
+
+    def close(self) -> None:
+        """Leave the model as it was found, if nobody else uses it."""
+        with _OPENING:
+            self.host.openings.discard(self)
+            if not self.host.openings:
+                self.host.remove()
+                if vars(self.host.hf).get(HOST) is self.host:
+                    del vars(self.host.hf)[HOST]
+
+
 _OPENING = threading.RLock()
 
 
-def open_host(hf: nn.Module, spec: ModelSpec) -> LocalHost:
-    """The host of a model, opened unless it is; close it as often as it was opened.
+def open_host(hf: nn.Module, spec: ModelSpec) -> Opening:
+    """Open a model, unless it is open.
 
     Raises:
         UnsupportedModel: a copy of an opened model, or a part of one.
@@ -319,17 +338,9 @@ def open_host(hf: nn.Module, spec: ModelSpec) -> LocalHost:
             )
         if host is None:  # on the model itself: a table of models would keep them
             host = vars(hf)[HOST] = LocalHost(hf, spec)
-        host.users += 1
-        return host
-
-
-def close_host(host: LocalHost) -> None:
-    """Leave the model as it was found, when everybody who opened it has closed it."""
-    with _OPENING:
-        host.users -= 1
-        if host.users == 0:
-            vars(host.hf).pop(HOST, None)
-            host.remove()
+        opening = Opening(host)
+        host.openings.add(opening)
+        return opening
 
 
 def attribute_of(layer: LayerSpec) -> str:
@@ -387,7 +398,10 @@ def _own_experts(taps: Taps, experts: Any, *args: Tensor) -> Tensor:
     plain = call is not None and call.plain
     name: Any = plain_function(experts) if plain else taps.host.configs[experts]._experts_implementation
     registry = _fp8_functions() if is_fp8(experts) else ALL_EXPERTS_FUNCTIONS
-    return registry.get_interface(name, type(experts).forward.__wrapped__)(experts, *args)
+    eager = type(experts).forward
+    while "experts_interface" in eager.__code__.co_freevars:  # transformers' decorator, which may be there repeatedly
+        eager = eager.__wrapped__
+    return registry.get_interface(name, eager)(experts, *args)
 
 
 def _experts_forward_of(
@@ -396,11 +410,11 @@ def _experts_forward_of(
     flow, moe = taps.now(), taps.layer.moe
     if flow is None or moe is None:
         return own(hidden, ids, weights)
-    if not flow.opens_experts:
+    if not flow.opens_experts and taps.runs_own:
         total = own(hidden, flow("expert_ids", ids), flow("gate_weights", weights))
         return flow("routed_out", total)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    out = run_experts(flow, moe.kernel, experts, rows, ids, weights, in_turn=taps.in_turn)
+    out = run_experts(flow, moe.kernel, experts, rows, ids, weights, in_turn=taps.plain == "eager")
     return out.view(*hidden.shape[:-1], -1)
 
 

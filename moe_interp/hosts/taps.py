@@ -104,7 +104,7 @@ class Taps:
         layer: what the layer computes.
         streams: how many residual streams there are.
         at: the hook points by name.
-        in_turn: whether outputs are added up as transformers' loop over experts does.
+        plain: transformers' own implementation that can run the experts: "grouped_mm" or "eager"; None: neither can.
         traced: the last flow that a block of a trace took part in.
     """
 
@@ -112,8 +112,16 @@ class Taps:
         self.host, self.layer, self.streams = host, layer, streams
         self.at = {name: HookPoint() for name in layer.sites}
         self.points = nn.ModuleDict(self.at)
-        self.in_turn = False
+        self.plain: str | None = "grouped_mm"
         self.traced: Flow | None = None
+
+    @property
+    def runs_own(self) -> bool:
+        """Whether the experts can run as the model was given them."""
+        experts = self.host.experts_at(self.layer.index)
+        config = self.host.configs.get(experts)
+        chosen = "eager" if config is None else config._experts_implementation
+        return self.plain == "grouped_mm" or (self.plain is not None and chosen != "grouped_mm")
 
     def now(self) -> "Flow | None":
         """The layer's flow in the pass that is under way; None where there is none, or where the model is plain."""

@@ -29,7 +29,7 @@ def varying(module: nn.Module, name: str, taps: Taps) -> Callable[[], None]:
     def undo() -> None:
         module.__class__ = kind
         if before is None:
-            del vars(module)[_WHOSE]
+            vars(module).pop(_WHOSE, None)
         else:
             vars(module)[_WHOSE] = before
 
