@@ -129,6 +129,7 @@ def rows_for(inputs: dict[str, object], stack: ExitStack) -> dict[str, Step]:
     bare = olmoe()
     model = stack.enter_context(moe.wrap(olmoe()))
     rows = {PLAIN: plain(bare, inputs), "the same again (A/A)": plain(bare, inputs)}
+    rows["opened, called directly: idle hooks"] = plain(stack.enter_context(moe.wrap(olmoe())).hf, inputs)
     routing = ["expert_ids", "gate_weights"]
     for name, read in {
         "instrumented, reading nothing": [],
@@ -203,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=["reads", "step", "doors", "edits", "logits"])
+    parser.add_argument("--only", choices=["reads", "step", "alone", "doors", "edits", "logits"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     random.seed(0)
@@ -213,6 +214,7 @@ def main() -> None:
     tables = {
         "reads": (rows_for, inputs, "8 x 128 tokens", 1),
         "step": (rows_for, decoding_step(ids), "one decoding step after 128 tokens, batch of 8", 5),
+        "alone": (rows_for, decoding_step(ids[:1]), "one decoding step after 128 tokens, one text", 10),
         "doors": (door_rows, inputs, "8 x 128 tokens, through every door", 1),
         "edits": (edit_rows, inputs, "8 x 128 tokens, under edits", 1),
         "logits": (logit_rows, inputs, "8 x 128 tokens, vocabulary 50,304", 1),

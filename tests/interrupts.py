@@ -89,7 +89,7 @@ def run_under(lines: Lines, job: Callable[[], Any]) -> bool:
 
 
 def numbers(job: Callable[[], Any], every: bool) -> Iterator[int]:
-    """The numbers of lines to interrupt a job at: all, or one of five lines of hosts and models, the last time it runs."""
+    """The numbers of lines to interrupt a job at: all, or every fifth line of hosts and models at its last run."""
     lines = Lines()
     run_under(lines, job)
     if every:

@@ -516,3 +516,66 @@ def test_left_padding_under_a_mask_of_queries_and_keys(family):
         got = model.generate(rows, edit=edit, cache_implementation="static", **options)
         alone = model.generate(IDS[1:, :4], edit=edit, **options)
     assert torch.equal(got, expected) and torch.equal(got[1, 5:], alone[0])
+
+
+def test_draws_of_a_text_under_a_quantised_cache_are_those_of_a_whole_pass():
+    with moe.wrap(build("olmoe", eos_token_id=None)) as model:
+        model.hf.generation_config.eos_token_id = None
+        drawn: list[torch.Tensor] = []
+        look = moe.apply("expert_ids", lambda ids: drawn.append(ids.clone()) or ids, layers=LAYER)
+        edit = [moe.randomize(layer=LAYER, seed=7), look]
+        quantised = dict(cache_implementation="quantized", cache_config={"backend": "fp8"})
+        written = model.generate(IDS[:1], edit=edit, max_new_tokens=5, do_sample=False, **quantised)
+        steps, drawn[:] = torch.cat(drawn, dim=1), []
+        model.run(written[:, :-1], edit=edit)
+    assert torch.equal(steps, drawn[0])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_continuous_batching_is_refused_by_name_and_warns_of_edits_that_it_does_not_have():
+    with moe.wrap(build("olmoe", eos_token_id=None)) as model:
+        model.hf.generation_config.eos_token_id = None
+        rows = [row.tolist() for row in IDS]
+
+        def batched() -> list[Any]:
+            found = model.hf.generate_batch(rows, model.hf.generation_config, max_new_tokens=3, progress_bar=False)
+            return sorted(found.values(), key=lambda one: one.request_id)
+
+        plain = [one.generated_tokens for one in batched()]
+        with model.edit(moe.top_k(1)), pytest.warns(moe.EditsElsewhere, match="stand in another context"):
+            assert [one.generated_tokens for one in batched()] == plain
+        with model.edit(moe.top_k(1), everywhere=True):
+            assert all("texts that share a row" in one.error for one in batched())
+        assert len(plain) == 2 and all(len(one) == 3 for one in plain)
+
+
+# ---- layers that are computed anew ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@each_family
+def test_gradients_of_layers_that_are_computed_anew_after_the_edit_and_in_another_thread(family, reentrant):
+    def slopes(hf: Any, anew: bool, threads: bool) -> dict[str, torch.Tensor]:
+        hf.zero_grad()
+        if anew:
+            hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            hf.enable_input_require_grads()
+        with moe.wrap(hf) as model:
+            with model.edit([*edits_of(model)["values"], moe.top_k(2), *edits_of(model)["stream"]]) as standing:
+                loss = hf(input_ids=IDS, use_cache=False).logits.square().mean()
+                counted = list(standing.touched)
+            if threads:  # as autograd does on an accelerator
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(loss.backward).result()
+            else:
+                loss.backward()
+            assert standing.touched == counted
+        return {name: one.grad.clone() for name, one in hf.named_parameters() if one.grad is not None}
+
+    hf = build(family).train()
+    expected = slopes(hf, False, False)
+    for threads in (False, True):
+        got = slopes(hf, True, threads)
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, msg=name)

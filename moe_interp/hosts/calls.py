@@ -58,7 +58,7 @@ class Standing:
         everywhere: whether it is in force in every context.
         plain: whether the model computes as it was found.
         reads: what is kept for `hear`, after all edits.
-        hear: told the program of every whole pass.
+        hear: a method that is told the program of every pass; its object is not kept by what stands.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Standing:
         hear: Callable[[Program], None] | None = None,
     ):
         self.edits, self.everywhere, self.plain = list(edits), everywhere, plain
-        self.reads, self.hear = tuple(reads), hear
+        self.reads, self.hear = tuple(reads), None if hear is None else weakref.WeakMethod(hear)
         self.touched = [0] * len(self.edits)
         self.told = False  # whether somebody was warned of passes without it
         self.joined: tuple[tuple[Standing, ...], Program] | None = None  # with what stood before it, once it was used
@@ -91,7 +91,7 @@ class Standing:
             if self.everywhere:
                 standings.everywhere = (*(one for one in standings.everywhere if one.on(standings)), self)
         if not self.everywhere:
-            _STANDING.set((*(one for one in _STANDING.get() if one._held is not None), self))
+            _STANDING.set((*(one for one in _STANDING.get() if one._held and one._held()), self))
         return held
 
     def end(self) -> None:
@@ -294,7 +294,8 @@ class Call:
                 for one in self.standing:
                     one.touched = [before + next(counts) for before in one.touched]
         for one, program in self.heard:
-            self.away(one.hear, program)  # type: ignore[arg-type]
+            if hear := one.hear and one.hear():
+                self.away(hear, program)
 
     def passed(self, name: str, layer: int | None, point: Any, value: Tensor) -> Tensor:
         """A value after edits that stand, hooks at its point, and the edits and reads of the call."""
