@@ -167,7 +167,8 @@ def test_a_run_inside_a_generation(family):
             seen.append((model.run(IDS, edit=edits["stream"]).logits,))
             return scores
 
-        got = model.generate(IDS, edit=edits["wide"], max_new_tokens=3, do_sample=False, logits_processor=[look])
+        with pytest.warns(moe.EditsElsewhere, match="between two steps of a generation"):
+            got = model.generate(IDS, edit=edits["wide"], max_new_tokens=3, do_sample=False, logits_processor=[look])
     assert torch.equal(got, expected) and len(seen) == 6
     assert all(torch.equal(one, plain) for some in seen[::2] for one in some)
     assert all(torch.equal(one, steered) for some in seen[1::2] for one in some)

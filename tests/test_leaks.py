@@ -51,9 +51,9 @@ def abandoned(hf: Any) -> None:
 
 
 def traced(hf: Any) -> None:
-    with trace_points(NNsight(hf)) as points, torch.no_grad():
-        with points.reach.lm.trace(IDS):
-            points.layers[0].expert_out.save()
+    lm = NNsight(hf)
+    with trace_points(lm) as points, torch.no_grad(), lm.trace(IDS):
+        points.layers[0].expert_out.save()
 
 
 def failing(hf: Any) -> None:

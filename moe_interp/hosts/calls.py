@@ -198,6 +198,7 @@ class Session:
         self.host, self.grad, self.whole, self.texts = host, grad, whole, texts
         self.unembed, self.given, self.skipped, self.forms = unembed, dict(given or {}), dict(skipped or {}), forms
         self.program = Program(host.spec, edits, reads, grad, decode=decode)
+        self.told = False  # whether somebody was warned of passes between its own
         self.expects: bool | None = None  # whether the next pass is one that `generate` has prepared inputs for
 
     def __call__(self, forward: Callable[[], T]) -> T:
@@ -218,6 +219,15 @@ class Session:
         """
         its = self.expects is not False
         self.expects = None if self.expects is None else False
+        if not its and self.program.interventions and not self.told:
+            self.told = True
+            warnings.warn(
+                EditsElsewhere(
+                    "a forward pass between two steps of a generation runs without its edits: such a pass is taken for "
+                    "one that a logits processor or a streamer makes. model.run(..., edit=...) makes one with edits."
+                ),
+                stacklevel=4,
+            )
         return its
 
 

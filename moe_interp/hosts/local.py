@@ -16,7 +16,6 @@ What is installed, and taken away again by `LocalHost.remove`:
 - a ``__reduce_ex__`` that refuses copies and pickles, whose hooks would reach the original.
 """
 
-import copy
 import functools
 import threading
 import weakref
@@ -26,21 +25,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_interp.adapters.experts import Separate, run_experts
+from moe_interp.adapters.experts import Separate
 from moe_interp.adapters.family import bare
-from moe_interp.adapters.formats import check_format, is_fp8, plain_function
+from moe_interp.adapters.formats import check_format, plain_function
 from moe_interp.adapters.spec import BlockCall, LayerSpec, ModelSpec
 from moe_interp.errors import UnsupportedModel
-from moe_interp.hosts.calls import Call, Standing, Standings, enter, session_of, under_way
+from moe_interp.hosts.calls import Standing, Standings, enter, session_of, under_way
 from moe_interp.hosts.eager import eagerly
+from moe_interp.hosts.experts_call import asks_registry, experts_forward, lead_through
 from moe_interp.hosts.hooks import around, attach, attach_grid, attach_modality
 from moe_interp.hosts.recompute import remembering
 from moe_interp.hosts.taps import HookPoint, Taps, refuse_copies
 from moe_interp.hosts.widths import varying
 
-IMPLEMENTATION = "moe_interp"
 ATTRIBUTE = "moe_points"
 HOST = "_moe_interp_host"
 
@@ -212,14 +210,10 @@ class LocalHost:
         if isinstance(site, BlockCall):
             self._replace_forward(module, functools.partial(_block_forward, taps, site, module))
         elif asks_registry(module):
-            if is_fp8(module):
-                _register_fp8()
             self.configs[module] = module.config
-            taps.plain = plain_function(module)
-            module.config = _choosing(module.config, IMPLEMENTATION)
-            module._moe_taps = taps
+            lead_through(module, taps)
         else:
-            self._replace_forward(module, functools.partial(_experts_forward_of, taps, module))
+            self._replace_forward(module, functools.partial(experts_forward, taps, module))
 
     def _replace_forward(self, module: Any, forward: Callable[..., Any]) -> None:
         """``forward(own, *args, **kwargs)`` in place of a module's own."""
@@ -348,11 +342,6 @@ def attribute_of(layer: LayerSpec) -> str:
     return ATTRIBUTE if layer.part == 0 else f"{ATTRIBUTE}_{layer.part}"
 
 
-def asks_registry(experts: nn.Module) -> bool:
-    """Whether a module looks its forward up in transformers' registry, by its config."""
-    return hasattr(experts, "_is_expert_parallel") and hasattr(experts, "config")
-
-
 def _is_transformers(module: nn.Module) -> bool:
     return type(module).__module__.startswith("transformers.")
 
@@ -371,66 +360,9 @@ def _entries(hf: nn.Module, spec: ModelSpec) -> dict[str, str | None]:
     return found
 
 
-def _choosing(config: Any, implementation: str) -> Any:
-    """A copy of a config that chooses this experts function."""
-    chosen = copy.copy(config)
-    chosen._experts_implementation_internal = implementation
-    return chosen
-
-
 def _block_forward(
     taps: Taps, site: BlockCall, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     """A block that computes in its own way, with everything passed through hook points if somebody may look."""
     flow = taps.now()
     return own(*args, **kwargs) if flow is None or flow.idle else site.forward(module, flow, *args, **kwargs)
-
-
-def _experts_forward(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """transformers' experts call, with everything passed through hook points."""
-    taps: Taps = experts._moe_taps
-    return _experts_forward_of(taps, experts, functools.partial(_own_experts, taps, experts), hidden, ids, weights)
-
-
-def _own_experts(taps: Taps, experts: Any, *args: Tensor) -> Tensor:
-    """What the module's own class computes: by the implementation that the model was given, or the plain one."""
-    call: Call | None = under_way(taps.host)
-    plain = call is not None and call.plain
-    name: Any = plain_function(experts) if plain else taps.host.configs[experts]._experts_implementation
-    registry = _fp8_functions() if is_fp8(experts) else ALL_EXPERTS_FUNCTIONS
-    eager = type(experts).forward
-    while "experts_interface" in eager.__code__.co_freevars:  # transformers' decorator, which may be there repeatedly
-        eager = eager.__wrapped__
-    return registry.get_interface(name, eager)(experts, *args)
-
-
-def _experts_forward_of(
-    taps: Taps, experts: Any, own: Callable[..., Tensor], hidden: Tensor, ids: Tensor, weights: Tensor
-) -> Tensor:
-    flow, moe = taps.now(), taps.layer.moe
-    if flow is None or moe is None:
-        return own(hidden, ids, weights)
-    if not flow.opens_experts and taps.runs_own:
-        total = own(hidden, flow("expert_ids", ids), flow("gate_weights", weights))
-        return flow("routed_out", total)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    out = run_experts(flow, moe.kernel, experts, rows, ids, weights, in_turn=taps.plain == "eager")
-    return out.view(*hidden.shape[:-1], -1)
-
-
-def _fp8_experts_forward(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """The same with weights as transformers' FP8 implementations take them."""
-    return _experts_forward(experts, hidden, ids, weights.to(hidden.dtype))
-
-
-def _fp8_functions() -> Any:
-    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
-
-    return ALL_FP8_EXPERTS_FUNCTIONS
-
-
-def _register_fp8() -> None:
-    _fp8_functions().register(IMPLEMENTATION, _fp8_experts_forward)
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
