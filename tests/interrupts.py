@@ -88,12 +88,18 @@ def run_under(lines: Lines, job: Callable[[], Any]) -> bool:
     return False
 
 
-def numbers(job: Callable[[], Any], every: bool) -> Iterator[int]:
-    """The numbers of lines to interrupt a job at: all, or every fifth line of hosts and models at its last run."""
+def numbers(job: Callable[[], Any], which: str) -> Iterator[int]:
+    """The numbers of lines to interrupt a job at.
+
+    Args:
+        job: what is interrupted.
+        which: "all"; "each", every line of the package at its first and its last run; "some", every fifth line of hosts
+            and models at its last run.
+    """
     lines = Lines()
     run_under(lines, job)
-    if every:
-        yield from range(len(lines.seen))
-        return
-    last = {line: number for number, line in enumerate(lines.seen) if "/hosts/" in line[0] or "model.py" in line[0]}
-    yield from sorted(last.values())[::5]
+    first = {line: number for number, line in reversed(list(enumerate(lines.seen)))}
+    last = {line: number for number, line in enumerate(lines.seen)}
+    ours = [number for line, number in last.items() if "/hosts/" in line[0] or "model.py" in line[0]]
+    chosen = {"all": range(len(lines.seen)), "each": {*first.values(), *last.values()}, "some": sorted(ours)[::5]}
+    yield from sorted(chosen[which])

@@ -98,7 +98,7 @@ def test_opening_a_model_loads_no_other_host_and_no_plotting():
 
 
 PUBLIC = """
-    POINTS ByToken Corpus Family Intervention MoEError MoEModel Routing RoutingCallback RoutingWatch Run
+    POINTS ByToken Corpus EditsElsewhere Family Intervention MoEError MoEModel Routing RoutingCallback RoutingWatch Run
     TunedLens ablate activation_patching apply attach attribution_patching bias causal_trace coactivation
     coalitions collect decompose_resid ensemble_similarity expert_effects expert_lens expert_profiles
     expert_similarity force from_json get_act_patch_expert_out load logit_attribution logit_attrs
