@@ -287,7 +287,7 @@ def test_data_that_cannot_be_read(tmp_path):
     with pytest.raises(errors.BadData, match="expected a parquet file"):
         moe.read_corpus(tmp_path / "table.parquet")
     (tmp_path / "picture.png").write_bytes(b"")
-    with pytest.raises(errors.BadData, match="expected a file of type .jsonl, .txt, .parquet"):
+    with pytest.raises(errors.BadData, match="expected a file of type .jsonl, .jsonl.gz, .json, .csv, .txt, .parquet"):
         moe.read_corpus(tmp_path / "picture.png")
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(errors.BadData, match="no documents in"):

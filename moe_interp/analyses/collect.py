@@ -6,6 +6,7 @@
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,7 +23,7 @@ from moe_interp.analyses.exact import Exact
 from moe_interp.data import Batch, Corpus, batches, check_corpus
 from moe_interp.errors import BadData, BadInput, UnsupportedModel
 from moe_interp.model import MoEModel, Reads
-from moe_interp.results import whole_file
+from moe_interp.paths import write_whole
 from moe_interp.run import Read, Run
 
 
@@ -185,7 +186,7 @@ def _mark(going: Pass, sums: Mapping[str, Exact]) -> str:
     """Tells one pass from another: the model's name and routers, the texts and their ids, the options, accumulators."""
     model = going.model
     kinds = {name: [type(one).__name__, repr(one.identity())] for name, one in sums.items()}
-    told = [model.name, str(model.dtype), going.corpus.texts, repr(going.options), kinds]
+    told = [model.name, str(model.dtype), going.corpus.contents, repr(going.options), kinds]
     found = hashlib.sha256(json.dumps(told, sort_keys=True).encode("utf-8"))
     for batch in going.batches:
         found.update(batch.inputs["input_ids"].numpy().tobytes())
@@ -198,8 +199,9 @@ def _mark(going: Pass, sums: Mapping[str, Exact]) -> str:
 
 def _store(path: Path, sums: Mapping[str, Exact], mark: str, done: int) -> None:
     arrays = {f"{name}/{key}": value for name, one in sums.items() for key, value in one.state().items()}
-    with whole_file(path) as part, part.open("wb") as file:
-        np.savez(file, **arrays, done=np.array(done), mark=np.array(mark))  # type: ignore[arg-type]
+    file = io.BytesIO()
+    np.savez(file, **arrays, done=np.array(done), mark=np.array(mark))  # type: ignore[arg-type]
+    write_whole(path, file.getbuffer())
 
 
 def _take_up(path: Path, sums: Mapping[str, Exact], mark: str) -> int:

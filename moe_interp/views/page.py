@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from moe_interp.errors import BadOutput
-from moe_interp.results import real_file, whole_file
+from moe_interp.paths import real_file, write_whole
 from moe_interp.views.tables import between
 from moe_interp.views.tokens import shown
 
@@ -80,6 +80,4 @@ def render(name: str, figures: Mapping[str, go.Figure], provenance: Mapping[str,
 
 def write(text: str, target: Path) -> Path:
     """The file, whole or not at all."""
-    with whole_file(target) as part:
-        part.write_text(text, encoding="utf-8")
-    return target
+    return write_whole(target, text.encode("utf-8"))
