@@ -25,7 +25,7 @@ FLOORS = (
     ("interventions",),
     ("adapters", "run"),
     ("points",),
-    ("paths",),
+    ("options", "paths"),
     ("dims", "errors"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
