@@ -42,7 +42,7 @@ def accuracies(result: xr.Dataset) -> go.Figure:
     for condition in map(str, result["condition"].values):
         at = result.sel(condition=condition)
         colour = FILLS.get(condition, CONTROL)
-        values, ends = 100 * at["accuracy"].values, 100 * at["accuracy_interval"].values
+        values, ends = 100 * at["accuracy"].values, 100 * at["accuracy_interval"].values.T
         figure.add_trace(_bars(names, values, ends, condition, colour))
     chance = np.full(len(names), 100 * float(result["chance"]))
     figure.add_scatter(x=names, y=chance, name="chance", mode="lines", line={"color": "#40464c", "dash": "dash"})
