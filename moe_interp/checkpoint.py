@@ -1,6 +1,7 @@
 """Checkpoints: the bundled reference model, a hub id or a folder, loaded into their own class and opened."""
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -126,7 +127,7 @@ def _read(source: str, trust_remote_code: bool, options: dict[str, Any], bundled
     """The model, its tokenizer, and what transformers reports of the weights."""
     given = options
     try:
-        _check_index(source, options)
+        _check_weights_are_safetensors(source, options)
         loader, options = _loader(source, trust_remote_code, options)
         # Safetensors only: a pickled checkpoint could run anything.
         hf, report = loader.from_pretrained(source, use_safetensors=True, output_loading_info=True, **options)
@@ -147,11 +148,11 @@ def _check_source(source: str, name: str | Path | None, subfolder: str) -> None:
     shown, folder = without_credentials(source), Path(source)
     if not source or "\0" in source:
         raise BadCheckpoint(f"cannot load {shown!r}", expected="a hub id or a folder", got="no name of either")
-    if folder.is_dir():
+    if os.path.isdir(source):
         for one in {folder, folder / subfolder}:
             for file in one.iterdir() if one.is_dir() else ():
                 _check_file(file)
-    elif folder.exists():
+    elif os.path.exists(source):
         raise _no_folder(folder, shown)
     elif name is not None and looks_like_path(name):
         raise BadCheckpoint(f"cannot load {shown!r}", expected="a folder with config.json", got="no such folder")
@@ -183,27 +184,50 @@ def _no_folder(file: Path, shown: str) -> BadCheckpoint:
     return BadCheckpoint(f"cannot load {shown!r}", expected="a folder with config.json", got="a file", do=do)
 
 
-def _check_index(source: str, options: Mapping[str, Any]) -> None:
-    """Refuse an index of safetensors that names other files: transformers would unpickle them."""
+def _check_weights_are_safetensors(source: str, options: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that makes transformers unpickle a file, whatever its own files are called.
+
+    An index of safetensors may name other files, a config another file of weights, and an adapter may be pickled.
+    """
+    variant = f".{options['variant']}" if options.get("variant") else ""
+    names = {f"model.safetensors.index{variant}.json"}
+    named = _json_beside(source, "config.json", options).get("transformers_weights")
+    if named is not None and not _is_shard(str(named).removesuffix(".index.json")):
+        raise _no_safetensors(source, "safetensors as 'transformers_weights' of config.json", named)
+    for name in sorted(names | ({str(named)} if str(named).endswith(".index.json") else set())):
+        index = _json_beside(source, name, options)
+        shards = index.get("weight_map", {})
+        for shard in shards.values() if isinstance(shards, dict) else [shards]:
+            if not _is_shard(shard):
+                raise _no_safetensors(source, f"only *.safetensors beside {name} in it", shard)
+    pickled = not _beside(source, "adapter_model.safetensors", options)
+    if pickled and _beside(source, "adapter_config.json", options):
+        raise _no_safetensors(source, "adapter_model.safetensors beside adapter_config.json", "none")
+
+
+def _beside(source: str, name: str, options: Mapping[str, Any]) -> str | None:
+    """The path of a file of a checkpoint, fetched if need be; None if it has none of that name."""
     from transformers.utils.hub import cached_file
 
-    variant = f".{options['variant']}" if options.get("variant") else ""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    name = f"model.safetensors.index{variant}.json"
-    found = cached_file(source, name, **_where(options), **quiet)
-    if found is None:
-        return
-    index = json.loads(Path(found).read_text("utf-8"))
-    shards = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(shards, dict):
-        raise BadCheckpoint(f"cannot load {source!r}", expected=f"a 'weight_map' in {name}", got="none")
-    if wrong := [shard for shard in shards.values() if not _is_shard(shard)]:
-        raise BadCheckpoint(
-            f"cannot load {source!r}",
-            expected=f"only *.safetensors beside {name} in it",
-            got=repr(wrong[0])[:80],
-            do="A pickled checkpoint can run any code. Convert it to safetensors where you trust it.",
-        )
+    return cached_file(source, name, **_where(options), **quiet)
+
+
+def _json_beside(source: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    found = _beside(source, name, options)
+    read = {} if found is None else json.loads(Path(found).read_text("utf-8"))
+    if not isinstance(read, dict):
+        raise BadCheckpoint(f"cannot load {source!r}", expected=f"a JSON object in {name}", got=type(read).__name__)
+    return read
+
+
+def _no_safetensors(source: str, expected: str, got: Any) -> BadCheckpoint:
+    return BadCheckpoint(
+        f"cannot load {source!r}",
+        expected=expected,
+        got=repr(got)[:80],
+        do="A pickled checkpoint can run any code. Convert it to safetensors where you trust it.",
+    )
 
 
 def _is_shard(name: Any) -> bool:

@@ -23,6 +23,7 @@ from moe_interp.paths import check_readable, lone_surrogate, looks_like_path, wi
 
 SAMPLE = Path(__file__).parent / "zoo" / "sample.jsonl"
 LONGEST = 2**26  # characters of a line, and bytes of a .json file: what is longer is no text
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # in a folder that datasets wrote
 _FROM_TEXTS = "moe.Corpus.from_texts({domain: texts}) makes a corpus of texts in memory."
 Record = dict[str, Any]
 
@@ -108,8 +109,9 @@ def _files(path: Any) -> tuple[str, list[Path]]:
     if not os.fspath(path) or "\0" in os.fspath(path):
         raise BadInput("not a path", expected="a file, a folder or the id of a dataset", got=repr(told)[:80])
     source = Path(path)
-    if not source.is_dir() or (source / "dataset_info.json").exists() or (source / "dataset_dict.json").exists():
-        if not source.exists() and looks_like_path(path):
+    saved = any((source / name).exists() for name in _SAVED) if os.path.isdir(path) else True
+    if saved:
+        if not os.path.exists(path) and looks_like_path(path):
             raise BadData(f"no file {told}", expected="an existing file or folder, or a dataset id", got=told)
         return told, [source]
     found = sorted(file for file in source.iterdir() if _ending(file) is not None)
@@ -130,7 +132,7 @@ def _ending(file: Path) -> str | None:
 def _documents(file: Path, fields: _Fields, blank: list[int]) -> Iterator[Document]:
     """The documents of a file; the numbers of records whose text is blank go to ``blank``."""
     ending = _ending(file)
-    if file.exists() and not file.is_dir():
+    if os.path.exists(file) and not file.is_dir():
         check_readable(file, "a regular file")
         if ending is None:
             raise BadData(

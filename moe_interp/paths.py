@@ -21,7 +21,7 @@ except ImportError:  # no locks on Windows: what is left behind stays
     fcntl = None  # type: ignore[assignment]
 
 # The ids that the Hugging Face hub accepts: a name, or an owner and a name.
-_HUB_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*")
+_HUB_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 _FILES = "bin ckpt csv gz json jsonl nc npz parquet pkl pt pth safetensors txt zip"
 _ENDINGS = tuple(f".{ending}" for ending in _FILES.split(" "))
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")

@@ -210,5 +210,13 @@ def _check_size(path: str | os.PathLike[str], stated: int) -> None:
 
 
 def provenance_of(dataset: xr.Dataset) -> dict[str, str | int | float]:
-    """What was measured on what, with which versions: the provenance that `labelled` was given."""
-    return dict(json.loads(dataset.attrs["provenance"]))
+    """What was measured on what, with which versions: the provenance that `labelled` was given.
+
+    Raises:
+        BadData: a Dataset without provenance, or one that is damaged.
+    """
+    try:
+        return dict(json.loads(dataset.attrs["provenance"]))
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise BadData("no provenance", expected="a result of an analysis of moe_interp", got=got) from error

@@ -325,7 +325,18 @@ def test_the_field_limit_of_csv_is_what_it_was(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["./none", "../none", "~/none", "a/b/c", "none/", "none.jsonl", "a\\b", "..", "http://u:pw@h/x"]
+    "path",
+    [
+        "./none",
+        "../none",
+        "~/none",
+        "a/b/c",
+        "none/",
+        "none.jsonl",
+        "a\\b",
+        "http://u:pw@h/x",
+        "a text " * 99,
+    ],
 )
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(path, monkeypatch):
     import datasets

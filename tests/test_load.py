@@ -178,6 +178,30 @@ def test_an_index_that_names_other_files_than_safetensors_is_refused(shard, tmp_
         moe.load(tmp_path)
 
 
+def test_a_config_or_an_adapter_that_leads_to_a_pickle_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    hf = build("olmoe")
+    hf.save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "adapter_model.bin")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "odd.safetensors.index.json").write_text('{"weight_map": {"a": "adapter_model.bin"}}')
+    for named, said in (
+        ("adapter_model.bin", "expected safetensors as 'transformers_weights' of config.json, got 'adapter_model.bin'"),
+        (
+            "odd.safetensors.index.json",
+            "expected only .* beside odd.safetensors.index.json in it, got 'adapter_",
+        ),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
+        with pytest.raises(BadCheckpoint, match=said):
+            moe.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": "model.safetensors"}))
+    moe.load(tmp_path).close()
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "none/none"}')
+    with pytest.raises(BadCheckpoint, match="expected adapter_model.safetensors beside adapter_config.json, got"):
+        moe.load(tmp_path)
+
+
 def test_missing_and_unexpected_weights_are_told(tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -221,7 +245,19 @@ def test_what_is_no_folder_is_told_what_reads_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["none/", "a/b/c", "../none", "model.safetensors", "a\\b", "https://u:pw@hub/x/y", "C:/x", "routes.nc", ""]
+    "path",
+    [
+        "none/",
+        "a/b/c",
+        "../none",
+        "model.safetensors",
+        "a\\b",
+        "https://u:pw@hub/x/y",
+        "C:/x",
+        "routes.nc",
+        "",
+        "text " * 99,
+    ],
 )
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(path, monkeypatch):
     monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", lambda *_, **__: pytest.fail("asked"))

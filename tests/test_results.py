@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import moe_interp as moe
 from moe_interp import __version__
@@ -333,3 +334,18 @@ def test_half_of_a_surrogate_pair_is_refused_in_values_and_escaped_in_provenance
         labelled({"x": Variable(("a",), ["\ud800"], "text", "x")}, {}, analysis="a", provenance={})
     found = labelled({}, {}, analysis="a", provenance={"model": "\udcff"})
     assert provenance_of(load(save(found, tmp_path / "x.nc"))) == {"model": "\udcff"}
+
+
+@pytest.mark.parametrize("told", [None, "{", "[" * 100_000, "3", 3])
+def test_a_dataset_without_provenance_says_so(told):
+    attrs = {} if told is None else {"provenance": told}
+    with pytest.raises(BadData, match="no provenance: expected a result of an analysis of moe_interp, got"):
+        provenance_of(xr.Dataset(attrs=attrs))
+
+
+def test_a_lens_whose_metadata_is_too_deep_is_refused(tmp_path):
+    save_file(
+        {"x": torch.ones(1)}, tmp_path / "x.safetensors", {"format": "moe_interp tuned lens", "layers": "[" * 10**5}
+    )
+    with pytest.raises(BadData, match="cannot read .*x.safetensors: expected a file that TunedLens.save wrote"):
+        moe.TunedLens.load(tmp_path / "x.safetensors")

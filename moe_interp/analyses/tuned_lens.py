@@ -226,7 +226,7 @@ class TunedLens:
                 model_type=told["model_type"],
                 provenance=json.loads(told["provenance"]),
             )
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, BadInput) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError, BadInput) as error:
             raise BadData(f"cannot read {path}", expected="a file that TunedLens.save wrote", got=str(error)) from error
 
 
