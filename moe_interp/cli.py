@@ -15,6 +15,7 @@ from rich.markup import escape
 
 import moe_interp as moe
 from moe_interp.errors import BadInput, BadOutput, MoEError
+from moe_interp.paths import check_writable
 from moe_interp.views.terminal import Escaping, Terminal, show, show_words
 
 if TYPE_CHECKING:
@@ -58,8 +59,6 @@ def _check_output(output: Path | None, result: bool = True) -> None:
         raise BadOutput(
             f"cannot write {output}", expected="a name that ends in .nc: results are netCDF", got=output.name
         )
-    from moe_interp.views.page import check_writable
-
     check_writable(output)
 
 

@@ -275,13 +275,17 @@ def _ids_of(row: Any, where: int | str) -> tuple[int, ...]:
     return tuple(operator.index(one) for one in values)
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
+
+
 def at_least_one(documents: Any) -> int:
     """A number of documents to take.
 
     Raises:
         BadInput: not a whole number from 1 on.
     """
-    if not isinstance(documents, SupportsIndex) or isinstance(documents, bool) or operator.index(documents) < 1:
+    if not _is_count(documents) or operator.index(documents) < 1:
         raise BadInput("cannot take so many documents", expected="a whole number from 1 on", got=repr(documents))
     return operator.index(documents)
 
@@ -330,8 +334,9 @@ def batches(
     check_corpus(corpus)
     for one in model._standing:
         _check_for_corpora(one)
-    if max_tokens is not None and max_tokens < 1:
-        raise BadInput("cannot cut documents to nothing", expected="max_tokens of 1 or more", got=str(max_tokens))
+    for name, value in (("max_tokens", max_tokens), ("batch_tokens", batch_tokens)):
+        if value is not None and (not _is_count(value) or value < 1):
+            raise BadInput(f"{name} is no number of tokens", expected="a whole number from 1 on", got=repr(value)[:80])
     limit = min(max_tokens or model.spec.context_length, model.spec.context_length)
     ids = [_tokens(model, document) for document in corpus]
     order = sorted(range(len(ids)), key=lambda number: (-len(ids[number]), number))

@@ -160,7 +160,8 @@ def _document(record: Record, fields: _Fields, stem: str, number: int, where: st
     if not isinstance(text, str):
         raise BadData(f"{where} has no text", expected=f"a string under {fields.text!r}", got=repr(text)[:80])
     own = record.get("domain") if fields.domain is None else _field(record, fields.domain, "domain", where)
-    domain = fields.all_of or (stem if own is None else _name(own, "domain", where))
+    domain = stem if own is None else _name(own, "domain", where)
+    domain = domain if fields.all_of is None else fields.all_of
     name = record.get("name")
     _check_signs(text, where)
     return Document(text, domain, f"{stem}/{number}" if name is None else _name(name, "name", where))

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from moe_interp.errors import BadData, BadOutput
+from moe_interp.errors import BadData, BadInput, BadOutput
 
 try:
     import fcntl
@@ -53,9 +53,11 @@ def check_readable(path: str | os.PathLike[str], expected: str) -> None:
 
     Raises:
         BadData: no such file; or a folder, a pipe, a device.
+        BadInput: no path.
     """
-    if "\0" in os.fspath(path) or not os.path.exists(path):
-        raise BadData(f"cannot read {os.fspath(path)}", expected=expected, got="no such file")
+    name = _name(path)
+    if "\0" in name or not os.path.exists(path):
+        raise BadData(f"cannot read {name}", expected=expected, got="no such file")
     if not os.path.isfile(path):
         raise BadData(f"cannot read {path}", expected=expected, got=_kind(path))
 
@@ -64,14 +66,42 @@ def _kind(path: str | os.PathLike[str]) -> str:
     return "a folder" if os.path.isdir(path) else "a pipe, a device or the like"
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that could not be written, before the work is done.
+
+    Raises:
+        BadOutput: the folder is missing or not writable, or the path is no regular file.
+        BadInput: no path.
+    """
+    folder = real_file(path).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise BadOutput(
+            f"cannot write {path}",
+            expected="a file in a folder that exists and is writable",
+            got=f"folder {folder}" + ("" if folder.is_dir() else ", which is not there"),
+        )
+
+
+def _name(path: object) -> str:
+    """A path as text.
+
+    Raises:
+        BadInput: it is none.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise BadInput("not a path", expected="the name of a file", got=repr(path)[:80])
+    return os.fspath(path)
+
+
 def real_file(path: str | os.PathLike[str]) -> Path:
     """The file that a path leads to, through links.
 
     Raises:
         BadOutput: there is something that is no regular file: a folder, a pipe, a device.
+        BadInput: no path.
     """
-    if "\0" in os.fspath(path):
-        raise BadOutput(f"cannot write {os.fspath(path)!r}", expected="a path", got="a NUL in its name")
+    if "\0" in _name(path):
+        raise BadOutput(f"cannot write {_name(path)!r}", expected="a path", got="a NUL in its name")
     target = os.path.realpath(path)
     if os.path.exists(target) and not os.path.isfile(target):
         raise BadOutput(f"cannot write {path}", expected="a regular file, or none yet", got=_kind(target))

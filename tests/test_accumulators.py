@@ -20,7 +20,7 @@ from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.token_counts import TokenCounts
 from moe_interp.analyses.transitions import TransitionCounts
 from moe_interp.data import Corpus
-from moe_interp.errors import BadData, BadInput
+from moe_interp.errors import BadData, BadInput, BadOutput
 from moe_interp.run import Routing
 from tests.random_runs import EXPERTS, LAYERS, TOP_K, VOCABULARY, choices_of, random_run
 from tests.reference import together as slow
@@ -568,5 +568,24 @@ def test_a_pass_that_began_with_other_counts_is_not_taken_up(tmp_path):
             collect(model, CORPUS, sums, options, resume=path)
         assert (sums["pairs"].pairs == before).all()
         os.mkfifo(tmp_path / "pipe.npz")
-        with pytest.raises(BadData, match="cannot read .*pipe.npz: .*, got a pipe, a device or the like"):
+        with pytest.raises(BadOutput, match="cannot write .*pipe.npz: .*, got a pipe, a device or the like"):
             collect(model, CORPUS, {"pairs": PairCounts.empty(*sizes(model))}, resume=tmp_path / "pipe.npz")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"sums": [1]}, BadInput, "not accumulators: expected a mapping such as"),
+        ({"sums": {"a": 1}}, BadInput, "not accumulators: expected a mapping such as"),
+        ({"every": 0}, BadInput, "cannot store states so often: expected every of 1 batch or more, got 0"),
+        ({"resume": 3}, BadInput, "not a path: expected the name of a file, got 3"),
+        ({"resume": "FOLDER"}, BadOutput, "cannot write .*: expected a regular file, or none yet, got a folder"),
+        ({"resume": "FOLDER/no/x.npz"}, BadOutput, "cannot write .*, got folder .*no, which is not there"),
+    ],
+)
+def test_what_collect_cannot_do_is_refused_before_the_pass(options, error, said, tmp_path, monkeypatch):
+    options = {name: v.replace("FOLDER", str(tmp_path)) if isinstance(v, str) else v for name, v in options.items()}
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        monkeypatch.setattr(model, "run", lambda *_, **__: pytest.fail("a pass was begun"))
+        with pytest.raises(error, match=said):
+            collect(model, CORPUS, **{"sums": {}} | options)

@@ -15,7 +15,7 @@ import torch
 
 import moe_interp as moe
 from moe_interp import files, results
-from moe_interp.data import Document
+from moe_interp.data import Document, batches
 from moe_interp.errors import BadData, BadInput
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
@@ -420,3 +420,17 @@ def test_token_ids_give_what_their_text_gives():
 def test_what_are_no_token_ids_are_refused(rows, domains, said):
     with pytest.raises(BadInput, match=said):
         moe.Corpus.from_token_ids(rows, domains)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "batch_tokens"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "3", True])
+def test_numbers_of_tokens_that_are_none(name, value):
+    corpus = moe.Corpus.from_texts({"a": ["a text"]})
+    says = f"{name} is no number of tokens: expected a whole number from 1 on, got"
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model, pytest.raises(BadInput, match=says):
+        batches(model, corpus, **{name: value})
+
+
+def test_a_domain_without_a_name_is_a_domain(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "one", "domain": "a"}')
+    assert moe.read_corpus(tmp_path / "x.jsonl", domain="").domains == ("",)

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 import moe_interp as moe
 from moe_interp import __version__
 from moe_interp.errors import BadData, BadInput, BadOutput
+from moe_interp.paths import check_writable
 from moe_interp.results import Variable, labelled, load, provenance_of, save
-from moe_interp.views.page import check_writable, write
+from moe_interp.views.page import write
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
 

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -25,7 +26,7 @@ from moe_interp.analyses.exact import Exact, told_top_k
 from moe_interp.data import Batch, Corpus, batches, check_corpus
 from moe_interp.errors import BadData, BadInput, UnsupportedModel
 from moe_interp.model import MoEModel, Reads
-from moe_interp.paths import check_readable, write_whole
+from moe_interp.paths import check_readable, check_writable, write_whole
 from moe_interp.run import Read, Run
 
 
@@ -149,7 +150,7 @@ def collect(
     """Feed accumulators from one pass over a corpus.
 
     A pass adds to the accumulators when it has ended. After an interrupted pass they are what they were before, so
-    that the same call again counts nothing twice.
+    that the same call again counts nothing twice. During a pass the accumulators are held twice.
 
     Args:
         model: any opened model; a corpus of texts needs its tokenizer.
@@ -166,11 +167,15 @@ def collect(
     Raises:
         BadInput: the model has no tokenizer, accumulators that are made for another model or corpus, or ``resume``
             under standing edits.
+        BadOutput: ``resume`` cannot be written, found out before the pass.
         BadData: ``resume`` holds the states of another pass, or of one that began with other counts.
     """
     check_corpus(corpus)
-    for name, one in sums.items():
-        _check_fits(name, one, model, len(corpus))
+    _check_sums(sums, model, len(corpus))
+    if not isinstance(every, int) or every < 1:
+        raise BadInput("cannot store states so often", expected="every of 1 batch or more", got=repr(every)[:80])
+    if resume is not None:
+        check_writable(resume)
     going = Pass(model, corpus, options)
     path = None if resume is None else Path(resume)
     if path is not None and model._standing:
@@ -191,6 +196,17 @@ def collect(
     for name, one in sums.items():
         vars(one).update(vars(fed[name]))
     return going.provenance
+
+
+def _check_sums(sums: Any, model: MoEModel, documents: int) -> None:
+    if not isinstance(sums, Mapping) or not all(isinstance(one, Exact) for one in sums.values()):
+        raise BadInput(
+            "not accumulators",
+            expected='a mapping such as {"pairs": PairCounts.empty(*sizes(model))}',
+            got=repr(sums)[:80],
+        )
+    for name, one in sums.items():
+        _check_fits(name, one, model, documents)
 
 
 def _check_fits(name: str, one: Exact, model: MoEModel, documents: int) -> None:
