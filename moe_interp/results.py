@@ -164,6 +164,8 @@ def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
 def load(path: str | os.PathLike[str]) -> xr.Dataset:
     """Read a result written by `save`, wholly into memory.
 
+    Damage in a file's lists of dimensions can keep the HDF5 library in a loop without end (H5DSget_num_scales).
+
     Raises:
         BadData: no such file, not a netCDF-4 file, a damaged one, one that refers to other files, or one whose
             arrays are larger than its bytes can hold.

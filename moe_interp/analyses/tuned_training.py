@@ -108,7 +108,7 @@ def train_tuned_lens(
         raise BadInput(
             "a training under edits cannot be taken up",
             expected="a model without standing edits, or state=None",
-            got=f"{len(model._standing)} of them, which a file cannot be told from others by",
+            got=f"{len(model._standing)} active edits, which a saved state does not record",
         )
     start = TunedLens.zeros(model)
     rounding = rounding_without_gradient(model.hf.get_submodule(str(model.spec.unembed)))
@@ -191,9 +191,7 @@ class _Training:
         # One document at a time: which come together is drawn anew in every epoch.
         alone = batches(model, self.corpus, max_tokens=plan.max_tokens, batch_tokens=1)
         by_number = sorted((int(one.documents[0]), one.inputs["input_ids"][0].tolist()) for one in alone)
-        self.documents = [ids for _, ids in by_number if ids]
-        if not self.documents:
-            raise BadInput("nothing to train on", expected="a document with a token", got="none")
+        self.documents = [ids for _, ids in by_number]
         self.scales = self._scales()
         self.weights = [one.clone().to(model.device).requires_grad_() for one in self.start.weight]
         self.biases = [one.clone().to(model.device).requires_grad_() for one in self.start.bias]
