@@ -27,9 +27,10 @@ import moe_interp as moe
 from moe_interp.analyses.class_routing import class_counts
 from moe_interp.analyses.specialists import Findings
 from moe_interp.errors import BadInput
+from moe_interp.paths import check_writable
 from moe_interp.results import provenance_of
 from moe_interp.stats import shares
-from moe_interp.views.page import check_writable, write
+from moe_interp.views.page import write
 from moe_interp.views.specialists import page
 from moe_interp.zoo.vision_images import read_images
 from moe_interp.zoo.vision_paper import ACCURACY, THREE, TWO, between, claims, compare, group_rows

@@ -44,7 +44,8 @@ _HOMES = {
         "to_json",
         "top_k",
     ),
-    "data": ("Corpus", "read_corpus", "sample"),
+    "data": ("Corpus",),
+    "files": ("read_corpus", "sample"),
     "analyses.routing": ("routing",),
     "analyses.routing_map": ("routing_map",),
     "analyses.recorded": ("routing_from_counts",),
@@ -131,8 +132,9 @@ if TYPE_CHECKING:
     from moe_interp.analyses.vocabulary import vocabulary_specialization
     from moe_interp.bridge import attach
     from moe_interp.checkpoint import load
-    from moe_interp.data import Corpus, read_corpus, sample
+    from moe_interp.data import Corpus
     from moe_interp.errors import EditsElsewhere, MoEError
+    from moe_interp.files import read_corpus, sample
     from moe_interp.hosts.hooked import trace_points
     from moe_interp.interventions import (
         Intervention,

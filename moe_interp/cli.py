@@ -6,15 +6,17 @@ audit that failed).
 """
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 import moe_interp as moe
 from moe_interp.errors import BadInput, BadOutput, MoEError
+from moe_interp.paths import check_writable
+from moe_interp.views.terminal import Escaping, Terminal, show, show_words
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -28,14 +30,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console()
+console = Terminal()
 
 Model = Annotated[str | None, typer.Argument(help="Hub id or folder; the bundled reference model if left out.")]
 Data = Annotated[
-    str | None, typer.Option(help="jsonl, txt or parquet file, folder, or dataset id; else the bundled sample.")
+    str | None,
+    typer.Option(help="A jsonl(.gz), json, csv, txt or parquet file, a folder, a dataset id; else the bundled sample."),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many documents of each domain.")]
-MaxTokens = Annotated[int, typer.Option(min=2, help="Longer documents are cut to so many tokens.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=2, help="Longer documents are cut to so many tokens, at most the context length.")
+]
+DomainField = Annotated[str | None, typer.Option("--domain-field", help="Field of the data that holds the domain.")]
 Field = Annotated[str, typer.Option("--text-field", help="Field of the data that holds the text.")]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Where to write the result: netCDF, a name in .nc.")
@@ -53,8 +59,6 @@ def _check_output(output: Path | None, result: bool = True) -> None:
         raise BadOutput(
             f"cannot write {output}", expected="a name that ends in .nc: results are netCDF", got=output.name
         )
-    from moe_interp.views.page import check_writable
-
     check_writable(output)
 
 
@@ -70,9 +74,24 @@ def _load(model: str | None, dtype: str, device_map: str | None, trust_remote_co
     return moe.load(model, trust_remote_code=trust_remote_code, **options)
 
 
-def _corpus(data: str | None, limit: int | None, field: str) -> "Corpus":
-    corpus = moe.sample() if data is None else moe.read_corpus(data, text=field)
+def _corpus(data: str | None, limit: int | None, text: str, domain: str | None) -> "Corpus":
+    corpus = moe.sample() if data is None else moe.read_corpus(data, text=text, domain_field=domain)
     return corpus if limit is None else corpus.take(limit)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        console.print(f"moe-interp {moe.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Open up mixture-of-experts models."""
 
 
 @app.command()
@@ -82,6 +101,7 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
     text: Annotated[str | None, typer.Option(help="Text for the routing map and the lens.")] = None,
     text_field: Field = "text",
+    domain_field: DomainField = None,
     limit: Limit = None,
     max_tokens: MaxTokens = 256,
     dtype: DType = "auto",
@@ -91,7 +111,7 @@ def report(
     """The main job: four questions about a model, answered in one HTML file."""
     _check_output(output, result=False)
     _check_text(text)
-    corpus = _corpus(data, limit, text_field)
+    corpus = _corpus(data, limit, text_field, domain_field)
     opened = _load(model, dtype, device_map, trust_remote_code)
     written = moe.report(opened, corpus, output, text=text, max_tokens=max_tokens)
     console.print(f"wrote {escape(str(written.resolve()))}", soft_wrap=True)
@@ -103,8 +123,9 @@ def routing(
     data: Data = None,
     output: Output = None,
     text_field: Field = "text",
+    domain_field: DomainField = None,
     limit: Limit = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = None,
     dtype: DType = "auto",
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
@@ -113,10 +134,10 @@ def routing(
     from moe_interp.views import tables
 
     _check_output(output)
-    corpus = _corpus(data, limit, text_field)
+    corpus = _corpus(data, limit, text_field, domain_field)
     result = moe.routing(_load(model, dtype, device_map, trust_remote_code), corpus, max_tokens=max_tokens)
     _save(result, output)
-    console.print(tables.routing(result))
+    show(console, tables.routing(result))
     console.print(
         f"Specialization under a uniform router: {tables.several(100 * result['specialization_baseline'], 1)} %"
     )
@@ -129,8 +150,9 @@ def labels(
     data: Data = None,
     output: Output = None,
     text_field: Field = "text",
+    domain_field: DomainField = None,
     limit: Limit = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = None,
     dtype: DType = "auto",
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
@@ -141,11 +163,11 @@ def labels(
 
     _check_output(output)
     check_label(label)
-    corpus = _corpus(data, limit, text_field)
+    corpus = _corpus(data, limit, text_field, domain_field)
     opened = _load(model, dtype, device_map, trust_remote_code)
     result = moe.routing_by_label(opened, corpus, label, max_tokens=max_tokens)
     _save(result, output)
-    console.print(tables.labels(result))
+    show(console, tables.labels(result))
     console.print(f"Under a uniform router: {tables.several(100 * result['specialization_baseline'], 1)} %")
 
 
@@ -157,8 +179,9 @@ def profile(
     data: Data = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML page of all experts.")] = None,
     text_field: Field = "text",
+    domain_field: DomainField = None,
     limit: Limit = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = None,
     dtype: DType = "auto",
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
@@ -171,9 +194,9 @@ def profile(
     opened = _load(model, dtype, device_map, trust_remote_code)
     if layer is not None and expert is not None:
         opened.spec.check_expert(layer, expert)
-    result = moe.expert_profiles(opened, _corpus(data, limit, text_field), max_tokens=max_tokens)
+    result = moe.expert_profiles(opened, _corpus(data, limit, text_field, domain_field), max_tokens=max_tokens)
     if layer is not None and expert is not None:
-        console.print(escape(str(moe.profile(result, layer, expert))))
+        console.print(escape(str(moe.profile(result, layer, expert))), soft_wrap=True)
     if output is not None:
         console.print(f"wrote {escape(str(moe.profile_page(result, output).resolve()))}", soft_wrap=True)
 
@@ -185,6 +208,7 @@ def saturation(
     data: Data = None,
     output: Output = None,
     text_field: Field = "text",
+    domain_field: DomainField = None,
     limit: Limit = None,
     dtype: DType = "auto",
     trust_remote_code: Trust = False,
@@ -199,7 +223,7 @@ def saturation(
     result = (
         moe.router_saturation(
             checkpoints,
-            _corpus(data, limit, text_field),
+            _corpus(data, limit, text_field, domain_field),
             revisions=revision,
             trust_remote_code=trust_remote_code,
             **options,
@@ -208,7 +232,7 @@ def saturation(
         else moe.reference_saturation()
     )
     _save(result, output)
-    console.print(tables.saturation(result))
+    show(console, tables.saturation(result))
     first = float(result["independent"].isel(step=0).mean())
     console.print(
         f"Uniform router: {tables.several(result['saturation_baseline'], 2)}; by loads alone at the first: {first:.2f}"
@@ -235,7 +259,7 @@ def lens(
     opened = _load(model, dtype, device_map, trust_remote_code)
     result = moe.expert_lens(opened, text, positions=position, lens=through)
     _save(result, output)
-    console.print(tables.lens(result))
+    show(console, tables.lens(result))
 
 
 @app.command()
@@ -250,8 +274,9 @@ def tuned_lens(
     learning_rate: Annotated[float, typer.Option(help="Of Adam; wide models want less.")] = 1e-3,
     state: Annotated[Path | None, typer.Option(help="A file that a killed training goes on from.")] = None,
     text_field: Field = "text",
+    domain_field: DomainField = None,
     limit: Limit = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = None,
     dtype: DType = "auto",
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
@@ -260,8 +285,8 @@ def tuned_lens(
     from moe_interp.views import tables
 
     _check_output(output, result=False)
-    corpus = _corpus(data, limit, text_field)
-    seen = None if test is None else _corpus(test, limit, text_field)
+    corpus = _corpus(data, limit, text_field, domain_field)
+    seen = None if test is None else _corpus(test, limit, text_field, domain_field)
     opened = _load(model, dtype, device_map, trust_remote_code)
     trained = moe.train_tuned_lens(
         opened, corpus, steps=steps, learning_rate=learning_rate, state=state, max_tokens=max_tokens
@@ -270,7 +295,7 @@ def tuned_lens(
     if seen is None:
         return
     result = moe.tuned_lens_quality(opened, trained, seen, max_tokens=max_tokens)
-    console.print(tables.tuned_lens(result))
+    show(console, tables.tuned_lens(result))
 
 
 @app.command()
@@ -279,8 +304,9 @@ def similarity(
     data: Data = None,
     output: Output = None,
     text_field: Field = "text",
+    domain_field: DomainField = None,
     limit: Limit = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = None,
     dtype: DType = "auto",
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
@@ -289,11 +315,11 @@ def similarity(
     from moe_interp.views import tables
 
     _check_output(output)
-    corpus = _corpus(data, limit, text_field)
+    corpus = _corpus(data, limit, text_field, domain_field)
     result = moe.ensemble_similarity(_load(model, dtype, device_map, trust_remote_code), corpus, max_tokens=max_tokens)
     _save(result, output)
     for residual in ("without", "with"):
-        console.print(tables.similarity(result, residual))
+        show(console, tables.similarity(result, residual))
 
 
 @app.command()
@@ -303,8 +329,9 @@ def perplexity(
     output: Output = None,
     renormalise: Annotated[bool, typer.Option(help="Rescale the kept weights to the total of all.")] = False,
     text_field: Field = "text",
+    domain_field: DomainField = None,
     limit: Limit = None,
-    max_tokens: MaxTokens = 256,
+    max_tokens: MaxTokens = None,
     dtype: DType = "auto",
     device_map: DeviceMap = None,
     trust_remote_code: Trust = False,
@@ -313,11 +340,11 @@ def perplexity(
     from moe_interp.views import tables
 
     _check_output(output)
-    corpus = _corpus(data, limit, text_field)
+    corpus = _corpus(data, limit, text_field, domain_field)
     opened = _load(model, dtype, device_map, trust_remote_code)
     result = moe.perplexity(opened, corpus, renormalise=renormalise, max_tokens=max_tokens)
     _save(result, output)
-    console.print(tables.perplexity(result))
+    show(console, tables.perplexity(result))
     ratio = float(result["ratio_none_overall"].sel(aggregate="token"))
     console.print(f"Without any routed expert: × {ratio:.3f}")
 
@@ -334,7 +361,7 @@ def audit(
     for check in result.checks:
         verdict = "[green]ok[/]" if check.passed else "[red]FAILED[/]"
         table.add_row(escape(check.name), f"{check.error:.1e}", f"{check.limit:.0e}", verdict, escape(check.detail))
-    console.print(table)
+    show_words(console, table)
     console.print("passed" if result.passed else "[red]FAILED[/]")
     if not result.passed:
         raise typer.Exit(1)
@@ -350,7 +377,7 @@ def models() -> None:
     table = Table("model type of the (text) config", "what is special", title="Architectures that open")
     for name, adapter in sorted(FAMILIES.items()):
         table.add_row(name, " ".join(adapter.notes))
-    console.print(table)
+    show_words(console, table)
 
 
 def _save(result: "xr.Dataset", output: Path | None) -> None:
@@ -363,11 +390,20 @@ def _save(result: "xr.Dataset", output: Path | None) -> None:
 
 def main(arguments: list[str] | None = None) -> Any:
     """The command line."""
+    stderr, warn = sys.stderr, warnings.showwarning
+    sys.stderr = Escaping(stderr)
+    warnings.showwarning = _show_warning
     try:
         return app(arguments)
     except MoEError as error:
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        Terminal(file=stderr).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
+    finally:
+        sys.stderr, warnings.showwarning = stderr, warn
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    print(f"{category.__name__}: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,75 +1,71 @@
-"""Texts in: documents with a domain, from files or Hugging Face datasets, and batches of them.
+"""Corpora: documents with a domain, of text or of token ids, and batches of them.
 
 A document is the unit of every interval in this package, because tokens of one text are not independent.
 """
 
-import json
 import operator
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 import torch
 
 from moe_interp.encode import GIVE_TOKENIZER, pad
-from moe_interp.errors import BadData, BadInput
+from moe_interp.errors import BadInput
 from moe_interp.interventions.values import ByToken
+from moe_interp.paths import lone_surrogate
 
 if TYPE_CHECKING:
     from moe_interp.interventions import Intervention
     from moe_interp.model import MoEModel
 
-SAMPLE = Path(__file__).parent / "zoo" / "sample.jsonl"
-
 
 @dataclass(frozen=True)
 class Document:
-    """One text and the group it is counted in."""
+    """One text, or the token ids of one, and the group it is counted in.
+
+    Attributes:
+        text: the text; empty where ``ids`` are given.
+        domain: the group. A whole number becomes its digits.
+        name: tells it from others in messages.
+        ids: token ids, for models without a tokenizer.
+    """
 
     text: str
     domain: str
     name: str
+    ids: tuple[int, ...] | None = None
 
 
-_FROM_TEXTS = "moe.Corpus.from_texts({domain: texts}) makes a corpus of texts in memory."
 _MADE_BY = "a corpus: moe.read_corpus(path), or moe.Corpus.from_texts({domain: texts})"
-
-
-def _is_document(given: Any) -> bool:
-    return isinstance(given, Document) and isinstance(given.text, str)
 
 
 @dataclass(frozen=True, repr=False)
 class Corpus:
     """Documents in a fixed order, which it iterates over.
 
+    ``len(corpus)``, ``corpus[3]`` (a document), ``corpus[:10]`` (a corpus) and ``corpus + other`` do what they do of a
+    list; `filter` and `take` leave documents out.
+
     Raises:
-        BadInput: no documents, something else among them, one that is empty, or one that no encoding takes.
+        BadInput: no documents, something else among them, one that is empty, or texts, names and domains that are no
+            Unicode text or hold a NUL.
     """
 
     documents: tuple[Document, ...]
     source: str = "memory"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.documents, list | tuple) or not all(map(_is_document, self.documents)):
+        if not isinstance(self.documents, list | tuple) or not all(isinstance(one, Document) for one in self.documents):
             raise BadInput("not documents", expected=_MADE_BY, got=repr(self.documents)[:80])
-        object.__setattr__(self, "documents", tuple(self.documents))
+        if not isinstance(self.source, str):
+            raise BadInput("not a source", expected="the name of where documents are from", got=repr(self.source)[:80])
         if not self.documents:
             raise BadInput(f"a corpus without documents from {self.source}", expected="at least one", got="none")
-        for document in self.documents:
-            if not document.text.strip():
-                raise BadInput(f"document {document.name!r} is empty", expected="at least one character of text")
-            if _lone_surrogate(document.text):
-                raise BadInput(
-                    f"document {document.name!r} is no Unicode text",
-                    expected="characters that UTF-8 can encode",
-                    got="half of a surrogate pair",
-                )
+        object.__setattr__(self, "documents", tuple(map(_checked, self.documents)))
 
     def __repr__(self) -> str:
         counts = Counter(document.domain for document in self.documents)
@@ -79,24 +75,71 @@ class Corpus:
     def __iter__(self) -> Iterator[Document]:
         return iter(self.documents)
 
-    @classmethod
-    def from_texts(cls, texts: Mapping[str, list[str]], source: str = "memory") -> "Corpus":
-        """From lists of texts by domain.
+    @overload
+    def __getitem__(self, which: SupportsIndex) -> Document: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> "Corpus": ...
+
+    def __getitem__(self, which: SupportsIndex | slice) -> "Document | Corpus":
+        """A document by its number, or a corpus of those that a slice takes.
 
         Raises:
-            BadInput: no mapping of lists, or documents that `Corpus` refuses.
+            BadInput: something else than a number or a slice, or a slice that takes none.
+            IndexError: a number from ``len(corpus)`` on, as in a list.
         """
-        lists = isinstance(texts, Mapping) and all(
-            isinstance(members, Iterable) and not isinstance(members, str | bytes) for members in texts.values()
-        )
-        if not lists:
-            raise BadInput("not texts by domain", expected="{domain: [text, text, ...]}", got=repr(texts)[:80])
-        found = (
-            Document(text, domain, f"{domain}/{number}")
-            for domain, members in texts.items()
-            for number, text in enumerate(members)
-        )
-        return cls(tuple(found), source)
+        if isinstance(which, slice):
+            return Corpus(self.documents[which], self.source)
+        if not isinstance(which, SupportsIndex) or isinstance(which, bool):
+            raise BadInput("not a document's number", expected="a whole number or a slice", got=repr(which)[:80])
+        return self.documents[which]
+
+    def __add__(self, other: "Corpus") -> "Corpus":
+        """The documents of both, one after the other.
+
+        Raises:
+            BadInput: the other is no corpus.
+        """
+        check_corpus(other)
+        sources = dict.fromkeys((self.source, other.source))
+        return Corpus((*self.documents, *other.documents), " + ".join(sources))
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[Any, Iterable[str]], source: str = "memory") -> "Corpus":
+        """Make a corpus of lists of texts by domain.
+
+        Raises:
+            BadInput: no mapping of lists, two domains of one name, or documents that `Corpus` refuses.
+        """
+        return cls(tuple(_by_domain(texts, "{domain: [text, text, ...]}", Document)), source)
+
+    @classmethod
+    def from_token_ids(
+        cls, rows: Iterable[Any], domains: Sequence[Any] | None = None, source: str = "memory"
+    ) -> "Corpus":
+        """Make a corpus of token ids, for a model without a tokenizer or for ids that are made already.
+
+        Args:
+            rows: the ids of each document, of any lengths: lists, arrays or tensors.
+            domains: the domain of each document (None: "all" for all of them).
+            source: where the ids are from, for provenance.
+
+        Raises:
+            BadInput: rows that hold something else than ids, no row, an empty one, or as many domains as there are
+                no documents.
+        """
+        found = [_ids_of(row, number) for number, row in enumerate(_rows(rows))]
+        named = ["all"] * len(found) if domains is None else list(domains)
+        if len(named) != len(found):
+            raise BadInput(
+                "domains do not fit the rows", expected=f"one for each of {len(found)} documents", got=str(len(named))
+            )
+        counts: Counter[Any] = Counter()
+        documents = []
+        for domain, ids in zip(named, found, strict=True):
+            documents.append(Document("", domain, f"{domain}/{counts[domain]}", ids))
+            counts[domain] += 1
+        return cls(tuple(documents), source)
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -108,8 +151,25 @@ class Corpus:
 
     @property
     def texts(self) -> list[str]:
-        """The texts, in order."""
+        """The texts, in order.
+
+        Raises:
+            BadInput: documents of token ids, which have none.
+        """
+        for document in self.documents:
+            if document.ids is not None:
+                raise BadInput(
+                    f"document {document.name!r} has no text",
+                    expected="documents of text",
+                    got="token ids",
+                    do="moe.Corpus.from_texts({domain: texts}) makes a corpus of texts.",
+                )
         return [document.text for document in self.documents]
+
+    @property
+    def contents(self) -> list[str | tuple[int, ...]]:
+        """What tells documents apart: each one's text, or its token ids."""
+        return [document.ids or document.text for document in self.documents]
 
     @property
     def labels(self) -> np.ndarray:
@@ -117,13 +177,28 @@ class Corpus:
         number = {domain: index for index, domain in enumerate(self.domains)}
         return np.array([number[document.domain] for document in self.documents])
 
+    def filter(self, keep: Callable[[Document], bool]) -> "Corpus":
+        """The documents of which a function says that they are to be kept, in order.
+
+        Raises:
+            BadInput: not a function, or none is kept.
+        """
+        if not callable(keep):
+            raise BadInput(
+                "not a filter", expected="a function of a document, such as lambda d: len(d.text) > 80", got=repr(keep)
+            )
+        kept = tuple(document for document in self.documents if keep(document))
+        if not kept:
+            raise BadInput("the filter keeps no document", expected=f"at least one of {len(self)}", got="none")
+        return Corpus(kept, self.source)
+
     def take(self, per_domain: int) -> "Corpus":
         """The first documents of every domain.
 
         Raises:
             BadInput: not a number of documents, or less than one.
         """
-        count = _at_least_one(per_domain)
+        count = at_least_one(per_domain)
         kept = [
             document
             for domain in self.domains
@@ -132,164 +207,87 @@ class Corpus:
         return Corpus(tuple(kept), self.source)
 
 
-def _at_least_one(documents: Any) -> int:
-    """A number of documents to take."""
-    if not isinstance(documents, SupportsIndex) or operator.index(documents) < 1:
-        raise BadInput("cannot take so many documents", expected="a whole number from 1 on", got=repr(documents))
-    return operator.index(documents)
-
-
-def sample() -> Corpus:
-    """The bundled documents: 24 short ones for each domain of the reference model, written for this project."""
-    return Corpus(read_corpus(SAMPLE).documents, "the bundled sample")
-
-
-def read_corpus(path: str | Path, *, text: str = "text", domain: str | None = None, limit: int | None = None) -> Corpus:
-    """Documents from a file, a folder of files, or a Hugging Face dataset.
-
-    ``.jsonl`` and ``.parquet`` have a ``text`` field, and may have ``domain`` and ``name``; ``.txt`` is one document
-    for each block of lines between blank lines. A folder is read file by file. Anything that is no path is taken for
-    the id of a dataset on the hub. Where nothing names a domain it is the file's name. Texts that are empty, or white
-    space alone, are left out, and a warning says how many.
-
-    Args:
-        path: where to read.
-        text: the field that holds the text.
-        domain: the domain of all documents, in place of what the data say.
-        limit: at most so many documents of each file.
+def _checked(document: Document) -> Document:
+    """The document, its domain and name as text.
 
     Raises:
-        BadData: nothing there, an unknown format, or a line that cannot be read (with its number).
-        BadInput: what is no path, or a limit below 1.
+        BadInput: it is empty, or holds what no file, tokenizer or result can hold.
     """
-    if not isinstance(path, str | Path):
-        raise BadInput(
-            "not a path", expected="a file, a folder or the id of a dataset", got=repr(path)[:80], do=_FROM_TEXTS
-        )
-    limit = None if limit is None else _at_least_one(limit)
-    source = Path(path)
-    if source.is_dir() and not (source / "dataset_info.json").exists() and not (source / "dataset_dict.json").exists():
-        files = sorted(file for file in source.iterdir() if file.suffix in _READERS)
-        if not files:
-            raise BadData(f"no data in {source}", expected=f"files of type {', '.join(_READERS)}", got="none")
-    else:
-        files = [source]
-    blank: list[int] = []
-    documents = [one for file in files for one in islice(_documents(file, text, domain, blank), limit)]
-    if blank:
-        warnings.warn(f"{len(blank)} empty texts of {source} were left out", stacklevel=2)
-    if not documents:
-        raise BadData(f"no documents in {source}", expected="at least one", got="none")
-    return Corpus(tuple(documents), str(path))
+    domain, name = (_as_name(value, what) for what, value in (("domain", document.domain), ("name", document.name)))
+    if not isinstance(document.text, str):
+        raise BadInput("not documents", expected=f"a text in document {name!r}", got=repr(document.text)[:80])
+    if document.ids is None and not document.text.strip():
+        raise BadInput(f"document {name!r} is empty", expected="at least one character of text")
+    if document.ids is not None and (document.text or not document.ids):
+        raise BadInput(f"document {name!r} is unclear", expected="a text, or one token id or more", got="both or none")
+    _check_signs(document.text, f"document {name!r}")
+    ids = None if document.ids is None else _ids_of(document.ids, name)
+    return Document(document.text, domain, name, ids)
 
 
-def _documents(file: Path, field: str, domain: str | None, blank: list[int]) -> Iterator[Document]:
-    """The documents of a file; the numbers of records whose text is blank go to ``blank``."""
-    if file.is_file() and file.suffix not in _READERS:
-        raise BadData(f"cannot read {file}", expected=f"a file of type {', '.join(_READERS)}", got=repr(file.suffix))
-    if file.suffix in _READERS and not file.exists():
-        raise BadData(f"no file {file}", expected="an existing file or folder, or a dataset id", got=str(file))
-    records = _READERS[file.suffix](file, field) if file.suffix in _READERS else _dataset(file)
-    for number, record in enumerate(records):
-        text = _text_of(record, field, f"record {number + 1} of {file}")
-        if not text.strip():
-            blank.append(number)
-            continue
-        own, name = record.get("domain"), record.get("name")
-        yield Document(
-            text,
-            domain or (file.stem if own is None else str(own)),
-            f"{file.stem}/{number}" if name is None else str(name),
-        )
-
-
-def _text_of(record: dict[str, Any], field: str, where: str) -> str:
-    if field not in record:
-        raise _no_field(where, field, record)
-    text = record[field]
-    if not isinstance(text, str) or _lone_surrogate(text):
-        raise BadData(f"{where} has no text", expected=f"a string under {field!r}", got=repr(text)[:80])
+def _as_name(value: Any, what: str) -> str:
+    if not isinstance(value, str | SupportsIndex):
+        raise BadInput(f"a document's {what} is no name", expected="text or a whole number", got=repr(value)[:80])
+    text = value if isinstance(value, str) else str(value)
+    _check_signs(text, f"the {what} {text!r}")
     return text
 
 
-def _no_field(where: str, field: str, there: Iterable[str]) -> BadData:
-    return BadData(
-        f"{where} has no text",
-        expected=f"a field {field!r}",
-        got=f"the fields {', '.join(map(repr, there)) or 'none'}",
-        do='Say which of them holds the text: moe.read_corpus(path, text="..."); --text-field in commands.',
+def _check_signs(text: str, what: str) -> None:
+    if lone_surrogate(text):
+        raise BadInput(
+            f"{what} is no Unicode text", expected="characters that UTF-8 can encode", got="half of a surrogate pair"
+        )
+    if "\0" in text:
+        raise BadInput(f"{what} holds a NUL", expected="text without NUL, which no result can store", got=repr("\0"))
+
+
+def _by_domain(given: Any, expected: str, make: Callable[[str, Any, str], Document]) -> Iterator[Document]:
+    """Documents of a mapping from domains to lists."""
+    lists = isinstance(given, Mapping) and all(
+        isinstance(members, Iterable) and not isinstance(members, str | bytes) for members in given.values()
     )
+    if not lists:
+        raise BadInput("not texts by domain", expected=expected, got=repr(given)[:80])
+    if len({str(domain) for domain in given}) < len(given):
+        raise BadInput("two domains of one name", expected="names that differ as text", got=repr(list(given))[:80])
+    for domain, members in given.items():
+        for number, member in enumerate(members):
+            yield make(member, domain, f"{domain}/{number}")
 
 
-def _lone_surrogate(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair, which no encoding and no tokenizer takes."""
-    return any("\ud800" <= sign <= "\udfff" for sign in text)
+def _rows(rows: Any) -> Any:
+    if not isinstance(rows, Iterable) or isinstance(rows, str | bytes | Mapping):
+        raise BadInput("not rows of token ids", expected="[[1, 2, 3], [4, 5], ...]", got=repr(rows)[:80])
+    return rows
 
 
-def _jsonl(file: Path, field: str) -> Iterator[dict[str, Any]]:
-    try:
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _json_object(line, f"line {number} of {file}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadData(f"cannot read {file}", expected="UTF-8 text", got=str(error)) from error
+def _ids_of(row: Any, where: int | str) -> tuple[int, ...]:
+    """Token ids as whole numbers from 0 on."""
+    values = row.tolist() if isinstance(row, np.ndarray | torch.Tensor) else row
+    whole = isinstance(values, list | tuple) and all(
+        isinstance(one, SupportsIndex) and not isinstance(one, bool) and operator.index(one) >= 0 for one in values
+    )
+    if not whole or not values:
+        raise BadInput(
+            f"row {where} holds no token ids", expected="one whole number or more, from 0 on", got=repr(row)[:80]
+        )
+    return tuple(operator.index(one) for one in values)
 
 
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadData(f"cannot read {where}", expected="a JSON object", got=str(error)) from error
-    if not isinstance(record, dict):
-        raise BadData(f"cannot read {where}", expected="a JSON object with 'text'", got=type(record).__name__)
-    return record
+def _is_count(value: Any) -> bool:
+    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
 
 
-def _text(file: Path, field: str) -> Iterator[dict[str, Any]]:
-    try:
-        blocks = file.read_text(encoding="utf-8-sig").split("\n\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadData(f"cannot read {file}", expected="UTF-8 text", got=str(error)) from error
-    yield from ({field: block} for block in blocks if block.strip())
+def at_least_one(documents: Any) -> int:
+    """A number of documents to take.
 
-
-def _parquet(file: Path, field: str) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(file)
-        there = table.schema_arrow.names
-        if field not in there:
-            raise _no_field(str(file), field, there)
-        wanted = [name for name in dict.fromkeys((field, "domain", "name")) if name in there]
-        for batch in table.iter_batches(columns=wanted):
-            yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise BadData(f"cannot read {file}", expected="a parquet file", got=str(error).splitlines()[0]) from error
-
-
-def _dataset(source: Path) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    try:
-        found = datasets.load_from_disk(str(source)) if source.is_dir() else datasets.load_dataset(str(source))
-    except Exception as error:
-        raise BadData(
-            f"no data at {source}",
-            expected="an existing file or folder, or the id of a dataset",
-            got=str(error).strip().splitlines()[0],
-        ) from error
-    parts = found.values() if isinstance(found, dict) else [found]
-    yield from (dict(record) for part in parts for record in part)
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[dict[str, Any]]]] = {
-    ".jsonl": _jsonl,
-    ".txt": _text,
-    ".parquet": _parquet,
-}
+    Raises:
+        BadInput: not a whole number from 1 on.
+    """
+    if not _is_count(documents) or operator.index(documents) < 1:
+        raise BadInput("cannot take so many documents", expected="a whole number from 1 on", got=repr(documents))
+    return operator.index(documents)
 
 
 def check_corpus(corpus: Any) -> None:
@@ -336,12 +334,11 @@ def batches(
     check_corpus(corpus)
     for one in model._standing:
         _check_for_corpora(one)
-    if model.tokenizer is None:
-        raise BadInput("a corpus needs a tokenizer", expected="a model with one", got="none", do=GIVE_TOKENIZER)
-    if max_tokens is not None and max_tokens < 1:
-        raise BadInput("cannot cut documents to nothing", expected="max_tokens of 1 or more", got=str(max_tokens))
+    for name, value in (("max_tokens", max_tokens), ("batch_tokens", batch_tokens)):
+        if value is not None and (not _is_count(value) or value < 1):
+            raise BadInput(f"{name} is no number of tokens", expected="a whole number from 1 on", got=repr(value)[:80])
     limit = min(max_tokens or model.spec.context_length, model.spec.context_length)
-    ids = [model.tokenizer(text, verbose=False)["input_ids"] for text in corpus.texts]
+    ids = [_tokens(model, document) for document in corpus]
     order = sorted(range(len(ids)), key=lambda number: (-len(ids[number]), number))
     groups: list[list[int]] = []
     for number in order:
@@ -350,6 +347,28 @@ def batches(
             groups.append([])
         groups[-1].append(number)
     return [_batch([ids[number] for number in group], group, limit) for group in groups]
+
+
+def _tokens(model: "MoEModel", document: Document) -> list[int]:
+    """Token ids of a document, as the model takes them."""
+    if document.ids is None and model.tokenizer is None:
+        raise BadInput(
+            "a corpus needs a tokenizer",
+            expected="a model with one, or moe.Corpus.from_token_ids(rows)",
+            got="none",
+            do=GIVE_TOKENIZER,
+        )
+    given = document.ids or model.tokenizer(document.text, verbose=False)["input_ids"]
+    found = list(given)
+    if not found:
+        raise BadInput(f"document {document.name!r} has no tokens", expected="at least one", got=document.text[:80])
+    if max(found) >= model.spec.vocab_size:
+        raise BadInput(
+            f"document {document.name!r} has token ids out of the vocabulary",
+            expected=f"ids from 0 to {model.spec.vocab_size - 1}",
+            got=str(max(found)),
+        )
+    return found
 
 
 def _check_for_corpora(edit: "Intervention") -> None:

@@ -8,9 +8,18 @@ from torch import nn
 from moe_interp.adapters import is_known
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
+from moe_interp.options import check_flag
+from moe_interp.paths import without_credentials
 
 
-def wrap(model: Any, tokenizer: Any = None, *, name: str | None = None, remote: bool | str = False) -> MoEModel:
+def wrap(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    name: str | None = None,
+    remote: bool | str = False,
+    trust_server: bool = False,
+) -> MoEModel:
     """Open a model that is already in memory; nothing in it is copied or changed for good.
 
     An architecture that is in no table is opened if its structure is a common one and an audit passes; that runs it a
@@ -23,11 +32,14 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str | None = None, remote: 
         name: for provenance and titles.
         remote: True, or the address of a server: run an nnsight model there, as nnsight's ``remote=`` does. It needs
             no weights here.
+        trust_server: whether the server at the address may run code in this process, which nnsight lets it do: it
+            unpickles replies. An address needs True.
 
     Raises:
         UnsupportedModel: its architecture cannot be opened correctly.
         BadInput: no such model, or one without weights that is to run here.
     """
+    _check_remote(remote, trust_server)
     if _is_nnsight(model):
         return _wrap_traced(model, tokenizer, name, remote)
     if remote:
@@ -47,6 +59,25 @@ def wrap(model: Any, tokenizer: Any = None, *, name: str | None = None, remote: 
             do="moe.load(name) opens a folder or a hub id.",
         )
     return MoEModel(hf, tokenizer, name) if is_known(hf) or not _has_config(hf) else _wrap_unseen(hf, tokenizer, name)
+
+
+def _check_remote(remote: Any, trust_server: Any) -> None:
+    """Refuse what is no server, and an address that nobody said may run code here."""
+    check_flag("trust_server", trust_server)
+    address = isinstance(remote, str) and remote.lower().startswith(("http://", "https://"))
+    if not isinstance(remote, bool) and remote != "local" and not address:
+        raise BadInput(
+            "not a server",
+            expected='True, or an address that begins with "http"',
+            got=without_credentials(repr(remote)),
+        )
+    if address and not trust_server:
+        raise BadInput(
+            f"the server at {without_credentials(remote)} could run any code in this process",
+            expected="trust_server=True: nnsight unpickles what a server replies",
+            got="trust_server=False",
+            do="Say so for a server that you run or trust as you trust your own code (docs/ndif.md).",
+        )
 
 
 def _is_nnsight(model: Any) -> bool:

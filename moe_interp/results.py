@@ -1,17 +1,16 @@
 """The one maker of labelled results: xarray Datasets that say what they hold and survive a file.
 
 1. An analysis states its numbers as `Variable`s: dimension names, values, units, meaning.
-2. `labelled` checks that each dtype lives through netCDF-4 and puts units, meaning and provenance into attrs.
-3. `save` and `load` name the engine (h5netcdf) and write whole files or none.
+2. `labelled` checks that each dtype lives through netCDF-4, puts units, meaning and provenance into attrs, and makes
+   ``bound`` the first dim of every interval.
+3. `save` and `load` name the engine (h5netcdf), write whole files or none, and trust no file.
 """
 
 import json
 import os
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -19,8 +18,11 @@ from numpy.typing import ArrayLike
 
 from moe_interp import __version__
 from moe_interp.errors import BadData, BadInput, BadOutput
+from moe_interp.paths import check_readable, lone_surrogate, real_file, write_whole
 
 ENGINE: Final = "h5netcdf"
+SUFFIX: Final = ".nc"
+COMPRESSION: Final = 1032  # no deflated byte stands for more
 _DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
 
 
@@ -77,7 +79,7 @@ def labelled(
     axes = {name: ((name,), _storable(name, values)) for name, values in coords.items()}
     attrs = {
         "analysis": analysis,
-        "provenance": json.dumps(dict(provenance), ensure_ascii=False, sort_keys=True),
+        "provenance": _as_json(provenance),
         "moe_interp": __version__,
     }
     try:
@@ -86,6 +88,12 @@ def labelled(
         raise BadInput(
             "a result's dims do not fit", expected="the same size along a dim everywhere", got=str(error)
         ) from error
+
+
+def _as_json(provenance: Mapping[str, str | int | float]) -> str:
+    """One JSON string that UTF-8 can hold: half of a surrogate pair, as in names of files, is written as its code."""
+    told = json.dumps(dict(provenance), ensure_ascii=False, sort_keys=True)
+    return told.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _data_array(name: str, variable: Variable) -> tuple[tuple[str, ...], np.ndarray, dict[str, str]]:
@@ -98,7 +106,16 @@ def _data_array(name: str, variable: Variable) -> tuple[tuple[str, ...], np.ndar
             expected=f"{len(variable.dims)} axes ({', '.join(variable.dims) or 'a scalar'})",
             got=f"shape {values.shape}",
         )
-    return variable.dims, values, {"units": variable.units, "description": variable.meaning}
+    dims, values = _bound_first(variable.dims, values)
+    return dims, values, {"units": variable.units, "description": variable.meaning}
+
+
+def _bound_first(dims: tuple[str, ...], values: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """Both ends of an interval along the first axis, in every result."""
+    if "bound" not in dims:
+        return dims, values
+    others = tuple(dim for dim in dims if dim != "bound")
+    return ("bound", *others), np.moveaxis(values, dims.index("bound"), 0)
 
 
 def _storable(name: str, values: ArrayLike) -> np.ndarray:
@@ -108,6 +125,8 @@ def _storable(name: str, values: ArrayLike) -> np.ndarray:
         # numpy drops trailing NULs silently and HDF5 cannot hold any: look at the strings as they were given.
         if any("\0" in text for text in np.asarray(values, dtype=object).flat):
             raise BadInput(f"result {name!r} cannot be stored", expected="strings without NUL", got="a NUL")
+        if any(lone_surrogate(text) for text in array.flat):
+            raise BadInput(f"result {name!r} cannot be stored", expected="Unicode text", got="half of a surrogate pair")
         return array
     if array.dtype.name not in _DTYPES:
         raise BadInput(
@@ -119,67 +138,87 @@ def _storable(name: str, values: ArrayLike) -> np.ndarray:
     return array
 
 
-def real_file(path: str | os.PathLike[str]) -> Path:
-    """The file that a path leads to, through links.
+def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
+    """Write a result to one netCDF-4 file, whole or not at all.
 
     Raises:
-        BadOutput: there is something that is no regular file: a folder, a pipe, a device.
+        BadOutput: a name that does not end in ``.nc``; the folder does not exist or cannot be written, or is full.
+        BadInput: a Dataset that netCDF-4 cannot hold.
     """
-    target = os.path.realpath(path)
-    if os.path.exists(target) and not os.path.isfile(target):
+    real_file(path)
+    if Path(path).suffix != SUFFIX:
         raise BadOutput(
             f"cannot write {path}",
-            expected="a regular file, or none yet",
-            got="a folder" if os.path.isdir(target) else "a pipe, a device or the like",
+            expected=f"a name that ends in {SUFFIX}: results are netCDF",
+            got=repr(Path(path).name),
+            do="result.to_dataframe().to_csv(path) writes a table.",
         )
-    return Path(target)
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to in place of ``path``, which it becomes at the end of the ``with``, whole or not at all.
-
-    Raises:
-        BadOutput: the folder does not exist or cannot be written, the path is no regular file, or the disk is full;
-            nothing is left behind.
-    """
-    target = real_file(path)
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
-        yield part
-        os.replace(part, target)
-    except OSError as error:
-        raise BadOutput(
-            f"cannot write {target}", expected="a file in a writable folder", got=error.strerror or str(error)
-        ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
-
-
-def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
-    """Writes a result to one netCDF-4 file, whole or not at all.
-
-    Raises:
-        BadOutput: the folder does not exist or cannot be written.
-    """
-    with whole_file(path) as part:
-        dataset.to_netcdf(part, engine=ENGINE)
-    return Path(path)
+        # Into memory first: the HDF5 library ends the process where a disk is full.
+        written = dataset.to_netcdf(engine=ENGINE)
+    except (TypeError, ValueError, UnicodeError) as error:
+        raise BadInput("this Dataset cannot be stored", expected="a result of moe_interp", got=str(error)) from error
+    return write_whole(path, written)
 
 
 def load(path: str | os.PathLike[str]) -> xr.Dataset:
-    """Reads a result written by `save`, wholly into memory.
+    """Read a result written by `save`, wholly into memory.
+
+    Damage in a file's lists of dimensions can keep the HDF5 library in a loop without end (H5DSget_num_scales).
 
     Raises:
-        BadData: no such file, or not a netCDF-4 file.
+        BadData: no such file, not a netCDF-4 file, a damaged one, one that refers to other files, or one whose
+            arrays are larger than its bytes can hold.
     """
+    check_readable(path, "a result saved as netCDF-4")
     try:
+        _check_self_contained(path)
         return xr.load_dataset(Path(path), engine=ENGINE)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadData(f"cannot read {path}", expected="a result saved as netCDF-4", got=str(error)) from error
+    except BadData:
+        raise
+    except Exception as error:  # damaged files set off errors of every kind in HDF5 and its readers
+        got = f"{type(error).__name__}: {error}"
+        raise BadData(f"cannot read {path}", expected="a result saved as netCDF-4", got=got) from error
+
+
+def _check_self_contained(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that takes values from other files, and sizes that no file of so many bytes holds."""
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        names: list[str] = []
+        file.visititems_links(lambda name, link: names.append(name) if isinstance(link, h5py.ExternalLink) else None)
+        tables: list[Any] = [file] if isinstance(file, h5py.Dataset) else []
+        file.visititems(lambda _, one: tables.append(one) if isinstance(one, h5py.Dataset) else None)
+        names += [one.name for one in tables if one.external or one.is_virtual]
+        if names:
+            raise BadData(
+                f"{path} refers to other files",
+                expected="a file that holds its own values",
+                got=f"links at {names[:3]}",
+            )
+        stated = sum(one.size * one.dtype.itemsize for one in tables if one.shape is not None)
+        _check_size(path, stated)
+
+
+def _check_size(path: str | os.PathLike[str], stated: int) -> None:
+    most = COMPRESSION * os.path.getsize(path)
+    if stated > most:
+        raise BadData(
+            f"{path} states sizes that it cannot hold",
+            expected=f"at most {most} bytes of values, {COMPRESSION} times the file",
+            got=f"{stated} bytes",
+        )
 
 
 def provenance_of(dataset: xr.Dataset) -> dict[str, str | int | float]:
-    """What was measured on what, with which versions: the provenance that `labelled` was given."""
-    return dict(json.loads(dataset.attrs["provenance"]))
+    """What was measured on what, with which versions: the provenance that `labelled` was given.
+
+    Raises:
+        BadData: a Dataset without provenance, or one that is damaged.
+    """
+    try:
+        return dict(json.loads(dataset.attrs["provenance"]))
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise BadData("no provenance", expected="a result of an analysis of moe_interp", got=got) from error

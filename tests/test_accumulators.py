@@ -1,5 +1,6 @@
 """Accumulators of pairs, transitions, token ids and labels: against loops, merged, resumed, in any order."""
 
+import os
 from functools import cache
 from itertools import combinations
 
@@ -19,7 +20,7 @@ from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.token_counts import TokenCounts
 from moe_interp.analyses.transitions import TransitionCounts
 from moe_interp.data import Corpus
-from moe_interp.errors import BadData, BadInput
+from moe_interp.errors import BadData, BadInput, BadOutput
 from moe_interp.run import Routing
 from tests.random_runs import EXPERTS, LAYERS, TOP_K, VOCABULARY, choices_of, random_run
 from tests.reference import together as slow
@@ -495,3 +496,96 @@ def test_a_pass_over_labels_goes_on_where_it_was_interrupted(tmp_path, monkeypat
         assert_equal(resumed["labels"], whole["labels"])
         with pytest.raises(BadData, match="is of another pass"):  # as many labels, of other tokens
             collect(model, CORPUS, empty([one[::-1].copy() for one in numbers]), options, resume=path)
+
+
+def all_sums(model):
+    made_for = sizes(model)
+    return {
+        "routing": RoutingCounts.empty(len(CORPUS), *made_for),
+        "pairs": PairCounts.empty(*made_for),
+        "flows": TransitionCounts.empty(*made_for),
+        "tokens": TokenCounts.empty(*made_for, model.spec.vocab_size),
+    }
+
+
+@pytest.mark.parametrize("breaks", ["a run", "an update"])
+def test_the_same_call_after_an_interruption_counts_nothing_twice(breaks, monkeypatch):
+    options = Options(batch_tokens=16)
+    with moe.wrap(build("deepseek_v3"), Special()) as model:
+        whole, again, twice = (all_sums(model) for _ in range(3))
+        collect(model, CORPUS, whole, options)
+        if breaks == "a run":
+            interrupt_after(2, model, monkeypatch)
+        else:
+            real, left = TokenCounts.update, [None] * 2
+
+            def update(self, run, documents):
+                if not left:
+                    raise KeyboardInterrupt
+                left.pop()
+                real(self, run, documents)
+
+            monkeypatch.setattr(TokenCounts, "update", update)
+        with pytest.raises(KeyboardInterrupt):
+            collect(model, CORPUS, again, options)
+        monkeypatch.undo()
+        for name, one in all_sums(model).items():
+            assert_equal(again[name], one)
+        collect(model, CORPUS, again, options)
+        for name, one in whole.items():
+            assert_equal(again[name], one)
+        for _ in range(2):
+            collect(model, CORPUS, twice, options)
+        assert (twice["routing"].counts == 2 * whole["routing"].counts).all()
+
+
+def test_accumulators_of_other_sizes_are_refused_before_the_pass():
+    with moe.wrap(build("deepseek_v3"), Special()) as model:
+        layers, experts, top_k = sizes(model)
+        says = "the accumulator 'x' is made for another model or corpus: expected"
+        for one, expected in (
+            (PairCounts.empty(layers, experts, 2), "K 3, got K 2"),
+            (PairCounts.empty(layers, experts + 1, top_k), "experts 8, got 9"),
+            (PairCounts.empty((0, 9), experts, 3), r"MoE layers of .*, got layers \[0, 9\]"),
+            (RoutingCounts.empty(4, layers, experts, top_k), "documents 5, got 4"),
+            (TransitionCounts.empty(layers, experts - 1, top_k), "experts 8, got 7"),
+            (TokenCounts.empty(layers, 7, top_k, model.spec.vocab_size), "experts 8, got 7"),
+            (TokenCounts.empty(layers, experts, top_k, 5), "vocabulary 96, got 5"),
+        ):
+            fine = PairCounts.empty(layers, experts, top_k)
+            with pytest.raises(BadInput, match=f"{says} {expected}"):
+                collect(model, CORPUS, {"fine": fine, "x": one})
+            assert not fine.tokens.any()
+
+
+def test_a_pass_that_began_with_other_counts_is_not_taken_up(tmp_path):
+    path, options = tmp_path / "states.npz", Options(batch_tokens=16)
+    with moe.wrap(build("deepseek_v3"), Special()) as model:
+        sums = {"pairs": PairCounts.empty(*sizes(model))}
+        collect(model, CORPUS, sums, options, resume=path)
+        before = sums["pairs"].pairs.copy()
+        with pytest.raises(BadData, match="is of another pass: .* accumulators, with the same counts at first"):
+            collect(model, CORPUS, sums, options, resume=path)
+        assert (sums["pairs"].pairs == before).all()
+        os.mkfifo(tmp_path / "pipe.npz")
+        with pytest.raises(BadOutput, match="cannot write .*pipe.npz: .*, got a pipe, a device or the like"):
+            collect(model, CORPUS, {"pairs": PairCounts.empty(*sizes(model))}, resume=tmp_path / "pipe.npz")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"sums": [1]}, BadInput, "not accumulators: expected a mapping such as"),
+        ({"sums": {"a": 1}}, BadInput, "not accumulators: expected a mapping such as"),
+        ({"every": 0}, BadInput, "cannot store states so often: expected every of 1 batch or more, got 0"),
+        ({"resume": 3}, BadInput, "not a path: expected the name of a file, got 3"),
+        ({"resume": "FOLDER"}, BadOutput, "cannot write .*: expected a regular file, or none yet, got a folder"),
+        ({"resume": "FOLDER/no/x.npz"}, BadOutput, "cannot write .*, got folder .*no, which is not there"),
+    ],
+)
+def test_what_collect_cannot_do_is_refused_before_the_pass(options, error, said, tmp_path, monkeypatch):
+    options = {name: v.replace("FOLDER", str(tmp_path)) if isinstance(v, str) else v for name, v in options.items()}
+    with moe.wrap(build("olmoe"), StubTokenizer()) as model:
+        monkeypatch.setattr(model, "run", lambda *_, **__: pytest.fail("a pass was begun"))
+        with pytest.raises(error, match=said):
+            collect(model, CORPUS, **{"sums": {}} | options)

@@ -1,16 +1,19 @@
 """The commands by label, by expert and over training: what they print and write is what the library gives."""
 
+import inspect
+import io
+import json
 import re
 from functools import cache
 
 import numpy as np
 import pytest
 import xarray as xr
-from rich.console import Console
 
 import moe_interp as moe
 from moe_interp import cli, results
 from moe_interp.checkpoint import REFERENCE
+from moe_interp.views.terminal import Escaping, Terminal
 from tests.tiny import build
 
 SMALL = ["--limit", "2", "--max-tokens", "24"]
@@ -27,7 +30,7 @@ def corpus() -> moe.Corpus:
 
 @pytest.fixture(autouse=True)
 def a_wide_terminal(monkeypatch):
-    monkeypatch.setattr(cli, "console", Console(width=240))
+    monkeypatch.setattr(cli, "console", Terminal(width=240))
 
 
 def run(capsys, *arguments: str, status: int = 0) -> str:
@@ -206,3 +209,93 @@ def test_saturation_of_folders_compares_them_with_the_last(capsys, tmp_path):
     assert f"{first:.2f}" != f"{last:.2f}"
     assert f"Uniform router: 0.09; by loads alone at the first: {first:.2f}" in printed
     assert re.search(r"│ reference +│ 1\.00 \[1\.00, 1\.00\] │", printed)
+
+
+def test_the_version(capsys):
+    assert run(capsys, "--version") == f"moe-interp {moe.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["labels", "saturation", "routing", "lens"])
+def test_no_cell_is_cut_in_80_columns(capsys, command, monkeypatch):
+    """In a narrow terminal the table is as in a wide one."""
+    arguments = {"saturation": [], "lens": ["The capital of France is"]}.get(command, SMALL)
+    wide = run(capsys, command, *arguments)
+    monkeypatch.setattr(cli, "console", Terminal(width=80))
+    narrow = run(capsys, command, *arguments)
+    assert rows(narrow) == rows(wide) and max(map(len, rows(wide))) > 3
+    assert command == "lens" or "[" in rows(narrow)[0][-1] + rows(narrow)[0][4] + rows(narrow)[0][1]
+    assert "…" not in narrow or command == "lens"
+
+
+def test_words_go_on_in_the_next_line_and_are_not_cut(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "console", Terminal(width=40))
+    printed = run(capsys, "models")
+    assert max(map(len, printed.splitlines())) <= 40 and "…" not in printed
+    names = "".join(row[0] for row in rows(printed))
+    assert "switch_transformers" in names and "openai_privacy_filter" in names
+
+
+def test_commands_and_python_read_as_many_tokens(capsys, tmp_path):
+    data = tmp_path / "long.txt"
+    data.write_text("the cat sat on the mat " * 100)
+    run(capsys, "routing", "--data", str(data), "-o", str(tmp_path / "r.nc"))
+    expected = moe.routing(reference(), moe.read_corpus(data))
+    assert int(expected.tokens.sum()) > 256
+    xr.testing.assert_identical(results.load(tmp_path / "r.nc"), expected)
+    defaults = {
+        name: [inspect.signature(one).parameters["max_tokens"].default for one in (getattr(cli, name), python)]
+        for name, python in (
+            ("report", moe.report),
+            ("routing", moe.routing),
+            ("labels", moe.routing_by_label),
+            ("profile", moe.expert_profiles),
+            ("similarity", moe.ensemble_similarity),
+            ("perplexity", moe.perplexity),
+            ("tuned_lens", moe.train_tuned_lens),
+        )
+    }
+    assert all(command == python for command, python in defaults.values()), defaults
+
+
+def test_the_domain_may_be_in_any_field(capsys, tmp_path):
+    data = tmp_path / "data.csv"
+    data.write_text("text,source\none text here,news\nand another,code\n")
+    printed = run(capsys, "perplexity", "--data", str(data), "--domain-field", "source")
+    assert [name for name, *_ in rows(printed)] == ["news", "code", "all", "random slots"]
+
+
+ODD = "\x1b[31mred\x07\x9b2J\u202e"
+SHOWN = "\\x1b[31mred\\x07\\x9b2J\\x202e"
+
+
+def controls(text: str) -> set[str]:
+    return {sign for sign in text if not sign.isprintable() and sign != "\n"}
+
+
+def test_nothing_that_is_printed_can_steer_a_terminal(capsys, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": f"{ODD} one {ODD}", "domain": f"{ODD}{n}"}) for n in "ab"))
+    for command in (["perplexity"], ["routing"], ["profile", "3", "5"]):
+        printed = run(capsys, *command, "--data", str(data), "--max-tokens", "24")
+        assert not controls(printed), command
+        assert SHOWN in printed or command == ["profile", "3", "5"]
+    for name in (f"./{ODD}", f"{ODD}.nc"):
+        said = run(capsys, "routing", name, status=2)
+        assert "\\x1b[31mred\\x07" in said and not controls(said)
+    for arguments in ([ODD], ["routing", f"--{ODD}"]):
+        said = run(capsys, *arguments, status=2)
+        assert "\\x1b[31mred\\x07" in said and not controls(said)
+
+
+def test_warnings_and_what_others_write_are_escaped(capsys, tmp_path):
+    folder = tmp_path / "odd\x1b[31m"
+    folder.mkdir()
+    (folder / "data.jsonl").write_text('{"text": "one text"}\n{"text": " "}\n')
+    run_once = ["perplexity", "--data", str(folder / "data.jsonl")]
+    with pytest.raises(SystemExit):
+        cli.main(run_once)
+    told = capsys.readouterr().err
+    assert "1 empty texts of " in told and "odd\\x1b[31m" in told and "\x1b" not in told
+    stream = io.StringIO()
+    Escaping(stream).write("10 %\r20 %\n\x1b[0m")
+    assert stream.getvalue() == "10 %\r20 %\n\\x1b[0m"

@@ -39,7 +39,7 @@ def test_unknown_model_type():
     hf = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20))
     with pytest.raises(
         errors.UnsupportedModel,
-        match=r"cannot open model type 'gpt2', .* expected fused experts .*transformer.*register_adapter",
+        match=r"model type 'gpt2' is dense: expected a mixture-of-experts model, .*transformer.*register_adapter",
     ):
         moe.wrap(hf)
     assert not hasattr(hf, "moe_points")
@@ -232,7 +232,7 @@ def test_checkpoints_that_are_not_there(tmp_path):
         with pytest.raises(errors.BadCheckpoint, match="cannot load .*: expected a folder .*json, got no such folder"):
             moe.load(path)
     with pytest.raises(errors.BadCheckpoint, match="cannot load .*: expected a hub id or a folder with config.json"):
-        moe.load("no/such/id")
+        moe.load("no-such/id")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(errors.BadCheckpoint, match="cannot load"):
         moe.load(tmp_path)
@@ -287,7 +287,7 @@ def test_data_that_cannot_be_read(tmp_path):
     with pytest.raises(errors.BadData, match="expected a parquet file"):
         moe.read_corpus(tmp_path / "table.parquet")
     (tmp_path / "picture.png").write_bytes(b"")
-    with pytest.raises(errors.BadData, match="expected a file of type .jsonl, .txt, .parquet"):
+    with pytest.raises(errors.BadData, match="expected a file of type .jsonl, .jsonl.gz, .json, .csv, .txt, .parquet"):
         moe.read_corpus(tmp_path / "picture.png")
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(errors.BadData, match="no documents in"):

@@ -1,5 +1,7 @@
 """Checkpoints of every kind of model load by ``moe.load``: text, multimodal, encoder-decoder, classifier, no head."""
 
+import json
+import os
 import traceback
 
 import pytest
@@ -7,8 +9,9 @@ import torch
 import transformers
 
 import moe_interp as moe
+from moe_interp import results
 from moe_interp.adapters import describe
-from moe_interp.errors import UnsupportedModel
+from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny_types import build, inputs, runner
 
@@ -90,6 +93,193 @@ def test_no_error_tells_the_token(tmp_path, monkeypatch):
     assert "cannot load the tokenizer" in refused()
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
     assert "ValueError: no such header: Bearer (token)" in refused()
+
+
+SECRETS = {
+    "proxies": {"https": "http://someone:pass%20word@proxy.corp:8080"},
+    "headers": {"Authorization": "Bearer abc123def"},
+    "use_auth_token": "hf_another",
+    "token": "hf_first",
+    "http_user_agent": ["deep", {"in": (b"byteskey",)}],
+}
+
+
+def test_no_error_tells_what_may_be_secret_of_any_option(tmp_path, monkeypatch):
+    with moe.load() as model:
+        model.hf.save_pretrained(tmp_path)
+    said = "someone pass%20word pass word proxy.corp abc123def hf_another hf_first byteskey c29tZW9uZTpwYXNzIHdvcmQ="
+
+    def fail(*args, **options):
+        raise ValueError(f"{said} http://me:mine@host {options!r}")
+
+    monkeypatch.setattr(transformers.OlmoeForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.DeepseekV3ForCausalLM, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    with pytest.raises(moe.MoEError, match="cannot load") as error:
+        moe.load(tmp_path, dtype="float32", **SECRETS)
+    told = "".join(traceback.format_exception(error.value)[-1:]) + str(error.value.__cause__)
+    for secret in ("someone", "pass", "proxy.corp", "abc123def", "hf_", "byteskey", "c29tZW9", "me:mine"):
+        assert secret not in told, secret
+    assert "'dtype': 'float32'" in told and "'headers': '(not shown)'" in told and "(proxies)" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({name: value}, f"{name} is neither True nor False: expected True or False, got {value!r}")
+        for name, value in (
+            ("trust_remote_code", "no"),
+            ("trust_remote_code", 0),
+            ("trust_remote_code", None),
+            ("local_files_only", "false"),
+            ("force_download", "no"),
+            ("use_safetensors", None),
+            ("weights_only", 0),
+            ("low_cpu_mem_usage", "no"),
+            ("offload_buffers", 1),
+        )
+    ]
+    + [
+        ({"use_safetensors": False}, "use_safetensors=False is not possible: expected .*safetensors alone are read"),
+        ({"weights_only": False}, "weights_only=False is not possible"),
+        ({"ignore_mismatched_sizes": True}, "ignore_mismatched_sizes=True is not possible: .* every weight has the"),
+    ],
+)
+def test_options_that_are_no_flags_or_unsafe_are_refused_before_anything_is_read(options, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", lambda *_, **__: pytest.fail("read"))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BadInput, match=said):
+        moe.load(tmp_path, **options)
+
+
+def test_flags_that_are_the_only_ones_possible_may_be_given(tmp_path):
+    build("olmoe").save_pretrained(tmp_path)
+    moe.load(tmp_path, use_safetensors=True, weights_only=True, output_loading_info=False).close()
+
+
+@pytest.mark.parametrize(
+    "shard", ["pytorch_model.bin", "../outside.safetensors", "/etc/x.safetensors", 3, "a\\b.safetensors"]
+)
+def test_an_index_that_names_other_files_than_safetensors_is_refused(shard, tmp_path, monkeypatch):
+    build("olmoe").save_pretrained(tmp_path, max_shard_size="20KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    moe.load(tmp_path).close()
+    index["weight_map"][next(iter(index["weight_map"]))] = shard
+    path.write_text(json.dumps(index))
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    with pytest.raises(
+        BadCheckpoint, match="expected only \\*.safetensors beside model.safetensors.index.json in it, got"
+    ):
+        moe.load(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(BadCheckpoint, match="cannot load"):
+        moe.load(tmp_path)
+
+
+def test_a_config_or_an_adapter_that_leads_to_a_pickle_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    hf = build("olmoe")
+    hf.save_pretrained(tmp_path)
+    torch.save({}, tmp_path / "adapter_model.bin")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "odd.safetensors.index.json").write_text('{"weight_map": {"a": "adapter_model.bin"}}')
+    for named, said in (
+        ("adapter_model.bin", "expected safetensors as 'transformers_weights' of config.json, got 'adapter_model.bin'"),
+        (
+            "odd.safetensors.index.json",
+            "expected only .* beside odd.safetensors.index.json in it, got 'adapter_",
+        ),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
+        with pytest.raises(BadCheckpoint, match=said):
+            moe.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": "model.safetensors"}))
+    moe.load(tmp_path).close()
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "none/none"}')
+    with pytest.raises(BadCheckpoint, match="expected adapter_model.safetensors beside adapter_config.json, got"):
+        moe.load(tmp_path)
+
+
+def test_missing_and_unexpected_weights_are_told(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    hf = build("olmoe")
+    hf.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    more = weights | {"model.layers.0.extra.weight": torch.ones(2), "other": torch.ones(1)}
+    save_file(more, tmp_path / "model.safetensors", {"format": "pt"})
+    says = r"2 weights of .* have no place in the model and were left out, such as \['model.layers.0.extra.weight', 'o"
+    with pytest.warns(UserWarning, match=says):
+        moe.load(tmp_path).close()
+    fewer = {name: value for name, value in weights.items() if name not in ("model.norm.weight", "lm_head.weight")}
+    save_file(fewer, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadCheckpoint, match="expected all weights, got none for 2, such as .*model.norm.weight"):
+        moe.load(tmp_path)
+    odd = weights | {"model.norm.weight": torch.ones(3)}
+    save_file(odd, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadCheckpoint, match="cannot load"):
+        moe.load(tmp_path)
+
+
+def test_what_is_no_folder_is_told_what_reads_it(tmp_path):
+    result = results.labelled({}, {}, analysis="a", provenance={})
+    saved = results.save(result, tmp_path / "routes.nc")
+    (tmp_path / "renamed").write_bytes(saved.read_bytes())
+    for path in (saved, tmp_path / "renamed", str(saved)):
+        with pytest.raises(BadCheckpoint, match=r"got a saved result of an analysis. moe_interp.results.load\(path\)"):
+            moe.load(path)
+    (tmp_path / "lens.safetensors").write_bytes(b"x")
+    with pytest.raises(BadCheckpoint, match="got a file. moe.TunedLens.load"):
+        moe.load(tmp_path / "lens.safetensors")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadCheckpoint, match="got a pipe, a device or the like"):
+        moe.load(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "config.json")
+    with pytest.raises(BadCheckpoint, match="cannot read .*config.json: expected regular files, got a pipe"):
+        moe.load(tmp_path / "folder")
+    with pytest.raises(BadInput, match="not a checkpoint: expected a hub id or a folder, got 3"):
+        moe.load(3)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "none/",
+        "a/b/c",
+        "../none",
+        "model.safetensors",
+        "a\\b",
+        "https://u:pw@hub/x/y",
+        "C:/x",
+        "routes.nc",
+        "",
+        "text " * 99,
+    ],
+)
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(path, monkeypatch):
+    monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(BadCheckpoint, match="cannot load") as error:
+        moe.load(path)
+    assert "pw" not in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_dense_model_is_called_dense(model_type, tmp_path):
+    config = transformers.AutoConfig.for_model(model_type, vocab_size=96)
+    for name in ("hidden_size", "n_embd", "intermediate_size"):
+        if hasattr(config, name):
+            setattr(config, name, 32)
+    config.num_hidden_layers = config.num_attention_heads = 2
+    hf = transformers.AutoModelForCausalLM.from_config(config)
+    hf.save_pretrained(tmp_path)
+    for opening in (lambda: moe.wrap(hf), lambda: moe.load(tmp_path)):
+        with pytest.raises(
+            UnsupportedModel, match=f"model type '{model_type}' is dense: expected a mixture-of-experts"
+        ):
+            opening()
 
 
 def full_size(model_type, **changes):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import moe_interp as moe
 from moe_interp import cli
 from moe_interp.checkpoint import REFERENCE
-from moe_interp.data import SAMPLE
+from moe_interp.files import SAMPLE
 
 TEXT = "The capital of France is"
 

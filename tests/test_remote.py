@@ -37,7 +37,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, address: str) -> Callable[[st
     def models(family: str) -> tuple[moe.MoEModel, moe.MoEModel]:
         hf = tiny.build(family)
         lm = unloaded(saved(hf, tmp_path_factory.mktemp(family)))
-        return moe.wrap(hf, tokenizer()), moe.wrap(lm, remote=address)
+        return moe.wrap(hf, tokenizer()), moe.wrap(lm, remote=address, trust_server=True)
 
     return models
 
@@ -373,7 +373,7 @@ def test_routing_of_a_thousand_tokens_on_27_layers_takes_few_bytes(tmp_path: Pat
     )  # fmt: skip
     folder = saved(DeepseekV2ForCausalLM(config).to(torch.bfloat16), tmp_path)
     hf = DeepseekV2ForCausalLM.from_pretrained(folder).eval()
-    away = moe.wrap(unloaded(folder), remote=address)
+    away = moe.wrap(unloaded(folder), remote=address, trust_server=True)
     ids = torch.randint(3, 92, (1, 1000), generator=torch.Generator().manual_seed(0))
     away.run(ids[:, :4])
     counted(address)
@@ -390,3 +390,17 @@ def test_routing_of_a_thousand_tokens_on_27_layers_takes_few_bytes(tmp_path: Pat
     assert wire["out"] < 5 * chosen
     assert wire["in"] < 60_000
     print(f"routing of 1,000 tokens on 27 layers: {wire['in']:,} bytes sent, {wire['out']:,} received")
+
+
+def test_an_address_needs_a_word_of_trust_for_its_replies_are_unpickled():
+    lm = TransformersModel(tiny.build("olmoe"), tokenizer=tokenizer())
+    for address in ("http://127.0.0.1:9", "https://me:word@host/x", "HTTP://host"):
+        with pytest.raises(BadInput, match="could run any code in this process: expected trust_server=True") as error:
+            moe.wrap(lm, remote=address)
+        assert "word@" not in str(error.value)
+        assert moe.wrap(lm, remote=address, trust_server=True).remote == address
+    for remote in ("no", "host:80", 1, None):
+        with pytest.raises(BadInput, match="not a server: expected True, or an address"):
+            moe.wrap(lm, remote=remote)
+    with pytest.raises(BadInput, match="trust_server is neither True nor False: expected True or False, got 'no'"):
+        moe.wrap(lm, remote="http://host", trust_server="no")

@@ -1,20 +1,26 @@
 """Labelled results: what goes in comes back from a file, dtypes and attrs too; nothing is half-written."""
 
+import fcntl
 import json
 import os
+import subprocess
+import sys
 
+import h5py
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import moe_interp as moe
 from moe_interp import __version__
 from moe_interp.errors import BadData, BadInput, BadOutput
+from moe_interp.paths import check_writable
 from moe_interp.results import Variable, labelled, load, provenance_of, save
-from moe_interp.views.page import check_writable, write
+from moe_interp.views.page import write
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
 
@@ -147,12 +153,10 @@ def test_an_interrupted_save_keeps_the_file_that_was_there(tmp_path, monkeypatch
     target = save(example(), tmp_path / "result.nc")
     before = target.read_bytes()
 
-    def full(self, path, **_):
-        with open(path, "wb") as half:
-            half.write(b"half")
+    def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(xr.Dataset, "to_netcdf", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(BadOutput, match="No space left on device"):
         save(example(), target)
     assert target.read_bytes() == before
@@ -177,3 +181,172 @@ def test_a_result_under_edits_says_so():
         assert "edits" not in model.run(IDS).provenance
         told = model.run(IDS, edit=moe.apply("resid_mid", lambda value: value, layers=1)).provenance["edits"]
         assert "<lambda>" in told and "0x" not in told
+
+
+FULL = """
+import resource, sys
+import numpy as np, torch
+from pathlib import Path
+from moe_interp.errors import BadOutput
+from moe_interp.paths import write_whole
+from moe_interp.results import Variable, labelled, save
+
+folder = Path(sys.argv[1])
+values = np.random.default_rng(0).normal(size=10**5)
+big = labelled({"x": Variable(("a",), values, "1", "x")}, {}, analysis="a", provenance={})
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+for write in (lambda: save(big, folder / "x.nc"), lambda: write_whole(folder / "x.nc", bytes(10**5))):
+    try:
+        write()
+    except BadOutput as error:
+        print(error)
+"""
+
+
+def test_a_disk_without_room_is_an_error_and_ends_no_process(tmp_path):
+    """In a process of its own, whose files may have 50 kB."""
+    (tmp_path / "x.nc").write_text("old")
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert (
+        done.stdout.splitlines()
+        == [f"cannot write {tmp_path / 'x.nc'}: expected a file in a writable folder, got File too large"] * 2
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["x.nc"] and (tmp_path / "x.nc").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x", "x.json", "x.nc.gz", "x.NC"])
+def test_a_name_of_another_format_is_refused(name, tmp_path):
+    says = f"cannot write .*{name}: expected a name that ends in .nc: results are netCDF, got '{name}'"
+    with pytest.raises(BadOutput, match=says):
+        save(example(), tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_write_and_what_is_written_stays(tmp_path):
+    left, busy = (tmp_path / f".x.nc.{digit * 32}.part" for digit in "ab")
+    others = [tmp_path / name for name in (f".y.nc.{'a' * 32}.part", ".x.nc.part", f"x.nc.{'a' * 32}.part")]
+    for path in (left, busy, *others):
+        path.write_text("half")
+    with busy.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        save(example(), tmp_path / "x.nc")
+    assert {path.name for path in tmp_path.iterdir()} == {"x.nc", busy.name, *(path.name for path in others)}
+    assert_same(load(tmp_path / "x.nc"), example())
+
+
+def test_a_dataset_that_netcdf_cannot_hold_is_an_error_and_leaves_nothing(tmp_path):
+    odd = example().assign_attrs(odd={"a": 1})
+    with pytest.raises(BadInput, match="this Dataset cannot be stored"):
+        save(odd, tmp_path / "x.nc")
+    assert not list(tmp_path.iterdir())
+
+
+def outside(folder, kind):
+    """A file that takes its values from another one."""
+    (folder / "secret.bin").write_bytes(np.arange(4.0).tobytes())
+    with h5py.File(folder / "other.h5", "w") as other:
+        other["x"] = np.arange(4.0)
+    with h5py.File(folder / "x.nc", "w") as file:
+        if kind == "storage":
+            file.create_dataset("x", (4,), float, external=[(str(folder / "secret.bin"), 0, 32)])
+        elif kind == "link":
+            file["x"] = h5py.ExternalLink(str(folder / "other.h5"), "x")
+        elif kind == "a link in a group":
+            file.create_group("deep/er")["x"] = h5py.ExternalLink(str(folder / "other.h5"), "x")
+        else:
+            layout = h5py.VirtualLayout((4,), float)
+            layout[:] = h5py.VirtualSource(str(folder / "other.h5"), "x", (4,))
+            file.create_virtual_dataset("x", layout)
+    return folder / "x.nc"
+
+
+@pytest.mark.parametrize("kind", ["storage", "link", "a link in a group", "virtual"])
+def test_a_result_that_refers_to_other_files_is_refused(kind, tmp_path):
+    with pytest.raises(BadData, match=r"x.nc refers to other files: expected a file that holds its own values, got"):
+        load(outside(tmp_path, kind))
+
+
+def test_a_result_that_states_sizes_beyond_its_bytes_is_refused(tmp_path):
+    with h5py.File(tmp_path / "x.nc", "w") as file:
+        file.create_dataset("x", (10**12,), float, chunks=(10**6,))
+    with pytest.raises(BadData, match="x.nc states sizes that it cannot hold: .*, got 8000000000000 bytes"):
+        load(tmp_path / "x.nc")
+
+
+def test_well_compressed_results_of_others_are_read(tmp_path):
+    dataset = xr.Dataset({"x": ("a", np.zeros(10**5))})
+    dataset.to_netcdf(tmp_path / "x.nc", engine="h5netcdf", encoding={"x": {"zlib": True, "complevel": 9}})
+    assert_same(load(tmp_path / "x.nc"), dataset)
+
+
+def test_a_pipe_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "x.nc")
+    for read in (load, moe.TunedLens.load):
+        with pytest.raises(BadData, match="cannot read .*x.nc: expected .*, got a pipe, a device or the like"):
+            read(tmp_path / "x.nc")
+
+
+DAMAGED = """
+import sys
+import numpy as np
+from pathlib import Path
+from moe_interp.errors import BadData
+from moe_interp.results import load
+
+good, read, refused = Path(sys.argv[1]).read_bytes(), 0, 0
+rng = np.random.default_rng(0)
+for _ in range(150):
+    bad = bytearray(good[: rng.integers(len(good))] if rng.random() < 0.3 else good)
+    for place in rng.integers(len(bad), size=rng.integers(1, 20)) if bad else ():
+        bad[place] = rng.integers(256)
+    Path(sys.argv[2]).write_bytes(bytes(bad))
+    try:
+        load(sys.argv[2])
+        read += 1
+    except BadData:
+        refused += 1
+print(read, refused)
+"""
+
+
+def test_damaged_files_are_read_or_refused(tmp_path):
+    """In a process of its own, which a damaged file must not end."""
+    save(example(), tmp_path / "good.nc")
+    command = [sys.executable, "-c", DAMAGED, str(tmp_path / "good.nc"), str(tmp_path / "bad.nc")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    read, refused = map(int, done.stdout.split())
+    assert read + refused == 150 and refused > 20
+
+
+def test_both_ends_of_an_interval_are_along_the_first_dim():
+    ends = np.arange(12.0).reshape(2, 3, 2)
+    for dims, values in ((("a", "b", "bound"), ends), (("a", "bound", "b"), ends.swapaxes(1, 2))):
+        found = labelled(
+            {"x": Variable(dims, values, "1", "x")}, {"bound": ["low", "high"]}, analysis="a", provenance={}
+        )
+        assert found.x.dims == ("bound", "a", "b")
+        assert found.x.sel(bound="high").values.tolist() == ends[..., 1].tolist()
+
+
+def test_half_of_a_surrogate_pair_is_refused_in_values_and_escaped_in_provenance(tmp_path):
+    with pytest.raises(BadInput, match="result 'x' cannot be stored: expected Unicode text, got half of a surrogate"):
+        labelled({"x": Variable(("a",), ["\ud800"], "text", "x")}, {}, analysis="a", provenance={})
+    found = labelled({}, {}, analysis="a", provenance={"model": "\udcff"})
+    assert provenance_of(load(save(found, tmp_path / "x.nc"))) == {"model": "\udcff"}
+
+
+@pytest.mark.parametrize("told", [None, "{", "[" * 100_000, "3", 3])
+def test_a_dataset_without_provenance_says_so(told):
+    attrs = {} if told is None else {"provenance": told}
+    with pytest.raises(BadData, match="no provenance: expected a result of an analysis of moe_interp, got"):
+        provenance_of(xr.Dataset(attrs=attrs))
+
+
+def test_a_lens_whose_metadata_is_too_deep_is_refused(tmp_path):
+    save_file(
+        {"x": torch.ones(1)}, tmp_path / "x.safetensors", {"format": "moe_interp tuned lens", "layers": "[" * 10**5}
+    )
+    with pytest.raises(BadData, match="cannot read .*x.safetensors: expected a file that TunedLens.save wrote"):
+        moe.TunedLens.load(tmp_path / "x.safetensors")

@@ -284,7 +284,7 @@ def test_probed_sets_what_was_used_between_its_bounds(slots):
     assert float(result["attainable"][0]) == pytest.approx(np.mean(could), rel=0.03)  # merged two by two, not all ways
     assert float(result["attainable"][0]) <= np.mean(could) + 1e-12
     assert float(result["used_least"][0]) == pytest.approx(np.mean(routed) / cap)
-    assert np.allclose(result["used_least_interval"][0], slow.interval([one / cap for one in routed]), atol=1e-5)
+    assert np.allclose(result["used_least_interval"][:, 0], slow.interval([one / cap for one in routed]), atol=1e-5)
     most = [one / attainable_information(two) for one, two in zip(routed, trials, strict=True)]
     assert float(result["used_most"][0]) == pytest.approx(np.mean(most))
     accuracy = [float(one["probe_accuracy"][1]) for one in trials]

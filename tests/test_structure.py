@@ -12,6 +12,7 @@ FLOORS = (
     ("views",),
     ("scale",),
     ("analyses",),
+    ("files",),
     ("data", "stats", "results"),
     ("audit",),
     ("checkpoint",),
@@ -24,6 +25,7 @@ FLOORS = (
     ("interventions",),
     ("adapters", "run"),
     ("points",),
+    ("options", "paths"),
     ("dims", "errors"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -70,7 +70,7 @@ def test_all_of_the_residual_brings_all_of_it_back():
     for layer in range(4):
         assert close(result.control.sel(layer=layer, point="resid_post"), result.total, 0.01)
     assert len(np.unique(result.corrupted)) == SAMPLES
-    assert np.allclose(np.moveaxis(result.effect_interval.values, -1, 0), student_interval(result.effect.values))
+    assert np.allclose(result.effect_interval.values, student_interval(result.effect.values))
     assert np.allclose(result.control_mean, result.control.mean("sample"))
 
 

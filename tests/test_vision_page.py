@@ -38,7 +38,7 @@ def test_bars_are_accuracies_with_their_intervals(study):
     for name in result["condition"].values:
         at = result.sel(condition=name)
         assert np.allclose(bars[name].y, 100 * at["accuracy"])
-        low, high = 100 * at["accuracy_interval"].values.T
+        low, high = 100 * at["accuracy_interval"].values
         assert np.allclose(bars[name].y + bars[name].error_y.array, high)
         assert np.allclose(bars[name].y - bars[name].error_y.arrayminus, low)
     assert np.allclose(bars["chance"].y, 10)
@@ -155,7 +155,7 @@ def made_up(study, **changes):
     for name, ends in changes.get("depth", {}).items():
         depth = {count: one.copy(deep=True) for count, one in depth.items()}
         for one in depth.values():
-            one[f"{name}_difference_interval"].values[-1] = ends
+            one[f"{name}_difference_interval"].values[:, -1] = ends
     accuracies = xr.concat([results.accuracies.isel(experts=[at]) for at in (0, 1, 1)], "experts", data_vars="minimal")
     accuracies = accuracies.assign_coords(experts=[2, 3, 5]).copy(deep=True)
     for (name, condition), value in changes.get("accuracies", {}).items():
@@ -168,7 +168,7 @@ def verdicts(results) -> dict[str, str]:
 
 
 def ends(*middles: float, half: float = 0.001) -> np.ndarray:
-    return np.array(middles)[:, None] + [-half, half]
+    return np.array([[-half], [half]]) + np.array(middles)
 
 
 def table_one(learned: np.ndarray, gaps: np.ndarray, noise: float = 0.0) -> dict:

@@ -79,6 +79,13 @@ def _where_experts_are(hf: nn.Module) -> tuple[str, str, str]:
         if all(hasattr(module, name) for name in LAYOUT) and len(parts := path.split(".")) > 3
     }
     stacks = [at for at in found if isinstance(hf.get_submodule(at[0]), nn.ModuleList)]
+    if not found and not any("expert" in name.lower() for name, _ in hf.named_parameters()):
+        raise UnsupportedModel(
+            f"model type {model_type(hf)!r} is dense",
+            expected="a mixture-of-experts model",
+            got=f"no parameters of experts in {outline(hf)}",
+            do="`moe-interp models` lists what opens; moe.register_adapter describes experts of other names.",
+        )
     if len(found) != 1 or len(stacks) != 1:
         raise _refusal(
             hf, "fused experts at one place in the layers of one stack", f"them at {sorted(found) or 'none'}"

@@ -5,11 +5,15 @@
 2. `collect` feeds any accumulators from one such pass, shows progress, and goes on where an interrupted pass was.
 """
 
+import copy
 import hashlib
+import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -18,11 +22,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_interp.analyses.exact import Exact
+from moe_interp.analyses.exact import Exact, told_top_k
 from moe_interp.data import Batch, Corpus, batches, check_corpus
 from moe_interp.errors import BadData, BadInput, UnsupportedModel
 from moe_interp.model import MoEModel, Reads
-from moe_interp.results import whole_file
+from moe_interp.paths import check_readable, check_writable, write_whole
 from moe_interp.run import Read, Run
 
 
@@ -143,10 +147,13 @@ def collect(
     resume: str | Path | None = None,
     every: int = 32,
 ) -> dict[str, str | int | float]:
-    """Feeds accumulators from one pass over a corpus.
+    """Feed accumulators from one pass over a corpus.
+
+    A pass adds to the accumulators when it has ended. After an interrupted pass they are what they were before, so
+    that the same call again counts nothing twice. During a pass the accumulators are held twice.
 
     Args:
-        model: any opened model with a tokenizer.
+        model: any opened model; a corpus of texts needs its tokenizer.
         corpus: documents with domains.
         sums: accumulators by name, changed in place; `moe_interp.analyses.routing.RoutingCounts` is one.
         options: which tokens count.
@@ -158,35 +165,95 @@ def collect(
         The provenance of the pass, for `result`.
 
     Raises:
-        BadInput: the model has no tokenizer, or ``resume`` is asked for under standing edits.
-        BadData: ``resume`` holds the states of another pass.
+        BadInput: the model has no tokenizer, accumulators that are made for another model or corpus, or ``resume``
+            under standing edits.
+        BadOutput: ``resume`` cannot be written, found out before the pass.
+        BadData: ``resume`` holds the states of another pass, or of one that began with other counts.
     """
     check_corpus(corpus)
+    _check_sums(sums, model, len(corpus))
+    if not isinstance(every, int) or every < 1:
+        raise BadInput("cannot store states so often", expected="every of 1 batch or more", got=repr(every)[:80])
+    if resume is not None:
+        check_writable(resume)
     going = Pass(model, corpus, options)
     path = None if resume is None else Path(resume)
     if path is not None and model._standing:
         raise BadInput(
             "a pass under edits cannot be taken up",
             expected="a model without standing edits, or resume=None",
-            got=f"{len(model._standing)} of them, which a file cannot be told from others by",
+            got=f"{len(model._standing)} active edits, which a saved state does not record",
         )
     mark = "" if path is None else _mark(going, sums)
-    done = 0 if path is None or not path.exists() else _take_up(path, sums, mark)
-    read = [Read(point) for point in sorted({point for one in sums.values() for point in one.reads})]
+    fed = {name: copy.deepcopy(one) for name, one in sums.items()}
+    done = 0 if path is None or not path.exists() else _take_up(path, fed, mark)
+    read = [Read(point) for point in sorted({point for one in fed.values() for point in one.reads})]
     for number, (run, batch) in enumerate(going.runs(read, "routing", skip=done), start=done + 1):
-        for one in sums.values():
+        for one in fed.values():
             one.update(run, batch.documents)
         if path is not None and (number % every == 0 or number == len(going.batches)):
-            _store(path, sums, mark, number)
+            _store(path, fed, mark, number)
+    for name, one in sums.items():
+        vars(one).update(vars(fed[name]))
     return going.provenance
 
 
+def _check_sums(sums: Any, model: MoEModel, documents: int) -> None:
+    if not isinstance(sums, Mapping) or not all(isinstance(one, Exact) for one in sums.values()):
+        raise BadInput(
+            "not accumulators",
+            expected='a mapping such as {"pairs": PairCounts.empty(*sizes(model))}',
+            got=repr(sums)[:80],
+        )
+    for name, one in sums.items():
+        _check_fits(name, one, model, documents)
+
+
+def _check_fits(name: str, one: Exact, model: MoEModel, documents: int) -> None:
+    """Refuse an accumulator that is made for other layers, another K or E, or another number of documents."""
+    layers = tuple(getattr(one, "layers", ()))
+    if unknown := [layer for layer in layers if layer not in model.layers]:
+        raise _misfit(name, f"MoE layers of {model.name}, {list(model.layers)}", f"layers {unknown}")
+    top_k, mine = top_ks(model), tuple(getattr(one, "top_k", ()))
+    if mine and mine != (wanted := tuple(top_k[layer] for layer in layers)):
+        raise _misfit(name, f"K {told_top_k(wanted)}", f"K {told_top_k(mine)}")
+    experts = {model.spec.moe(layer).num_experts for layer in layers}
+    right = {"N": {documents}, "E": experts, "experts": experts, "vocabulary": {model.spec.vocab_size}}
+    for what, size in _sizes_of(one):
+        if what in right and layers and {size} != right[what]:
+            meaning = {"N": "documents", "E": "experts"}.get(what, what)
+            raise _misfit(name, f"{meaning} {', '.join(map(str, sorted(right[what])))}", f"{size}")
+
+
+def _sizes_of(one: Exact) -> Iterator[tuple[str, int]]:
+    """Names of the axes of an accumulator's arrays, as its annotations have them, and of its own numbers; and sizes."""
+    for field in fields(one):  # type: ignore[arg-type]
+        value = getattr(one, field.name)
+        if isinstance(value, np.ndarray):
+            yield from zip(getattr(field.type, "dim_str", "").split(), value.shape, strict=False)
+        elif isinstance(value, int):
+            yield field.name, value
+
+
+def _misfit(name: str, expected: str, got: str) -> BadInput:
+    return BadInput(
+        f"the accumulator {name!r} is made for another model or corpus",
+        expected=expected,
+        got=got,
+        do="moe_interp.analyses.collect.sizes(model) gives the sizes to make it of.",
+    )
+
+
 def _mark(going: Pass, sums: Mapping[str, Exact]) -> str:
-    """Tells one pass from another: the model's name and routers, the texts and their ids, the options, accumulators."""
+    """What tells one pass from another: the model's name and routers, the texts and their ids, the options, the
+    accumulators and what they hold before the pass."""
     model = going.model
     kinds = {name: [type(one).__name__, repr(one.identity())] for name, one in sums.items()}
-    told = [model.name, str(model.dtype), going.corpus.texts, repr(going.options), kinds]
+    told = [model.name, str(model.dtype), going.corpus.contents, repr(going.options), kinds]
     found = hashlib.sha256(json.dumps(told, sort_keys=True).encode("utf-8"))
+    for one in sums.values():
+        for value in one.state().values():
+            found.update(np.ascontiguousarray(value).tobytes())
     for batch in going.batches:
         found.update(batch.inputs["input_ids"].numpy().tobytes())
     for layer in model.layers:  # models of one name, or steps of one training, differ here
@@ -198,20 +265,24 @@ def _mark(going: Pass, sums: Mapping[str, Exact]) -> str:
 
 def _store(path: Path, sums: Mapping[str, Exact], mark: str, done: int) -> None:
     arrays = {f"{name}/{key}": value for name, one in sums.items() for key, value in one.state().items()}
-    with whole_file(path) as part, part.open("wb") as file:
-        np.savez(file, **arrays, done=np.array(done), mark=np.array(mark))  # type: ignore[arg-type]
+    file = io.BytesIO()
+    np.savez(file, **arrays, done=np.array(done), mark=np.array(mark))  # type: ignore[arg-type]
+    write_whole(path, file.getbuffer())
 
 
 def _take_up(path: Path, sums: Mapping[str, Exact], mark: str) -> int:
+    """Put what a file holds in place of the accumulators' values, and say how many batches it is of."""
+    check_readable(path, "states that collect wrote")
     try:
         with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+            same = str(stored["mark"]) == mark
+            arrays = {name: stored[name] for name in stored.files} if same else {}
+    except (OSError, ValueError, LookupError, EOFError, MemoryError, BadZipFile, zlib.error) as error:
         raise BadData(f"cannot read {path}", expected="states that collect wrote", got=str(error)) from error
-    if str(arrays.get("mark")) != mark:
+    if not same:
         raise BadData(
             f"{path} is of another pass",
-            expected="the same model, dtype, tokenizer, texts, options and accumulators",
+            expected="the same model, dtype, tokenizer, texts, options and accumulators, with the same counts at first",
             got="different ones",
             do="Name another file, or delete this one.",
         )

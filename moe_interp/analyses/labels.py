@@ -135,7 +135,8 @@ def label_tokens(model: MoEModel, corpus: Corpus, label: str | Labeller) -> tupl
         raise BadInput("labels need a tokenizer", expected="a model with one", got="none", do=GIVE_TOKENIZER)
     check_label(label)
     labeller = LABELLERS[label] if isinstance(label, str) else label
-    found = [_labels(labeller, _tokenized(model.tokenizer, one.text), one.name) for one in corpus.documents]
+    named = zip(corpus.texts, corpus.documents, strict=True)
+    found = [_labels(labeller, _tokenized(model.tokenizer, text), one.name) for text, one in named]
     names = sorted({name for labels in found for name in labels})
     if len(names) > MOST:
         raise BadInput("too many labels", expected=f"at most {MOST} different ones", got=str(len(names)))

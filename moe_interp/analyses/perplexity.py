@@ -181,7 +181,9 @@ def nll_sums(
 
 
 def _scored_bytes(model: MoEModel, ids: Int[Tensor, "B S"], mask: Int[Tensor, "B S"]) -> list[int]:
-    """UTF-8 bytes that the scored tokens of each document stand for."""
+    """UTF-8 bytes that the scored tokens of each document stand for; 0, without a tokenizer that would know."""
+    if model.tokenizer is None:
+        return [0] * len(ids)
     rows = (row[real][1:].tolist() for row, real in zip(ids, mask.bool(), strict=True))
     texts = (model.tokenizer.decode(row, skip_special_tokens=True) for row in rows)
     return [len(text.encode("utf-8", "replace")) for text in texts]

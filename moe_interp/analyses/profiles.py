@@ -196,7 +196,10 @@ def _context(tokenizer: Any, ids: list[int], position: int) -> str:
     special = set(getattr(tokenizer, "all_special_ids", ()))
     before = [token for token in ids[max(0, position - BEFORE) : position] if token not in special]
     after = [token for token in ids[position + 1 : position + 1 + AFTER] if token not in special]
-    left, right = (tokenizer.decode(part) if part else "" for part in (before, after))
+    if tokenizer is None:
+        left, right = (" ".join(map(str, part)) for part in (before, after))
+    else:
+        left, right = (tokenizer.decode(part) if part else "" for part in (before, after))
     return f"{left}«{token_text(tokenizer, ids[position])}»{right}".replace("\0", "\N{SYMBOL FOR NULL}")
 
 

@@ -37,7 +37,8 @@ from moe_interp.checkpoint import REFERENCE
 from moe_interp.data import Batch, Corpus, check_corpus
 from moe_interp.errors import BadData, BadInput, UnknownName
 from moe_interp.model import MoEModel
-from moe_interp.results import Variable, labelled, whole_file
+from moe_interp.paths import check_readable, write_whole
+from moe_interp.results import Variable, labelled
 from moe_interp.run import Read, Run
 from moe_interp.stats import bootstrap_ratio
 
@@ -202,9 +203,7 @@ class TunedLens:
             "layers": json.dumps(list(self.layers)),
             "provenance": json.dumps(dict(self.provenance), ensure_ascii=False, sort_keys=True),
         }
-        with whole_file(path) as part:
-            part.write_bytes(serialised({**stored, "signature": self.signature.contiguous()}, told))
-        return Path(path)
+        return write_whole(path, serialised({**stored, "signature": self.signature.contiguous()}, told))
 
     @classmethod
     def load(cls, path: str | Path) -> "TunedLens":
@@ -213,6 +212,7 @@ class TunedLens:
         Raises:
             BadData: nothing there, or no tuned lens.
         """
+        check_readable(path, "a file that TunedLens.save wrote")
         try:
             with safe_open(path, framework="pt") as file:
                 told = file.metadata() or {}
@@ -226,7 +226,7 @@ class TunedLens:
                 model_type=told["model_type"],
                 provenance=json.loads(told["provenance"]),
             )
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, BadInput) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError, BadInput) as error:
             raise BadData(f"cannot read {path}", expected="a file that TunedLens.save wrote", got=str(error)) from error
 
 

@@ -12,6 +12,7 @@ the run itself gives. The order of documents follows from the seed, so that a re
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -33,7 +34,7 @@ from moe_interp.data import Corpus, batches, check_corpus
 from moe_interp.encode import pad
 from moe_interp.errors import BadData, BadInput
 from moe_interp.model import MoEModel
-from moe_interp.results import whole_file
+from moe_interp.paths import check_readable, write_whole
 from moe_interp.run import Run
 
 
@@ -107,7 +108,7 @@ def train_tuned_lens(
         raise BadInput(
             "a training under edits cannot be taken up",
             expected="a model without standing edits, or state=None",
-            got=f"{len(model._standing)} of them, which a file cannot be told from others by",
+            got=f"{len(model._standing)} active edits, which a saved state does not record",
         )
     start = TunedLens.zeros(model)
     rounding = rounding_without_gradient(model.hf.get_submodule(str(model.spec.unembed)))
@@ -143,16 +144,17 @@ def _apart(corpus: Corpus, held_out: Corpus | None) -> tuple[Corpus, Corpus]:
         check_corpus(given)
     if held_out is None:
         held_out = replace(corpus, documents=corpus.documents[::10])
-        held = set(held_out.texts)
-        rest = tuple(one for one in corpus.documents if one.text not in held)
+        held = set(held_out.contents)
+        each = zip(corpus.documents, corpus.contents, strict=True)
+        rest = tuple(document for document, content in each if content not in held)
         if not rest:
             raise BadInput("too few documents", expected="two different texts or more", got=str(len(corpus)))
         return replace(corpus, documents=rest), held_out
-    if both := set(corpus.texts) & set(held_out.texts):
+    if both := set(corpus.contents) & set(held_out.contents):
         raise BadInput(
             "documents on both sides",
             expected="held-out documents that are not trained on",
-            got=f"{len(both)} that are, such as {min(both)[:40]!r}",
+            got=f"{len(both)} that are, such as {min(map(str, both))[:40]!r}",
         )
     return corpus, held_out
 
@@ -189,9 +191,7 @@ class _Training:
         # One document at a time: which come together is drawn anew in every epoch.
         alone = batches(model, self.corpus, max_tokens=plan.max_tokens, batch_tokens=1)
         by_number = sorted((int(one.documents[0]), one.inputs["input_ids"][0].tolist()) for one in alone)
-        self.documents = [ids for _, ids in by_number if ids]
-        if not self.documents:
-            raise BadInput("nothing to train on", expected="a document with a token", got="none")
+        self.documents = [ids for _, ids in by_number]
         self.scales = self._scales()
         self.weights = [one.clone().to(model.device).requires_grad_() for one in self.start.weight]
         self.biases = [one.clone().to(model.device).requires_grad_() for one in self.start.bias]
@@ -280,11 +280,13 @@ class _Training:
         """Write all that is needed to go on, whole or not at all."""
         if path is None:
             return
-        with whole_file(path) as part, part.open("wb") as file:
-            torch.save(self._state(), file)
+        state = io.BytesIO()
+        torch.save(self._state(), state)
+        write_whole(path, state.getbuffer())
 
     def resume(self, path: Path) -> None:
         """Go on from what `save` wrote."""
+        check_readable(path, "the state of a training")
         try:
             state = torch.load(path, map_location=self.model.device, weights_only=True)
             same = state["mark"] == self._mark() and close(state["signature"].cpu(), self.start.signature)
@@ -335,7 +337,7 @@ class _Training:
 
     def _mark(self) -> str:
         """Tells one training from another: the model, the documents, the options."""
-        told = [self.model.name, str(self.model.dtype), self.corpus.texts, self.held_out.texts, asdict(self.plan)]
+        told = [self.model.name, str(self.model.dtype), self.corpus.contents, self.held_out.contents, asdict(self.plan)]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode("utf-8")).hexdigest()
 
     def _run(self, inputs: dict[str, Tensor]) -> Run:

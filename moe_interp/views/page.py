@@ -5,7 +5,6 @@ in the page forbids to fetch anything.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isnan
@@ -15,8 +14,7 @@ from typing import Any, SupportsFloat
 import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from moe_interp.errors import BadOutput
-from moe_interp.results import real_file, whole_file
+from moe_interp.paths import write_whole
 from moe_interp.views.tables import between
 from moe_interp.views.tokens import shown
 
@@ -28,21 +26,6 @@ class Headline:
     question: str
     value: str
     control: str
-
-
-def check_writable(target: Path) -> None:
-    """Refuse a file that could not be written, before the work is done.
-
-    Raises:
-        BadOutput: the folder is missing or not writable, or the path is no regular file.
-    """
-    folder = real_file(target).parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise BadOutput(
-            f"cannot write {target}",
-            expected="a file in a folder that exists and is writable",
-            got=f"folder {folder}" + ("" if folder.is_dir() else ", which is not there"),
-        )
 
 
 def template(name: str) -> Template:
@@ -80,6 +63,4 @@ def render(name: str, figures: Mapping[str, go.Figure], provenance: Mapping[str,
 
 def write(text: str, target: Path) -> Path:
     """The file, whole or not at all."""
-    with whole_file(target) as part:
-        part.write_text(text, encoding="utf-8")
-    return target
+    return write_whole(target, text.encode("utf-8"))

@@ -27,6 +27,7 @@ from moe_interp.checkpoint import REFERENCE
 from moe_interp.data import Corpus, check_corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
+from moe_interp.paths import check_writable
 from moe_interp.results import provenance_of
 from moe_interp.views import figures, page, routing_figures
 from moe_interp.views.tables import between
@@ -77,7 +78,7 @@ def report(
         BadInput: an empty text, or no corpus.
     """
     target = Path(path)
-    page.check_writable(target)
+    check_writable(target)
     check_corpus(corpus)
     if text is not None and not text.strip():
         raise BadInput("the text is empty", expected="at least one character", got=repr(text))

@@ -7,9 +7,10 @@ import plotly.graph_objects as go
 import xarray as xr
 from plotly.subplots import make_subplots
 
+from moe_interp.paths import check_writable
 from moe_interp.results import provenance_of
 from moe_interp.views.figures import COLOURS, CONTROL, layer_colour, layer_scale, line, rows_of, style
-from moe_interp.views.page import Headline, check_writable, render, write
+from moe_interp.views.page import Headline, render, write
 from moe_interp.views.tables import between
 
 NAMES = {

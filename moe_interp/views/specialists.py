@@ -12,9 +12,10 @@ from jaxtyping import Int, UInt8
 from plotly.subplots import make_subplots
 
 from moe_interp.analyses.specialists import Findings
+from moe_interp.paths import check_writable
 from moe_interp.results import provenance_of
 from moe_interp.views.figures import COLOURS, CONTROL, style
-from moe_interp.views.page import Headline, check_writable, render, write
+from moe_interp.views.page import Headline, render, write
 
 DIVERGING = [[0.0, "#2166ac"], [0.5, "#ffffff"], [1.0, "#b2182b"]]
 FILLS = {
@@ -42,7 +43,7 @@ def accuracies(result: xr.Dataset) -> go.Figure:
     for condition in map(str, result["condition"].values):
         at = result.sel(condition=condition)
         colour = FILLS.get(condition, CONTROL)
-        values, ends = 100 * at["accuracy"].values, 100 * at["accuracy_interval"].values
+        values, ends = 100 * at["accuracy"].values, 100 * at["accuracy_interval"].values.T
         figure.add_trace(_bars(names, values, ends, condition, colour))
     chance = np.full(len(names), 100 * float(result["chance"]))
     figure.add_scatter(x=names, y=chance, name="chance", mode="lines", line={"color": "#40464c", "dash": "dash"})

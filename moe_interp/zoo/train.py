@@ -20,8 +20,8 @@ makes a CPU run about 1.4 times faster: freed activations are used again instead
 """
 
 import argparse
+import io
 import json
-import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -38,6 +38,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 from moe_interp.model import MoEModel
 from moe_interp.opening import wrap
+from moe_interp.paths import write_whole
 from moe_interp.zoo.corpus_tokens import (
     VOCAB_SIZE,
     batches,
@@ -182,9 +183,9 @@ class Trainer:
     def save(self) -> None:
         """Write `checkpoint.pt` in one piece: whoever reads it finds the old one or the new one."""
         state = {"model": self.hf.state_dict(), "optimizer": self.optimizer.state_dict()}
-        part = self.work_dir / "checkpoint.part"
-        torch.save(state | {"step": self.step, "seconds": self.seconds}, part)
-        os.replace(part, self.work_dir / "checkpoint.pt")
+        written = io.BytesIO()
+        torch.save(state | {"step": self.step, "seconds": self.seconds}, written)
+        write_whole(self.work_dir / "checkpoint.pt", written.getbuffer())
 
     def snapshot(self) -> None:
         """Keep a copy of the weights as they would be shipped, in bfloat16."""
