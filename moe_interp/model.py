@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
@@ -235,7 +236,7 @@ class MoEModel:
         edits = [*self._standing, *listed(edit, Intervention)]
         _check_steps(edits, options)
         model_inputs = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
-        session = Session(self._host, edits, whole=False, texts=_count(model_inputs))
+        session = Session(self._host, edits, whole=False, routing=False, texts=_count(model_inputs))
         ids = session(lambda: entry.generate(**model_inputs, **options))
         return self._written(inputs, ids, model_inputs.get("attention_mask"))
 
@@ -354,7 +355,7 @@ class MoEModel:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "moe_interp": __version__,
-            "transformers": importlib.metadata.version("transformers"),
+            "transformers": _transformers(),
             "torch": torch.__version__,
         }
 
@@ -441,6 +442,12 @@ class MoEModel:
         if edited:  # the edit may have meant it
             return
         raise BadCheckpoint("the model returned NaN", expected="finite logits", do="Try another dtype.")
+
+
+@cache
+def _transformers() -> str:
+    """The installed version, which takes milliseconds to look up."""
+    return importlib.metadata.version("transformers")
 
 
 def _count(model_inputs: Mapping[str, Any]) -> int | None:

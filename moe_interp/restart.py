@@ -194,7 +194,7 @@ class Restart:
             gathered.append(True)
             return hidden[at][None]
 
-        session = Session(self.model._host, blocks, unembed=gather, **self._from(first, rows))
+        session = Session(self.model._host, blocks, routing=False, unembed=gather, **self._from(first, rows))
         logits = session(lambda: self.model.forward(inputs))
         return (logits.flatten(0, -2) if gathered else logits[at]), session.program.touched
 

@@ -173,6 +173,7 @@ class Session:
         edits, reads, decode: as `Program` has them, which says what is refused.
         grad: whether to keep the graph.
         whole: whether a pass without a cache has all tokens that there will be.
+        routing: whether the routing of all layers is kept.
         texts: how many texts a generation was given, of which beams may make more rows.
         unembed: changes what the unembedding is given of a batch, [B, S, D]; some tokens alone, say.
         given: a value to put at a point before all edits.
@@ -189,6 +190,7 @@ class Session:
         decode: Callable[[Tensor], Tensor] | None = None,
         *,
         whole: bool = True,
+        routing: bool = True,
         texts: int | None = None,
         unembed: Callable[[Tensor], Tensor] | None = None,
         given: Mapping[Place, Tensor] | None = None,
@@ -197,7 +199,7 @@ class Session:
     ):
         self.host, self.grad, self.whole, self.texts = host, grad, whole, texts
         self.unembed, self.given, self.skipped, self.forms = unembed, dict(given or {}), dict(skipped or {}), forms
-        self.program = Program(host.spec, edits, reads, grad, decode=decode)
+        self.program = Program(host.spec, edits, reads, grad, decode=decode, routing=routing)
         self.told = False  # whether somebody was warned of passes between its own
         self.expects: bool | None = None  # whether the next pass is one that `generate` has prepared inputs for
 
@@ -250,7 +252,7 @@ class Call:
         outside: the context that it was begun in.
         first: edits that stand, in a direct call of the transformers model; own: what `run` or `generate` asked for.
         heard: reads that stand.
-        wanted: points (and layers) at which any of these has something to do.
+        wanted: points (and layers) at which any of these has something to do; silent: whether there are none.
         flows: by layer, what the pass knows of it.
     """
 
@@ -262,13 +264,14 @@ class Call:
         self.own = session.program.of_pass(self._rows) if session else None
         self.first = _joined(host.spec, self.standing, self._rows) if self.standing and not self.plain else None
         listening = [one for one in standing if one.hear and not self.plain]
-        self.heard = [(one, Program(host.spec, (), one.reads, rows=self._rows)) for one in listening]
+        self.heard = [(one, Program(host.spec, (), one.reads, rows=self._rows, routing=False)) for one in listening]
         self.programs = [one for one in (self.first, self.own, *(program for _, program in self.heard)) if one]
         self.wanted = frozenset[Place]().union(session.given if session else (), *(one.wanted for one in self.programs))
         edits = self.own or self.first
         self.widths: Mapping[int, int] = edits.widths if edits else {}
         self.exchanges: Mapping[int, int] = edits.exchanges if edits else {}
         self.dropping: set[int] = edits.dropping if edits else set()
+        self.silent = self.plain or not self.wanted
 
     def holds(self, path: str) -> bool:
         """Whether a module that is entered while this pass is under way is a part of it."""
@@ -280,7 +283,7 @@ class Call:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the programs which tokens are real."""
         self.host.remember_recomputed()
-        if not self.programs:
+        if not self.wanted:
             return
         known: dict[str, Tokens] = {}
         whole = False
@@ -341,10 +344,27 @@ def under_way(host: Any) -> Call | None:
     return call
 
 
+def open_pass(host: Any) -> Call | None:
+    """The pass of a model that is under way, if anything is to be done in it; asked at every hook."""
+    call = _CALL.get()
+    if call is not None and call.host is not host:
+        call = under_way(host)
+    if call is None or call.plain or (call.silent and not host.used):
+        return None
+    return call
+
+
+def part_of(host: Any, path: str) -> bool:
+    """Whether a module that is entered now is a part of the pass that is under way."""
+    call = _CALL.get()
+    if call is not None and call.host is not host:
+        call = under_way(host)
+    return call is not None and call.holds(path)
+
+
 def enter(host: Any, path: str, own: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
     """Call a module's own code: as a part of the pass that is under way, or as a pass of its own."""
-    call = under_way(host)
-    if call is not None and call.holds(path):
+    if part_of(host, path):
         return own(*args, **kwargs)
     return copy_context().run(_pass, host, path, own, args, kwargs)
 
@@ -369,7 +389,7 @@ def _joined(spec: ModelSpec, standing: Sequence[Standing], rows: Callable[[int],
     """The edits of several that stand, as the program of one pass."""
     last, all_of_them = standing[-1], tuple(standing)
     if last.joined is None or last.joined[0] != all_of_them:
-        last.joined = all_of_them, Program(spec, [edit for one in standing for edit in one.edits])
+        last.joined = all_of_them, Program(spec, [edit for one in standing for edit in one.edits], routing=False)
     return last.joined[1].of_pass(rows)
 
 

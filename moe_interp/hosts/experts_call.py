@@ -5,7 +5,6 @@ of what it returns.
 """
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,13 +24,46 @@ def asks_registry(experts: nn.Module) -> bool:
     return hasattr(experts, "_is_expert_parallel") and hasattr(experts, "config")
 
 
+class Own:
+    """What the class of an experts module computes, by the implementation that the model was given.
+
+    Attributes:
+        plain: the implementation of transformers that can run these experts: "grouped_mm" or "eager"; None: neither.
+    """
+
+    def __init__(self, taps: Taps, experts: Any):
+        self.taps, self.experts, self.config = taps, experts, experts.config
+        self.plain = plain_function(experts)
+        self.registry = _fp8_functions() if is_fp8(experts) else ALL_EXPERTS_FUNCTIONS
+        self.eager = type(experts).forward
+        while "experts_interface" in self.eager.__code__.co_freevars:  # transformers' decorator, perhaps repeatedly
+            self.eager = self.eager.__wrapped__
+
+    @property
+    def chosen(self) -> str | None:
+        """The implementation that the model has now; generation on accelerators changes it for single tokens."""
+        chosen: str | None = vars(self.config).get("_experts_implementation_internal")
+        return chosen
+
+    @property
+    def runs(self) -> bool:
+        """Whether it can run here."""
+        return self.plain == "grouped_mm" or (self.plain is not None and self.chosen != "grouped_mm")
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        """The module's own result; by the plain implementation where the model is plain."""
+        call = under_way(self.taps.host)
+        name: Any = plain_function(self.experts) if call is not None and call.plain else self.chosen
+        result: Tensor = self.registry.get_interface(name, self.eager)(self.experts, *args)
+        return result
+
+
 def lead_through(experts: Any, taps: Taps) -> None:
     """Let a module that asks the registry find the function of this package there."""
     if is_fp8(experts):
         _fp8_functions().register(IMPLEMENTATION, _fp8_experts_forward)
-    taps.plain = plain_function(experts)
+    experts._moe_own = Own(taps, experts)
     experts.config = _choosing(experts.config, IMPLEMENTATION)
-    experts._moe_taps = taps
 
 
 def _choosing(config: Any, implementation: str) -> Any:
@@ -43,20 +75,8 @@ def _choosing(config: Any, implementation: str) -> Any:
 
 def _experts_forward(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """transformers' experts call, with everything passed through hook points."""
-    taps: Taps = experts._moe_taps
-    return experts_forward(taps, experts, functools.partial(_own_experts, taps, experts), hidden, ids, weights)
-
-
-def _own_experts(taps: Taps, experts: Any, *args: Tensor) -> Tensor:
-    """What the module's own class computes: by the implementation that the model was given, or the plain one."""
-    call = under_way(taps.host)
-    plain = call is not None and call.plain
-    name: Any = plain_function(experts) if plain else taps.host.configs[experts]._experts_implementation
-    registry = _fp8_functions() if is_fp8(experts) else ALL_EXPERTS_FUNCTIONS
-    eager = type(experts).forward
-    while "experts_interface" in eager.__code__.co_freevars:  # transformers' decorator, which may be there repeatedly
-        eager = eager.__wrapped__
-    return registry.get_interface(name, eager)(experts, *args)
+    own: Own = experts._moe_own
+    return experts_forward(own.taps, experts, own, hidden, ids, weights)
 
 
 def experts_forward(
@@ -66,11 +86,12 @@ def experts_forward(
     flow, moe = taps.now(), taps.layer.moe
     if flow is None or moe is None:
         return own(hidden, ids, weights)
-    if not flow.opens_experts and taps.runs_own:
+    ours, in_turn = (not own.runs, own.plain == "eager") if isinstance(own, Own) else (False, False)
+    if not (ours or flow.opens_experts):
         total = own(hidden, flow("expert_ids", ids), flow("gate_weights", weights))
         return flow("routed_out", total)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    out = run_experts(flow, moe.kernel, experts, rows, ids, weights, in_turn=taps.plain == "eager")
+    out = run_experts(flow, moe.kernel, experts, rows, ids, weights, in_turn=in_turn)
     return out.view(*hidden.shape[:-1], -1)
 
 

@@ -134,7 +134,7 @@ class HookReach:
     def _watch(self, name: str, layer: int | None) -> tuple[HookPoint, Parked]:
         """Let values through a hook point when a block of a trace waits for them."""
         point, parked = self.host.point(name, layer), Parked(self.lm.interleaver, f"{self._path(name, layer)}.input")  # type: ignore[union-attr]
-        point.watchers.append(parked)
+        point.watch(parked)
         return point, parked
 
     def _path(self, name: str, layer: int | None) -> str:

@@ -31,7 +31,7 @@ from moe_interp.adapters.family import bare
 from moe_interp.adapters.formats import check_format, plain_function
 from moe_interp.adapters.spec import BlockCall, LayerSpec, ModelSpec
 from moe_interp.errors import UnsupportedModel
-from moe_interp.hosts.calls import Standing, Standings, enter, session_of, under_way
+from moe_interp.hosts.calls import Standing, Standings, enter, open_pass, part_of, session_of, under_way
 from moe_interp.hosts.eager import eagerly
 from moe_interp.hosts.experts_call import asks_registry, experts_forward, lead_through
 from moe_interp.hosts.hooks import around, attach, attach_grid, attach_modality
@@ -49,6 +49,7 @@ class LocalHost:
     Attributes:
         entries: modules that a pass may enter by with tokens; each with the one stack that it has, or None.
         standings: what stands on the model.
+        used: hook points that somebody has hooked or watched.
         fronts: hook points of others that a value passes before our own, by (point, layer).
     """
 
@@ -56,12 +57,13 @@ class LocalHost:
         self.hf, self.spec = hf, spec
         self.openings: weakref.WeakSet[Opening] = weakref.WeakSet()
         self.undo: list[Callable[[], Any]] = []
+        self.used: list[HookPoint] = []
         self.configs: dict[nn.Module, Any] = {}
         self.standings = Standings()
         self.entries = _entries(hf, spec)
         self.recomputed = [module for module in hf.modules() if hasattr(module, "gradient_checkpointing")]
         self.taps = {layer.index: Taps(self, layer, spec.streams) for layer in spec.layers}
-        self.embed = nn.ModuleDict({"embed": HookPoint()})
+        self.embed = nn.ModuleDict({"embed": HookPoint(self.used)})
         self.fronts: dict[tuple[str, int | None], nn.Module] = {}
         try:
             self._install()
@@ -150,13 +152,17 @@ class LocalHost:
     def _block(self, layer: LayerSpec, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A mixture, as a part of a pass or alone."""
 
+        path: str = layer.moe.block  # type: ignore[union-attr]
+        if part_of(self, path):
+            return own(*args, **kwargs)
+
         def block(*args: Any, **kwargs: Any) -> Any:
             flow = self.taps[layer.index].now()
-            if flow is not None and flow.grid == (0, 0):  # the layer was not called
+            if flow is not None:  # the layer was not called
                 flow.enter(args[0] if args else kwargs["hidden_states"])
             return own(*args, **kwargs)
 
-        return enter(self, layer.moe.block, block, args, kwargs)  # type: ignore[union-attr]
+        return enter(self, path, block, args, kwargs)
 
     def _preparing(self, own: Callable[..., Any]) -> Callable[..., Any]:
         """A generation's own preparation of the inputs of a pass, which tells its session that the pass comes."""
@@ -176,8 +182,8 @@ class LocalHost:
         self.undo.append(functools.partial(owner._modules.pop, name, None))
 
     def _embedded(self, module: nn.Module, args: tuple[Any, ...], value: Tensor) -> Tensor | None:
-        call, point = under_way(self), self.point("embed", None)
-        if call is None or call.plain:
+        call, point = open_pass(self), self.point("embed", None)
+        if call is None:
             return None
         if not point.live:
             for watcher in point.watchers:
@@ -254,7 +260,7 @@ class LocalHost:
             self.undo.pop()
         for experts, config in self.configs.items():
             experts.config = config
-            vars(experts).pop("_moe_taps", None)
+            vars(experts).pop("_moe_own", None)
         self.configs = {}
 
     # ---- while it is open -----------------------------------------------------------------------------------

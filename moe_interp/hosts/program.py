@@ -60,6 +60,7 @@ class Program:
         on_path: whether what is read must lie on the way to the output, so that gradients reach it.
         rows: the tokens that a layer's mixture sees, [B, S] (None: all), by layer.
         decode: logits of a residual stream, for reads of most likely tokens.
+        routing: whether the routing of all layers is kept, and not only what edits look at.
 
     Raises:
         UnknownName: an intervention or a read names something that the model does not have.
@@ -74,8 +75,9 @@ class Program:
         on_path: bool = False,
         rows: Callable[[int], Tensor | None] = lambda layer: None,
         decode: Callable[[Tensor], Tensor] | None = None,
+        routing: bool = True,
     ):
-        self.spec, self.on_path, self.rows, self.decode = spec, on_path, rows, decode
+        self.spec, self.on_path, self.rows, self.decode, self.keeps_routing = spec, on_path, rows, decode, routing
         blocks = [one for one in edits if isinstance(one, Block)]
         self.blocks: list[Block | None] = list(blocks) if blocks else [None]
         lists: list[Sequence[Any]] = [block.edits for block in blocks] if blocks else [edits]
@@ -112,7 +114,9 @@ class Program:
     @cached_property
     def wanted(self) -> frozenset[tuple[str, int | None]]:
         """The points (and layers) whose values the program must be given."""
-        routing = [(point, layer) for layer in self.spec.moe_layers for point in ("expert_ids", "gate_weights")]
+        edited = {layer for _, layer in (*self.edits, *self.reads)}
+        layers = [layer for layer in self.spec.moe_layers if self.keeps_routing or layer in edited]
+        routing = [(point, layer) for layer in layers for point in ("expert_ids", "gate_weights")]
         added = [("routed_out", layer) for layer in self.adding]
         return frozenset([*self.edits, *added, *routing, *self.reads])
 

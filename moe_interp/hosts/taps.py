@@ -11,7 +11,7 @@ from moe_interp.adapters.experts import check_ids
 from moe_interp.adapters.formulas import router_scores
 from moe_interp.adapters.spec import LayerSpec
 from moe_interp.errors import BadInput, UnsupportedModel
-from moe_interp.hosts.calls import Call, under_way
+from moe_interp.hosts.calls import Call, open_pass, under_way
 from moe_interp.points import SELECTION
 
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
@@ -50,9 +50,36 @@ class HookPoint(nn.Module):
         watchers: those who take values here without a hook; they may write into the value that they are given.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, used: list["HookPoint"] | None = None) -> None:
         super().__init__()
         self.watchers: list[Watcher] = []
+        # Those of a model that anybody has hooked or watched, so that a pass need not ask all of them.
+        self.used = [] if used is None else used
+
+    def watch(self, watcher: Watcher) -> None:
+        """Let somebody take values here without a hook."""
+        self.used.append(self)
+        self.watchers.append(watcher)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module."""
+        self.used.append(self)
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module."""
+        self.used.append(self)
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module."""
+        self.used.append(self)
+        return super().register_full_backward_hook(*args, **kwargs)
+
+    def register_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module."""
+        self.used.append(self)
+        return super().register_backward_hook(*args, **kwargs)
 
     @property
     def hooked(self) -> bool:
@@ -104,29 +131,19 @@ class Taps:
         layer: what the layer computes.
         streams: how many residual streams there are.
         at: the hook points by name.
-        plain: transformers' own implementation that can run the experts: "grouped_mm" or "eager"; None: neither can.
         traced: the last flow that a block of a trace took part in.
     """
 
     def __init__(self, host: Any, layer: LayerSpec, streams: int = 1):
         self.host, self.layer, self.streams = host, layer, streams
-        self.at = {name: HookPoint() for name in layer.sites}
+        self.at = {name: HookPoint(host.used) for name in layer.sites}
         self.points = nn.ModuleDict(self.at)
-        self.plain: str | None = "grouped_mm"
         self.traced: Flow | None = None
 
-    @property
-    def runs_own(self) -> bool:
-        """Whether the experts can run as the model was given them."""
-        experts = self.host.experts_at(self.layer.index)
-        config = self.host.configs.get(experts)
-        chosen = "eager" if config is None else config._experts_implementation
-        return self.plain == "grouped_mm" or (self.plain is not None and chosen != "grouped_mm")
-
     def now(self) -> "Flow | None":
-        """The layer's flow in the pass that is under way; None where there is none, or where the model is plain."""
-        call = under_way(self.host)
-        if call is None or call.plain:
+        """The layer's flow in the pass that is under way; None where there is none, or nothing to be done in it."""
+        call = open_pass(self.host)
+        if call is None:
             return None
         flow = call.flows.get(self.layer.index)
         if flow is None:
