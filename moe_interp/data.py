@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 import torch
 
-from moe_interp.encode import GIVE_TOKENIZER, pad
+from moe_interp.encode import GIVE_TOKENIZER, pad, padding_of, token_ids
 from moe_interp.errors import BadData, BadInput
 from moe_interp.interventions.values import ByToken
 
@@ -341,7 +341,7 @@ def batches(
     if max_tokens is not None and max_tokens < 1:
         raise BadInput("cannot cut documents to nothing", expected="max_tokens of 1 or more", got=str(max_tokens))
     limit = min(max_tokens or model.spec.context_length, model.spec.context_length)
-    ids = [model.tokenizer(text, verbose=False)["input_ids"] for text in corpus.texts]
+    ids, padding = token_ids(corpus.texts, model.tokenizer), padding_of(model.tokenizer, model.spec)
     order = sorted(range(len(ids)), key=lambda number: (-len(ids[number]), number))
     groups: list[list[int]] = []
     for number in order:
@@ -349,7 +349,7 @@ def batches(
         if not groups or longest * (len(groups[-1]) + 1) > batch_tokens:
             groups.append([])
         groups[-1].append(number)
-    return [_batch([ids[number] for number in group], group, limit) for group in groups]
+    return [_batch([ids[number] for number in group], group, limit, padding) for group in groups]
 
 
 def _check_for_corpora(edit: "Intervention") -> None:
@@ -370,6 +370,6 @@ def _check_for_corpora(edit: "Intervention") -> None:
                 )
 
 
-def _batch(rows: list[list[int]], numbers: list[int], limit: int) -> Batch:
-    inputs = pad([row[:limit] for row in rows])
+def _batch(rows: list[list[int]], numbers: list[int], limit: int, padding: int) -> Batch:
+    inputs = pad([row[:limit] for row in rows], padding=padding)
     return Batch(inputs, np.array(numbers), sum(len(row) > limit for row in rows))

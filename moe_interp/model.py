@@ -156,7 +156,7 @@ class MoEModel:
         with ExitStack() as stack:
             stack.enter_context(self._in_place_of_standing())
             stack.enter_context(session())
-            if not output and "labels" not in model_inputs:
+            if not output and "labels" not in model_inputs and self.spec.head == "tokens":
                 stack.enter_context(self._host.unembedding(last_alone))
             returned = self.forward(model_inputs)
         self._check_finite(next(iter(unembedded), returned), session.program.tokens.mask, bool(interventions))
@@ -203,11 +203,11 @@ class MoEModel:
             UnsupportedModel: a model that does not write text, or has no ``generate``.
         """
         self._check_open()
-        if self.spec.kind not in ("causal", "encoder-decoder") or self.spec.unembed is None:
+        if self.spec.kind not in ("causal", "encoder-decoder") or not self.spec.predicts_tokens:
             raise UnsupportedModel(
                 f"{self.spec.model_type} generates nothing",
                 expected="a model that predicts tokens, with its head",
-                got="one without a head" if self.spec.unembed is None else f"a model of kind {self.spec.kind!r}",
+                got=self.spec.gives,
                 do="Use run.",
             )
         entry = cast(Any, self.hf.get_submodule(self.spec.entry))

@@ -151,9 +151,9 @@ class RemoteMoEModel(MoEModel):
             RemoteFailure: the server could not run it.
         """
         self._check_open()
-        if self.spec.kind != "causal":
+        if self.spec.kind != "causal" or not self.spec.predicts_tokens:
             raise UnsupportedModel(
-                f"{self.spec.model_type} does not generate on a server", expected="a causal model", got=self.spec.kind
+                f"{self.spec.model_type} does not generate on a server", expected="a causal model", got=self.spec.gives
             )
         edits = [*self._standing, *listed(edit, Intervention)]
         given = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")

@@ -85,6 +85,7 @@ def _switch(feed_forward: str, crossed: bool) -> Family:
         wide=never,
         selects=lambda router: None,
         kind="encoder-decoder",
+        padding_reaches="left",
         notes=(
             "Layers are numbered through encoder and decoder. A token over an expert's capacity has weight 0.",
             "Cross-attention adds to the decoder's residual between attn_out and resid_mid, and has no point.",
@@ -122,6 +123,7 @@ def _nllb(crossed: bool) -> Family:
         selects=lambda router: None,
         embedding=lambda body: None,
         kind="encoder-decoder",
+        padding_reaches="ids",
         notes=(
             "transformers 5.23 runs experts 0 and 1 at every token, whatever the router chose: these are shown.",
             "Layers are numbered through encoder and decoder.",

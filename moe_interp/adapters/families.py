@@ -69,6 +69,7 @@ _OWN: dict[str, Adapter] = {
         mid_join=lambda layer: Sum(residual=(Times(layer("input_residual")),)),
         post_join=lambda layer: Sum(residual=(Times(layer("post_attention_residual")),)),
         sites=lambda layer, mixture: doge.sites(layer) if mixture else {},
+        padding_reaches="any",
         notes=("Product keys: router_logits are the sums of both keys. The model's own router mixes tokens.",),
     ),
 }

@@ -13,7 +13,21 @@ from torch import nn
 from moe_interp.adapters.checks import check_modules, check_types
 from moe_interp.adapters.experts import Fused, Kernel
 from moe_interp.adapters.module_list import LinearGate
-from moe_interp.adapters.reading import attribute, count, model_type, outline, sizes, takes, text_config
+from moe_interp.adapters.reading import (
+    arguments_of,
+    attribute,
+    count,
+    head_of,
+    model_type,
+    outline,
+    padding_id,
+    sizes,
+    takes,
+    text_config,
+)
+from moe_interp.adapters.reading import (
+    bare as bare,  # hosts take it from here
+)
 from moe_interp.adapters.spec import (
     BlockCall,
     ExpertsCall,
@@ -23,6 +37,7 @@ from moe_interp.adapters.spec import (
     ModelSpec,
     MoESpec,
     Output,
+    PaddingReaches,
     ResidualInput,
     RouterLinear,
     RouterOutput,
@@ -36,7 +51,7 @@ from moe_interp.points import SELECTION
 
 EXPERTS_POINTS = ("expert_ids", "gate_weights", "expert_act", "expert_out", "routed_out")
 BODIES = ("model.language_model", "model", "", "language_model.model", "thinker.model.language_model", "transformer")
-HEADS = ("lm_head", "language_model.lm_head", "thinker.lm_head", "score")
+HEADS = ("lm_head", "language_model.lm_head", "thinker.lm_head", "score", "qa_outputs")
 
 
 NO_SIZES = {"d_model": 0, "vocab_size": 0, "context_length": 0}
@@ -124,7 +139,7 @@ class Family:
             follow from the last residual alone.
         sizes: ``d_model``, ``vocab_size`` and ``context_length`` where neither config nor weights say, given the model.
         logits: fields of `ModelSpec` about logits, given the text config (None for a model without one).
-        entry, kind, streams, notes: as in `ModelSpec`; ``streams`` is the name of a config field.
+        entry, kind, streams, padding_reaches, notes: as in `ModelSpec`; ``streams`` is the name of a config field.
         options: as in `ModelSpec`; None: no cache, where the model takes tokens and its forward takes ``use_cache``.
     """
 
@@ -173,6 +188,7 @@ class Family:
     kind: Literal["causal", "encoder", "encoder-decoder", "other"] = "causal"
     streams: str | None = None
     options: Mapping[str, Any] | None = None
+    padding_reaches: PaddingReaches = "nowhere"
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -228,12 +244,15 @@ class Family:
             entry=entry,
             kind=self.kind,
             options=self._options(hf.get_submodule(entry)) if self.options is None else self.options,
+            padding_id=padding_id(hf),
+            padding_reaches=self.padding_reaches,
             notes=self.notes,
         )
         spec = ModelSpec(**NO_SIZES | fields | self.logits(text_config(hf)) | more)
         check_modules(hf, spec)
         given = {name: getattr(spec, name) for name in NO_SIZES} | dict(self.sizes(hf))
-        return replace(spec, **sizes(hf, spec, given))
+        spec = replace(spec, **sizes(hf, spec, given))
+        return replace(spec, head=head_of(hf, spec), arguments=arguments_of(hf, spec))
 
     def _needed(self) -> str:
         """The module by which a layer is known to be a mixture."""
@@ -355,13 +374,6 @@ class Family:
         owner, _, name = self._top_k.rpartition(".")
         too = () if self.counts_too is None else ((block.path, self.counts_too),)
         return (block(owner), name), *too
-
-
-def bare(module: nn.Module) -> Any:
-    """The module of transformers inside those that TransformerLens has put around it; else the module itself."""
-    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
-        module = inner
-    return module
 
 
 @dataclass(frozen=True)

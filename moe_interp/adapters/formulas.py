@@ -63,6 +63,9 @@ def output_of(spec: ModelSpec, returned: Any) -> Tensor:
     if isinstance(returned, Tensor):
         return returned
     name = "last_hidden_state" if spec.unembed is None else "logits"
+    spans = [getattr(returned, f"{end}_logits", None) for end in ("start", "end")]
+    if spec.head == "labels" and all(isinstance(one, Tensor) for one in spans):  # of answers in a text
+        return torch.stack(spans, dim=-1)  # type: ignore[arg-type]
     if not hasattr(returned, name):
         raise UnsupportedModel(
             f"no output of {spec.model_type} to keep",

@@ -108,6 +108,8 @@ class Modality:
 
 
 Site = Input | ResidualInput | Output | GatedOutput | RouterLinear | RouterOutput | RouterTopK | ExpertsCall | BlockCall
+Head = Literal["tokens", "labels", "pooled"]
+PaddingReaches = Literal["nowhere", "left", "positions", "ids", "any"]
 Scores = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
 
@@ -222,6 +224,13 @@ class ModelSpec:
         entry: path of the module that is called for a forward pass; "" for the model itself.
         kind: "causal", "encoder" (no generation), "encoder-decoder" or "other" (no tokens).
         options: arguments that every forward pass gets unless the caller says otherwise.
+        head: what the output of ``unembed`` is: "tokens", logits over the vocabulary at each token; "labels", scores of
+            a classifier at each token; "pooled", such scores for each text, at its last token that is not padding.
+        padding_id: the token id that the model itself takes for padding; None where its config names none.
+        padding_reaches: which padding under the attention mask changes the output at real tokens: "nowhere"; "left",
+            padding before them; "positions", padding before them unless ``position_ids`` are given; "ids", other ids
+            than ``padding_id`` before them, for positions count these; "any".
+        arguments: names that the forward pass takes; None where it takes names that cannot be known.
         notes: what is special about points of this architecture, for people.
     """
 
@@ -241,7 +250,25 @@ class ModelSpec:
     entry: str = ""
     kind: Literal["causal", "encoder", "encoder-decoder", "other"] = "causal"
     options: Mapping[str, Any] = field(default_factory=lambda: {"use_cache": False})
+    head: Head = "tokens"
+    padding_id: int | None = None
+    padding_reaches: PaddingReaches = "nowhere"
+    arguments: frozenset[str] | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the model has a language-model head: logits over its vocabulary at each token."""
+        return self.unembed is not None and self.head == "tokens" and self.kind != "other"
+
+    @property
+    def gives(self) -> str:
+        """What comes out of the model, for errors."""
+        if self.unembed is None:
+            return "one without a head"
+        if self.head != "tokens":
+            return {"labels": "a classifier of tokens", "pooled": "a classifier of texts"}[self.head]
+        return f"a model of kind {self.kind!r}"
 
     @property
     def final_norm(self) -> str | None:

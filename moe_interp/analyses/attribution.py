@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moe_interp.adapters.family import bare
+from moe_interp.adapters.reading import bare
 from moe_interp.analyses.one_text import At, by_rank, expert_terms, run_text, token_texts
 from moe_interp.analyses.plain import (
     check_adds_up,

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from moe_interp.analyses.exact import Exact
 from moe_interp.data import Batch, Corpus, batches, check_corpus
+from moe_interp.encode import special_token_ids
 from moe_interp.errors import BadData, BadInput, UnsupportedModel
 from moe_interp.model import MoEModel, Reads
 from moe_interp.results import whole_file
@@ -118,10 +119,7 @@ def over_experts(scores: Float[Tensor, "*rest C"], experts: int) -> Float[Tensor
 
 def special_ids(model: MoEModel) -> list[int]:
     """Ids of the tokenizer's special tokens, but for the one that stands for unknown words of a text."""
-    tokenizer = model.tokenizer
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    markers = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
-    return [id for id in getattr(tokenizer, "all_special_ids", ()) if id != unknown or id in markers]
+    return special_token_ids(model.tokenizer)
 
 
 def counted(run: Run, special: Sequence[int]) -> Run:

@@ -6,7 +6,7 @@ several, a text's number is the mean over them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.errors import BadInput
+from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
 from moe_interp.run import Run
 
@@ -244,20 +244,39 @@ AnyMetric = Metric | str | Callable[[Tensor], Tensor | float]
 """A metric, its name, or a function from the logits [s, V] of a text's real tokens to a number."""
 
 
+def _check_head(metric: Any, model: MoEModel) -> None:
+    """Refuse a metric that the model has no logits for.
+
+    A divergence and functions of logits also fit a head that classifies tokens; ids of tokens fit none but a
+    language-model head.
+    """
+    if isinstance(metric, NLL):
+        check_writes_text(model)
+    spec = model.spec
+    of_tokens = isinstance(metric, LogitDifference | LogProbability | Probability)
+    if spec.unembed is None or spec.head == "pooled" or (of_tokens and not spec.predicts_tokens):
+        raise UnsupportedModel(
+            f"{spec.model_type} has no logits that the metric could measure",
+            expected="logits of the vocabulary at each token" if of_tokens else "logits at each token",
+            got=spec.gives,
+            do="Open the checkpoint with its language-model head.",
+        )
+
+
 def as_metric(given: AnyMetric, model: MoEModel | None = None) -> Metric:
     """A metric by name ("nll", "kl"), as it is, or of a function of a text's logits.
 
     Raises:
         BadInput: neither.
-        UnsupportedModel: the NLL of tokens that ``model`` does not predict.
+        UnsupportedModel: ``model`` has no logits for it.
     """
     named: dict[str, Metric] = {"nll": NLL(), "kl": KL()}
     if isinstance(given, str):
         if given not in named:
             raise BadInput("unknown metric", expected=f"one of {', '.join(named)}, a metric, or a function", got=given)
         given = named[given]
-    if isinstance(given, NLL) and model is not None:
-        check_writes_text(model)
+    if model is not None:
+        _check_head(given, model)
     if hasattr(given, "bind"):
         return given  # type: ignore[return-value]
     if callable(given):
