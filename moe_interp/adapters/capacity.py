@@ -84,6 +84,7 @@ def _switch(feed_forward: str, crossed: bool) -> Family:
         top_k=1,
         wide=never,
         selects=lambda router: None,
+        balance=lambda router: None,  # of each text or batch apart, of encoder and decoder apart
         kind="encoder-decoder",
         padding_reaches="left",
         notes=(
@@ -121,6 +122,7 @@ def _nllb(crossed: bool) -> Family:
         top_k=2,
         wide=never,
         selects=lambda router: None,
+        balance=lambda router: None,  # of encoder and decoder apart
         embedding=lambda body: None,
         kind="encoder-decoder",
         padding_reaches="ids",

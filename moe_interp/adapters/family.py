@@ -18,6 +18,7 @@ from moe_interp.adapters.reading import (
     attribute,
     count,
     head_of,
+    loss_top_k,
     model_type,
     outline,
     padding_id,
@@ -29,6 +30,7 @@ from moe_interp.adapters.reading import (
     bare as bare,  # hosts take it from here
 )
 from moe_interp.adapters.spec import (
+    Balance,
     BlockCall,
     ExpertsCall,
     GatedOutput,
@@ -134,6 +136,8 @@ class Family:
         selects: who calls ``torch.topk`` on the scores of all experts, given the router: "router" or "block"; None
             where nobody does, and the choice can be replaced and not masked. A ``call`` that `chooses` does it itself.
         weights_on, proportional, runs, skips: as in `MoESpec`; so is alone, given the block.
+        balance: what the model's own load-balance loss counts by, given the router, as in `Balance`; None where that
+            loss leaves the layer out.
         sites: sites that differ, given a layer.
         embedding, final: as in `ModelSpec`, given the body; a ``final`` that returns None says that the output does not
             follow from the last residual alone.
@@ -179,6 +183,7 @@ class Family:
     alone: Callable[[Any], bool] = lambda block: True
     runs: int | None = None
     skips: bool = False
+    balance: Callable[[Any], Literal["token", "decision"] | None] = lambda router: "token"
     sites: Callable[[At, bool], Mapping[str, Site]] = lambda layer, mixture: {}
     embedding: Callable[[At], tuple[Step, ...] | None] = none
     final: Callable[[At], tuple[Step, ...] | None] | None = None
@@ -344,13 +349,15 @@ class Family:
         block = layer.sub(self._mixture)
         router, experts = block.sub(self.router), block.sub(self.experts)
         renormalises = self.renormalises(block.module) if callable(self.renormalises) else self.renormalises
+        scoring, counted_by = self.scoring(router.module), self.balance(router.module)
+        top_k = self.top_k if isinstance(self.top_k, int) else count(block.module, self._top_k)
         return MoESpec(
             block=layer.sub(self.block).path,
             router=router.path,
             experts=experts.path,
             num_experts=count(block.module, self.num_experts),
-            top_k=self.top_k if isinstance(self.top_k, int) else count(block.module, self._top_k),
-            scoring=self.scoring(router.module),
+            top_k=top_k,
+            scoring=scoring,
             renormalises=attribute(router.module, "norm_topk_prob") if renormalises is None else renormalises,
             kernel=self.kernel or Fused.of(experts.module, experts.path),
             shared=layer(self.shared) if self.shared and layer.has(self.shared) else None,
@@ -364,6 +371,7 @@ class Family:
             alone=self.alone(block.module),
             runs=self.runs,
             skips=self.skips,
+            balance=counted_by and Balance(loss_top_k(layer.hf) or top_k, scoring.softcap, counted_by),
         )
 
     @property

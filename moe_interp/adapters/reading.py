@@ -1,6 +1,7 @@
 """What a model says of itself: its config, where it has one, and its modules."""
 
 import inspect
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
@@ -150,6 +151,17 @@ def _gives_logits(hf: nn.Module, unembed: str) -> bool:
     """Whether the module that holds the head says that it is the output embedding."""
     says = getattr(hf.get_submodule(unembed.rpartition(".")[0]), "get_output_embeddings", None)
     return says is not None and says() is hf.get_submodule(unembed)
+
+
+def loss_top_k(hf: nn.Module) -> int | None:
+    """K of a model's own load-balance loss, which its class takes from the config; None where it has no such loss."""
+    for module in (hf, *hf.children()):
+        own = "load_balancing_loss_func" in vars(sys.modules[type(module).__module__])
+        for owner in (module, text_config(hf)) if own else ():
+            found = getattr(owner, "num_experts_per_tok", None)
+            if isinstance(found, int):
+                return found
+    return None
 
 
 def padding_id(hf: nn.Module) -> int | None:

@@ -110,8 +110,10 @@ FAMILIES: dict[str, Family] = {
         selects=lambda router: None,
         renormalises=False,
         proportional=False,
+        top_k=2,  # whatever its config says
         wide=never,
         notes=(
+            "Two experts run, whatever the config says.",
             "A weight is the score of one pick among the experts near it (SparseMixer), not of a softmax over all.",
         ),
     ),

@@ -123,6 +123,21 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Balance:
+    """How transformers' load-balance loss looks at a layer: the ``top_k`` largest of a softmax of the router's logits.
+
+    Attributes:
+        top_k: as the loss has it, which may differ from how many experts run.
+        softcap: of the logits that the loss is given; None: they are not capped.
+        per: "token": the loss is K at balance; "decision": it is 1.
+    """
+
+    top_k: int
+    softcap: float | None = None
+    per: Literal["token", "decision"] = "token"
+
+
+@dataclass(frozen=True)
 class MoESpec:
     """The mixture of one layer: where its modules are, how its router scores and weights, what its experts compute.
 
@@ -144,6 +159,8 @@ class MoESpec:
         runs: how many experts ever run, the first ones, where the code runs fewer than there are; None: all.
         skips: whether a token may take no expert, which shows as expert 0 with weight 0.
         proportional: whether ``gate_weights`` are proportional to the chosen ``router_scores``.
+        balance: how the model's own load-balance loss looks at the layer (that of most models, where it has none); None
+            where the loss leaves the layer out, or does not follow from router logits of tokens.
     """
 
     block: str
@@ -165,6 +182,7 @@ class MoESpec:
     alone: bool = True
     runs: int | None = None
     skips: bool = False
+    balance: Balance | None = None
 
     @property
     def plain(self) -> bool:
