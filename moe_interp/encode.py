@@ -295,6 +295,37 @@ def _check(ids: Tensor, spec: ModelSpec, mask: Tensor | None) -> None:
         )
 
 
+def check_room(given: Mapping[str, Any], spec: ModelSpec, config: Any, options: Mapping[str, Any]) -> None:
+    """Before a generation: refuse one that would go on beyond the context length of the model.
+
+    Args:
+        given: what `encode` gave.
+        spec: of the model.
+        config: the generation config that counts (``options["generation_config"]``, else the model's own).
+        options: of ``generate``: ``max_new_tokens`` or ``max_length`` come before those of the config.
+
+    Raises:
+        BadInput: prompt and new tokens together are more than the context length.
+    """
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    crossed = spec.kind == "encoder-decoder"  # whose decoder starts anew, from one token
+    embedded = given.get("inputs_embeds") if ids is None else ids
+    prompt = 1 if crossed or embedded is None else embedded.shape[1]
+    if mask is not None and mask.dim() == 2 and not crossed:
+        prompt = int(mask.sum(dim=1).max())
+    new, whole = (options.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length"))
+    if options.get("max_length") is not None and options.get("max_new_tokens") is None:
+        new = None  # a length that is given comes before a number of the config
+    length = prompt + new if new is not None else max(prompt, whole or 0)
+    if length > spec.context_length:
+        raise BadInput(
+            "a generation beyond the context length",
+            expected=f"at most {spec.context_length} tokens, prompt and new ones together",
+            got=f"{prompt} + {length - prompt}",
+            do="Shorten the prompt, or ask for fewer by max_new_tokens=.",
+        )
+
+
 def special_token_ids(tokenizer: Any) -> list[int]:
     """Ids of the tokens that a tokenizer marks as special, added ones too, in order.
 

@@ -16,7 +16,7 @@ from moe_interp import __version__
 from moe_interp.adapters import ModelSpec, describe
 from moe_interp.adapters.experts import Experts, ExpertWeights
 from moe_interp.adapters.formats import check_weights, rounding_without_gradient
-from moe_interp.adapters.formulas import has_nan, logits_of, output_of
+from moe_interp.adapters.formulas import logits_of, out_of_range, output_of
 from moe_interp.adapters.sums import follow
 from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
@@ -441,12 +441,13 @@ class MoEModel:
             )
 
     def _check_finite(self, logits: Tensor, mask: Tensor, edited: bool) -> None:
-        if not has_nan(logits, mask):
+        found = out_of_range(logits, mask)
+        if found is None:
             return
         check_weights(self.hf)
         if edited:  # the edit may have meant it
             return
-        raise BadCheckpoint("the model returned NaN", expected="finite logits", do="Try another dtype.")
+        raise BadCheckpoint(f"the model returned {found}", expected="finite logits", do="Try another dtype.")
 
 
 def _told(edits: Sequence[Intervention]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from moe_interp.analyses.collect import top_ks
+from moe_interp.analyses.distributions import check_logits
 from moe_interp.analyses.exact import told_top_k
 from moe_interp.analyses.plain import check_writes_text
 from moe_interp.data import Batch, Corpus, batches, check_corpus
@@ -175,6 +176,7 @@ def nll_sums(
     rows = max(1, _CHUNK // logits.shape[-1])
     for text, position in zip(texts.split(rows), positions.split(rows), strict=True):
         targets = ids[text, position + 1].to(logits.device)
+        check_logits(logits[text, position])
         nll = functional.cross_entropy(logits[text, position].float(), targets, reduction="none")
         sums.index_add_(0, text, nll.cpu().double())
     return sums.numpy()

@@ -51,8 +51,8 @@ class RoutingCounts(Exact):
     """Sums of routing per document and MoE layer, from which everything else follows.
 
     `update` adds a run, `merge` gives the sum of two (associative, commutative), `state` and `from_state`
-    store and resume, `result` gives the labelled Dataset. Holds 8 L (N (3 E + 5) + 2 E + 1) bytes: 83 MB for 2,000 documents,
-    27 layers and 64 experts.
+    store and resume, `result` gives the labelled Dataset. Holds 8 L (N (3 E + 5) + 2 E + 1) bytes: 83 MB for 2,000
+    documents, 27 layers and 64 experts.
 
     Attributes:
         layers: [L], MoE layer indices.
