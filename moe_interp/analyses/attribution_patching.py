@@ -38,6 +38,7 @@ from moe_interp.analyses.plain import check_not_edited, check_sets_no_contributi
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.interventions import Intervention, apply
+from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 from moe_interp.run import Indices, Read, Run
@@ -212,6 +213,7 @@ def estimates(
             got=f"steps = {steps}",
         )
     check_sets_no_contribution(model, layers, "attributions")
+    yes_or_no(neurons, "neurons is no truth value")
     check_not_edited(model, layers if neurons else (), ("expert_out",), "shares of neurons")
     _check(model, inputs, corrupted, layers if neurons else ())
     held = [Read("expert_act", tuple(layers))] if neurons else []

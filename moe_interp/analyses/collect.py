@@ -22,6 +22,7 @@ from moe_interp.analyses.exact import Exact
 from moe_interp.data import Batch, Corpus, batches, check_corpus
 from moe_interp.encode import special_token_ids
 from moe_interp.errors import BadData, BadInput, UnsupportedModel
+from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.model import MoEModel, Reads
 from moe_interp.results import whole_file
 from moe_interp.run import Read, Run
@@ -39,6 +40,9 @@ class Options:
     special_tokens: bool = False
     max_tokens: int | None = None
     batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        yes_or_no(self.special_tokens, "special_tokens is no truth value")
 
 
 class Pass:

@@ -31,6 +31,7 @@ from moe_interp.analyses.plain import check_writes_text
 from moe_interp.data import Batch, Corpus, batches, check_corpus
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, apply, top_k
+from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.interventions.together import check_together
 from moe_interp.interventions.widths import keep_slots
 from moe_interp.model import MoEModel
@@ -82,6 +83,7 @@ def perplexity(
     """
     check_corpus(corpus)
     check_writes_text(model)
+    yes_or_no(per_layer, "per_layer is no truth value")
     grid = _grid(model, ks, renormalise, per_layer)
     work = batches(model, corpus, max_tokens=max_tokens, batch_tokens=batch_tokens)
     nll, counted = _measure(model, corpus, grid, work, seed)

@@ -52,6 +52,8 @@ def ablate(
     Raises:
         BadInput: what ``how`` needs is missing, or ``run`` never used an expert.
     """
+    one_of("ablation", how, ABLATIONS)
+    _refuse_ignored(how, mean, run, seed)
     match how:
         case "zero":
             return scale(layer=layer, expert=expert, by=0.0, positions=positions, tokens=tokens)
@@ -74,9 +76,21 @@ def ablate(
                 seed=seed,
                 **where(layers, positions, tokens),
             )
-    one_of("ablation", how, ABLATIONS)
     needed = "mean=moe.mean_contributions(model, corpus)" if how == "mean" else "run=model.run(..., read='expert_out')"
     raise BadInput(f"ablation by {how} needs more", expected=needed, got="None")
+
+
+def _refuse_ignored(how: str, mean: Any, run: Any, seed: int) -> None:
+    """Refuse what this way of ablation makes no use of."""
+    uses = {"mean": ("mean",), "resample": ("run", "seed")}.get(how, ())
+    given = {"mean": mean is not None, "run": run is not None, "seed": seed != 0}
+    ignored = [name for name, there in given.items() if there and name not in uses]
+    if ignored:
+        raise BadInput(
+            f"ablation by {how!r} makes no use of {' and '.join(ignored)}",
+            expected="how='mean' with mean=..., or how='resample' with run=...",
+            got=f"how={how!r} with {' and '.join(ignored)}",
+        )
 
 
 _WRITTEN = "Name them: each has a contribution of its own."
@@ -345,8 +359,10 @@ def swap(
     positions: Indices = None, tokens: Marks = None,
 ) -> Intervention:  # fmt: skip
     """Swap two experts of a layer (``layer=5, experts=(3, 7)``), or all experts of two layers (``layers=(3, 5)``)."""
-    if (layers is None) == (experts is None):
-        raise BadInput("what to swap", expected="layer and two experts, or two layers", got="both or neither")
+    if (layers is None) == (experts is None) or (layers is not None and layer is not None):
+        given = {"layer": layer, "experts": experts, "layers": layers}
+        named = ", ".join(name for name, value in given.items() if value is not None)
+        raise BadInput("what to swap", expected="layer and two experts, or two layers", got=named or "neither")
     if experts is None:
         return SwapLayers(**where(layers, positions, tokens))
     return Swap(experts=some(tuple(experts), "expert"), **where(layer, positions, tokens))
