@@ -23,6 +23,7 @@ from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
 from moe_interp.hosts import Session, close_host, open_host
 from moe_interp.hosts.program import Program
 from moe_interp.interventions import Intervention
+from moe_interp.measured import code_version, fingerprint
 from moe_interp.run import Read, Run, positions_of
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class MoEModel:
             routing=program.routing(),
             values=program.values,
             touched=tuple(program.touched),
-            provenance=self.provenance() | _told(program.interventions),
+            provenance=self._about() | _told(program.interventions),
             has_head=self.spec.unembed is not None,
             tops=program.tops,
             places={key: read.positions for key, read in program.reads.items() if read.positions is not None},
@@ -352,7 +353,15 @@ class MoEModel:
         return moe.kernel.weights(self.hf.get_submodule(moe.experts), expert)
 
     def provenance(self) -> dict[str, str | int | float]:
-        """What a result must say about the model it was measured on, standing edits included where there are some."""
+        """What a result must say about the model it was measured on, standing edits included where there are some.
+
+        With a fingerprint of the weights (`moe_interp.measured.fingerprint`), which takes a pass over the routers.
+        """
+        weights = {"weights": fingerprint(self.hf, self.spec)} if self.here else {}
+        return self._about() | weights | {"code": code_version()}
+
+    def _about(self) -> dict[str, str | int | float]:
+        """The part of `provenance` that costs nothing, for every run."""
         return {
             "model": self.name,
             **_told(self._standing),

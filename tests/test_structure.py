@@ -19,7 +19,7 @@ FLOORS = (
     ("opening", "restart"),
     ("remote",),
     ("model",),
-    ("encode",),
+    ("encode", "measured"),
     ("hosts",),
     ("interventions",),
     ("adapters", "run"),

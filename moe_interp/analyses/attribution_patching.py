@@ -39,6 +39,7 @@ from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.interventions import Intervention, apply
 from moe_interp.interventions.arguments import yes_or_no
+from moe_interp.measured import inputs_told, metric_told
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 from moe_interp.run import Indices, Read, Run
@@ -120,8 +121,10 @@ def attribution_patching(
         "bound": ["low", "high"],
     }
     about = {
-        **sweep.restart.base.provenance,
+        **model.provenance(),
+        **inputs_told(inputs=inputs, corrupted=corrupted),
         "metric": sweep.metric.name,
+        "metric_told": metric_told(sweep.metric),
         "towards": "nothing" if corrupted is None else "corrupted inputs",
         "steps": steps,
         "seed": seed,

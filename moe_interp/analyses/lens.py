@@ -35,6 +35,7 @@ from moe_interp.analyses.plain import check_adds_up, check_plain, check_same_par
 from moe_interp.analyses.tuned_lens import TunedLens
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, one_of
+from moe_interp.measured import inputs_told
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
 from moe_interp.run import Indices, Run, positions_of
@@ -123,7 +124,12 @@ def expert_lens(
         variables | _text_variables(model, run, at, describe(final[:, None], final, targets, top)),
         coords,
         analysis="expert_lens",
-        provenance={**run.provenance, "definition": definition, "lens": "plain" if lens is None else "tuned"},
+        provenance={
+            **model.provenance(),
+            **inputs_told(inputs=text),
+            "definition": definition,
+            "lens": "plain" if lens is None else "tuned",
+        },
     )
 
 

@@ -53,7 +53,6 @@ def ablate(
         BadInput: what ``how`` needs is missing, or ``run`` never used an expert.
     """
     one_of("ablation", how, ABLATIONS)
-    _refuse_ignored(how, mean, run, seed)
     match how:
         case "zero":
             return scale(layer=layer, expert=expert, by=0.0, positions=positions, tokens=tokens)
@@ -78,19 +77,6 @@ def ablate(
             )
     needed = "mean=moe.mean_contributions(model, corpus)" if how == "mean" else "run=model.run(..., read='expert_out')"
     raise BadInput(f"ablation by {how} needs more", expected=needed, got="None")
-
-
-def _refuse_ignored(how: str, mean: Any, run: Any, seed: int) -> None:
-    """Refuse what this way of ablation makes no use of."""
-    uses = {"mean": ("mean",), "resample": ("run", "seed")}.get(how, ())
-    given = {"mean": mean is not None, "run": run is not None, "seed": seed != 0}
-    ignored = [name for name, there in given.items() if there and name not in uses]
-    if ignored:
-        raise BadInput(
-            f"ablation by {how!r} makes no use of {' and '.join(ignored)}",
-            expected="how='mean' with mean=..., or how='resample' with run=...",
-            got=f"how={how!r} with {' and '.join(ignored)}",
-        )
 
 
 _WRITTEN = "Name them: each has a contribution of its own."
