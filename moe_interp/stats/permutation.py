@@ -107,6 +107,8 @@ def sign_flip_max(
     documents, *family, tests = differences.shape
     if documents < 2:
         return np.full((*family, tests), np.nan)
+    if not tests:  # such as the pairs of a single expert
+        return np.empty((*family, tests))
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(flips + 1, documents))
     signs[0] = 1.0
     p = np.empty((*family, tests))
