@@ -46,6 +46,7 @@ def encode(
         found = _tensors(inputs)
     elif isinstance(inputs, str) or (isinstance(inputs, Sequence) and inputs and isinstance(inputs[0], str)):
         rows = token_ids([inputs] if isinstance(inputs, str) else list(inputs), tokenizer)
+        _check_rows(rows)
         found = pad(rows, side, padding_of(tokenizer, spec))
     elif _uneven(inputs):
         found = pad(inputs, side, padding_of(tokenizer, spec))  # type: ignore[arg-type]
@@ -125,7 +126,7 @@ def token_ids(texts: Sequence[Any], tokenizer: Any) -> list[list[int]]:
     """The token ids of each text, as the tokenizer gives them, with its special tokens.
 
     Raises:
-        BadInput: a text that is empty, no Unicode or without a token; no tokenizer.
+        BadInput: a text that is empty or no Unicode; no tokenizer.
     """
     for number, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
@@ -140,13 +141,15 @@ def token_ids(texts: Sequence[Any], tokenizer: Any) -> list[list[int]]:
     if tokenizer is None:
         raise BadInput("text needs a tokenizer", expected="token ids", got="text", do=GIVE_TOKENIZER)
     check_tokenizer(tokenizer)
-    rows = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    return [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+
+
+def _check_rows(rows: Sequence[Sequence[int]]) -> None:
     for number, row in enumerate(rows):
         if not len(row):
             raise BadInput(
                 f"text {number} has no tokens", expected="a text that the tokenizer makes tokens of", got="none"
             )
-    return rows
 
 
 def _is_unicode(text: str) -> bool:

@@ -258,10 +258,14 @@ def main_layers(model: MoEModel) -> tuple[int, ...]:
 
 @torch.no_grad()
 def signature(model: MoEModel) -> Float[Tensor, "P C"]:
-    """Logits of some 64 tokens that the model's ``decode`` gives for four fixed vectors, in float32."""
+    """Logits of some 64 tokens that the model's ``decode`` gives for four fixed vectors, in float32.
+
+    Those of minus infinity, of tokens that cannot come, are 0.
+    """
     waves = torch.outer(torch.arange(1.0, 5.0), torch.arange(1.0, model.spec.d_model + 1)).sin()
     logits = model.decode(waves[None].to(model.device, model.dtype))[0]
-    return logits[:, :: max(1, logits.shape[1] // 64)].float().cpu().contiguous()
+    some = logits[:, :: max(1, logits.shape[1] // 64)].float().cpu()
+    return some.masked_fill(some.isneginf(), 0.0).contiguous()
 
 
 def close(mine: Float[Tensor, "P C"], theirs: Float[Tensor, "Q E"]) -> bool:
