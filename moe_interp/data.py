@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 import numpy as np
 import torch
 
-from moe_interp.encode import GIVE_TOKENIZER, pad
+from moe_interp.encode import GIVE_TOKENIZER, pad, padding_of, token_ids
 from moe_interp.errors import BadInput
 from moe_interp.interventions.values import ByToken
 from moe_interp.paths import lone_surrogate
@@ -338,7 +338,7 @@ def batches(
         if value is not None and (not _is_count(value) or value < 1):
             raise BadInput(f"{name} is no number of tokens", expected="a whole number from 1 on", got=repr(value)[:80])
     limit = min(max_tokens or model.spec.context_length, model.spec.context_length)
-    ids = [_tokens(model, document) for document in corpus]
+    ids, padding = [_tokens(model, document) for document in corpus], padding_of(model.tokenizer, model.spec)
     order = sorted(range(len(ids)), key=lambda number: (-len(ids[number]), number))
     groups: list[list[int]] = []
     for number in order:
@@ -346,7 +346,7 @@ def batches(
         if not groups or longest * (len(groups[-1]) + 1) > batch_tokens:
             groups.append([])
         groups[-1].append(number)
-    return [_batch([ids[number] for number in group], group, limit) for group in groups]
+    return [_batch([ids[number] for number in group], group, limit, padding) for group in groups]
 
 
 def _tokens(model: "MoEModel", document: Document) -> list[int]:
@@ -358,8 +358,7 @@ def _tokens(model: "MoEModel", document: Document) -> list[int]:
             got="none",
             do=GIVE_TOKENIZER,
         )
-    given = document.ids or model.tokenizer(document.text, verbose=False)["input_ids"]
-    found = list(given)
+    found = list(document.ids or token_ids([document.text], model.tokenizer)[0])
     if not found:
         raise BadInput(f"document {document.name!r} has no tokens", expected="at least one", got=document.text[:80])
     if max(found) >= model.spec.vocab_size:
@@ -389,6 +388,6 @@ def _check_for_corpora(edit: "Intervention") -> None:
                 )
 
 
-def _batch(rows: list[list[int]], numbers: list[int], limit: int) -> Batch:
-    inputs = pad([row[:limit] for row in rows])
+def _batch(rows: list[list[int]], numbers: list[int], limit: int, padding: int) -> Batch:
+    inputs = pad([row[:limit] for row in rows], padding=padding)
     return Batch(inputs, np.array(numbers), sum(len(row) > limit for row in rows))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
@@ -18,14 +18,16 @@ from moe_interp import __version__
 from moe_interp.adapters import ModelSpec, describe
 from moe_interp.adapters.experts import Experts, ExpertWeights
 from moe_interp.adapters.formats import check_weights, rounding_without_gradient
-from moe_interp.adapters.formulas import has_nan, logits_of, output_of
+from moe_interp.adapters.formulas import logits_of, out_of_range, output_of, watched
 from moe_interp.adapters.sums import follow
-from moe_interp.encode import Inputs, encode
+from moe_interp.encode import Inputs, check_room, encode
 from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
+from moe_interp.generation import check_steps, continued, count_of
 from moe_interp.hosts import Session, Standing, Standings, open_host
 from moe_interp.hosts.program import Program
 from moe_interp.interventions import Intervention
 from moe_interp.interventions.arguments import yes_or_no
+from moe_interp.measured import code_version, fingerprint
 from moe_interp.run import Read, Run, positions_of
 
 if TYPE_CHECKING:
@@ -171,11 +173,15 @@ class MoEModel:
             unembedded.append(hidden)
             return hidden[:, -1:]
 
-        change = None if output or "labels" in model_inputs else last_alone
+        change = last_alone if self._trims(output, model_inputs) else None
         session = Session(self._host, interventions, reads, grad, self.decode, unembed=change, forms=forms)
         returned = session(lambda: self.forward(model_inputs))
         self._check_finite(next(iter(unembedded), returned), session.program.tokens.mask, bool(interventions))
         return self._run_of(session.program, model_inputs, returned if output else None)
+
+    def _trims(self, output: bool, model_inputs: Mapping[str, Any]) -> bool:
+        """Whether the last token of each text alone is to be unembedded."""
+        return not output and "labels" not in model_inputs and self.spec.head == "tokens"
 
     def _complete(self, inputs: Inputs) -> dict[str, Any]:
         """Model inputs that a forward pass can be made of."""
@@ -199,7 +205,7 @@ class MoEModel:
             routing=program.routing(),
             values=program.values,
             touched=tuple(program.touched),
-            provenance=self.provenance() | _told(program.interventions),
+            provenance=self._about() | _told(program.interventions),
             has_head=self.spec.unembed is not None,
             tops=program.tops,
             places={key: read.positions for key, read in program.reads.items() if read.positions is not None},
@@ -216,15 +222,19 @@ class MoEModel:
 
         Raises:
             UnsupportedModel: a model that does not write text, or has no ``generate``.
+            BadInput: more tokens than the context length, or edits at a step's newest token where a step has several.
+            BadCheckpoint: the weights, or logits that no edit has changed, are not finite.
         """
         self._check_open()
-        if self.spec.kind not in ("causal", "encoder-decoder") or self.spec.unembed is None:
+        if self.spec.kind not in ("causal", "encoder-decoder") or not self.spec.predicts_tokens:
             raise UnsupportedModel(
                 f"{self.spec.model_type} generates nothing",
                 expected="a model that predicts tokens, with its head",
-                got="one without a head" if self.spec.unembed is None else f"a model of kind {self.spec.kind!r}",
+                got=self.spec.gives,
                 do="Use run.",
             )
+        from transformers import LogitsProcessorList
+
         entry = cast(Any, self.hf.get_submodule(self.spec.entry))
         if not hasattr(entry, "generate"):
             raise UnsupportedModel(
@@ -234,22 +244,16 @@ class MoEModel:
                 do="Use run, a token at a time.",
             )
         edits = [*self._standing, *listed(edit, Intervention)]
-        _check_steps(edits, options)
-        model_inputs = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
-        session = Session(self._host, edits, whole=False, routing=False, texts=_count(model_inputs))
-        ids = session(lambda: entry.generate(**model_inputs, **options))
-        return self._written(inputs, ids, model_inputs.get("attention_mask"))
-
-    def _written(self, inputs: Inputs, ids: Any, mask: Tensor | None) -> str | list[str] | Tensor:
-        """Text if text was given, else ids; ``mask`` [B, S] tells padding from the prompt, which is to the right."""
-        if not isinstance(ids, Tensor) or not (isinstance(inputs, str) or _are_texts(inputs)):
-            return ids
-        rows = list(ids)
-        if self.spec.kind == "causal" and mask is not None:  # others return no prompt
-            padding = (mask == 0).sum(dim=1).repeat_interleave(len(rows) // len(mask)).tolist()
-            rows = [row[left:] for row, left in zip(rows, padding, strict=True)]
-        texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
-        return texts[0] if isinstance(inputs, str) and len(texts) == 1 else texts
+        check_steps(edits, options)
+        given = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
+        check_room(given, self.spec, options.get("generation_config") or entry.generation_config, options)
+        processors = [
+            watched(partial(self._not_finite, edited=bool(edits))),
+            *(options.pop("logits_processor", None) or ()),
+        ]
+        session = Session(self._host, edits, whole=False, routing=False, texts=count_of(given))
+        ids = session(lambda: entry.generate(**given, **options))
+        return continued(inputs, ids, given.get("attention_mask"), self.spec, self.tokenizer)
 
     @contextmanager
     def edit(self, *edits: Intervention | Sequence[Intervention], everywhere: bool = False) -> Iterator[Standing]:
@@ -347,7 +351,15 @@ class MoEModel:
         return moe.kernel.weights(self.hf.get_submodule(moe.experts), expert)
 
     def provenance(self) -> dict[str, str | int | float]:
-        """What a result must say about the model it was measured on, standing edits included where there are some."""
+        """What a result must say about the model it was measured on, standing edits included where there are some.
+
+        With a fingerprint of the weights (`moe_interp.measured.fingerprint`), which takes a pass over the routers.
+        """
+        weights = {"weights": fingerprint(self.hf, self.spec)} if self.here else {}
+        return self._about() | weights | {"code": code_version()}
+
+    def _about(self) -> dict[str, str | int | float]:
+        """The part of `provenance` that costs nothing, for every run."""
         return {
             "model": self.name,
             **_told(self._standing),
@@ -436,12 +448,16 @@ class MoEModel:
             )
 
     def _check_finite(self, logits: Tensor, mask: Tensor, edited: bool) -> None:
-        if not has_nan(logits, mask):
-            return
+        found = out_of_range(logits, mask)
+        if found is not None:
+            self._not_finite(found, edited)
+
+    def _not_finite(self, found: str, edited: bool) -> None:
+        """Logits are NaN or infinite: say why."""
         check_weights(self.hf)
         if edited:  # the edit may have meant it
             return
-        raise BadCheckpoint("the model returned NaN", expected="finite logits", do="Try another dtype.")
+        raise BadCheckpoint(f"the model returned {found}", expected="finite logits", do="Try another dtype.")
 
 
 @cache
@@ -450,40 +466,9 @@ def _transformers() -> str:
     return importlib.metadata.version("transformers")
 
 
-def _count(model_inputs: Mapping[str, Any]) -> int | None:
-    """How many texts model inputs have, as far as they say."""
-    given = next((model_inputs[name] for name in ("input_ids", "inputs_embeds") if name in model_inputs), None)
-    return None if given is None else len(given)
-
-
-# Options of `generate` by which a step has several new tokens, of which some may be taken back.
-_SEVERAL_AT_ONCE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
-
-
-def _check_steps(edits: Sequence[Intervention], options: Mapping[str, Any]) -> None:
-    """Refuse edits at the newest token of a step where steps are not single tokens.
-
-    Raises:
-        BadInput: there are such edits.
-    """
-    given = [name for name in _SEVERAL_AT_ONCE if options.get(name) is not None]
-    last = [one for one in edits if any(position < 0 for position in getattr(one, "positions", None) or ())]
-    if given and last:
-        raise BadInput(
-            "the newest token of a step is not known",
-            expected="positions from the start of the text, or a token at each step",
-            got=f"positions {last[0].positions} with {', '.join(given)}",  # type: ignore[attr-defined]
-            do="Name positions from the start, mark tokens, or leave the option out.",
-        )
-
-
 def _told(edits: Sequence[Intervention]) -> dict[str, str]:
     """Edits as a result names them: functions without their addresses, which are others in every process."""
     return {"edits": re.sub(r" at 0x[0-9a-f]+", "", "; ".join(map(repr, edits)))} if edits else {}
-
-
-def _are_texts(inputs: Inputs) -> bool:
-    return isinstance(inputs, Sequence) and bool(inputs) and isinstance(inputs[0], str)
 
 
 def as_read(one: str | Read) -> Read:

@@ -1,11 +1,13 @@
 """Open a model that somebody has in hand: a transformers model, an nnsight model, a TransformerBridge."""
 
 import sys
+from os import PathLike
 from typing import Any
 
 from torch import nn
 
 from moe_interp.adapters import is_known
+from moe_interp.encode import check_tokenizer
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
 from moe_interp.options import check_flag
@@ -37,9 +39,10 @@ def wrap(
 
     Raises:
         UnsupportedModel: its architecture cannot be opened correctly.
-        BadInput: no such model, or one without weights that is to run here.
+        BadInput: no such model, one without weights that is to run here, or what is no tokenizer.
     """
     _check_remote(remote, trust_server)
+    check_tokenizer(tokenizer)
     if _is_nnsight(model):
         return _wrap_traced(model, tokenizer, name, remote)
     if remote:
@@ -56,8 +59,9 @@ def wrap(
             "not a model that is in memory",
             expected="a transformers model, an nnsight model or a TransformerBridge",
             got=repr(hf)[:80],
-            do="moe.load(name) opens a folder or a hub id.",
+            do=_instead_of(model),
         )
+    _check_weights_are_here(hf)
     return MoEModel(hf, tokenizer, name) if is_known(hf) or not _has_config(hf) else _wrap_unseen(hf, tokenizer, name)
 
 
@@ -80,6 +84,30 @@ def _check_remote(remote: Any, trust_server: Any) -> None:
         )
 
 
+def _instead_of(given: Any) -> str:
+    if isinstance(given, type):
+        return f"Pass a model: {given.__name__}.from_pretrained(name)."
+    if isinstance(given, MoEModel):
+        return "It is open already."
+    if isinstance(given, str | PathLike) or hasattr(given, "tokenizer") or hasattr(given, "encode"):
+        return "moe.load(name) opens a folder or a hub id, with its tokenizer."
+    return "moe.load(name) opens a folder or a hub id."
+
+
+def _check_weights_are_here(hf: nn.Module) -> None:
+    """Refuse parameters on the meta device that nothing brings in: accelerate's offloading does, by its hooks."""
+    offloaded = [module for module in hf.modules() if hasattr(module, "_hf_hook")]
+    owned = {id(parameter) for module in offloaded for parameter in module.parameters()}
+    missing = [name for name, one in hf.named_parameters() if one.is_meta and id(one) not in owned]
+    if missing:
+        raise BadInput(
+            "a model without weights",
+            expected="parameters in memory, or offloaded by accelerate",
+            got=f"{len(missing)} parameters on the meta device, such as {missing[0]}",
+            do="Load the checkpoint: moe.load(name), or from_pretrained.",
+        )
+
+
 def _is_nnsight(model: Any) -> bool:
     envoy = sys.modules.get("nnsight.intervention.envoy")  # whoever has such a model has imported it
     return envoy is not None and isinstance(model, envoy.Envoy)
@@ -89,7 +117,9 @@ def _wrap_traced(lm: Any, tokenizer: Any, name: str | None, remote: bool | str) 
     if remote:
         from moe_interp.remote import RemoteMoEModel
 
-        return RemoteMoEModel(lm, remote, name)
+        opened = RemoteMoEModel(lm, remote, name)
+        opened.tokenizer = opened.tokenizer if tokenizer is None else tokenizer
+        return opened
     if any(parameter.is_meta for parameter in lm._module.parameters()):
         raise BadInput(
             "an nnsight model without weights",
@@ -99,7 +129,7 @@ def _wrap_traced(lm: Any, tokenizer: Any, name: str | None, remote: bool | str) 
         )
     from moe_interp.hosts.apart import keep_apart
 
-    model = wrap(lm._module, tokenizer or getattr(lm, "tokenizer", None), name=name)
+    model = wrap(lm._module, getattr(lm, "tokenizer", None) if tokenizer is None else tokenizer, name=name)
     model._host.undo.append(keep_apart(lm.interleaver))
     return model
 
@@ -114,7 +144,7 @@ def _wrap_bridged(bridge: Any, tokenizer: Any, name: str | None) -> MoEModel:
     from moe_interp.hosts.bridge import check_raw
 
     check_raw(bridge)
-    return wrap(bridge.original_model, tokenizer or bridge.tokenizer, name=name)
+    return wrap(bridge.original_model, bridge.tokenizer if tokenizer is None else tokenizer, name=name)
 
 
 def _has_config(hf: nn.Module) -> bool:

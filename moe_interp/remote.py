@@ -21,6 +21,7 @@ from moe_interp import errors
 from moe_interp.adapters import ModelSpec, describe
 from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadCheckpoint, RemoteFailure, UnsupportedModel
+from moe_interp.generation import continued
 from moe_interp.hosts.calls import Standings
 from moe_interp.hosts.passes import Pass, stock_pass
 from moe_interp.hosts.program import Block, Edited, Program
@@ -159,15 +160,15 @@ class RemoteMoEModel(MoEModel):
             RemoteFailure: the server could not run it.
         """
         self._check_open()
-        if self.spec.kind != "causal":
+        if self.spec.kind != "causal" or not self.spec.predicts_tokens:
             raise UnsupportedModel(
-                f"{self.spec.model_type} does not generate on a server", expected="a causal model", got=self.spec.kind
+                f"{self.spec.model_type} does not generate on a server", expected="a causal model", got=self.spec.gives
             )
         edits = [*self._standing, *listed(edit, Intervention)]
         given = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
         self._program(given, edits, (), whole=False)
         ids = self._send_generation(SentPass(self.lm, self.spec, edits, ()), given, options)
-        return self._written(inputs, ids, given.get("attention_mask"))
+        return continued(inputs, ids, given.get("attention_mask"), self.spec, self.tokenizer)
 
     def _send_generation(self, job: SentPass, given: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:
         lm, blocks, given, remote, ids = self.lm, job.blocks, dict(given), self.remote, None

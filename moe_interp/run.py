@@ -303,6 +303,9 @@ class Run:
     def output(self) -> Float[Tensor, "*rows V"]:
         """What the model gave: logits [B, S, V]; of a model without a head its last hidden states [B, S, D].
 
+        Of a classifier, its scores: [B, S, labels] of one of tokens (answers in a text: their starts and ends), and
+        [B, labels] of one of texts.
+
         Raises:
             BadInput: it was not kept.
         """
@@ -312,7 +315,7 @@ class Run:
 
     @property
     def logits(self) -> Float[Tensor, "*rows V"]:
-        """[B, S, V].
+        """[B, S, V]; of a classifier as `output` has them.
 
         Raises:
             BadInput: the model has no head.

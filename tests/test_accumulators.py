@@ -418,7 +418,7 @@ def test_what_is_held_is_what_is_stated(name):
     sums = fed(name, *runs())
     sums.state()  # tidied
     stated = {
-        "routing": 8 * DOCUMENTS * (1 + 2 * (3 * EXPERTS + 5)),
+        "routing": 8 * (DOCUMENTS * (1 + 2 * (3 * EXPERTS + 5)) + 2 * (2 * EXPERTS + 1)),
         "pairs": 8 * (3 + 4 * 2 * EXPERTS**2),
         "transitions": 16 * 3 * EXPERTS**2,
         "tokens": 16 * (sums.routed.tidy()[0].size + sums.seen.tidy()[0].size) if name == "tokens" else 0,

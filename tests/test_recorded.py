@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,8 @@ COUNTS = random_counts(0)
 def test_counts_alone_give_what_the_same_counts_with_documents_give():
     alone = routing_from_counts(COUNTS, tokens=TOKENS, domains=DOMAINS, top_k=TOP_K, layers=[1, 4, 9])
     zeros = np.zeros_like(COUNTS)
-    sums = RoutingCounts((1, 4, 9), (TOP_K,) * 3, np.array(TOKENS), COUNTS, zeros, zeros, np.zeros((2, 3, 5), int))
+    empty = RoutingCounts.empty(2, (1, 4, 9), COUNTS.shape[-1], TOP_K)
+    sums = replace(empty, tokens=np.array(TOKENS), counts=COUNTS, weights=zeros, scores=zeros)
     measured = sums.result(np.array([0, 1]), DOMAINS, provenance={}, resamples=2)
     assert set(alone.variables) == set(measured.variables)
     for name in alone.data_vars:

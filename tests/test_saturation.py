@@ -60,7 +60,7 @@ def test_unrelated_routers_are_at_their_control_and_uniform_ones_at_k_over_e():
 def test_checkpoints_are_compared_on_the_same_tokens(tmp_path):
     models = [moe.wrap(build("olmoe", seed=seed), StubTokenizer(), name=f"step{seed}") for seed in (1, 0, 0)]
     result = router_saturation(models, CORPUS, tokens_per_document=99, resamples=20)
-    assert result.step.values.tolist() == ["step1", "step0", "step0"]
+    assert result.step.values.tolist() == ["step1", "step0 (2)", "step0 (3)"]
     np.testing.assert_array_equal(result.saturation[1:], 1.0)
     for layer in models[0].layers:
         shares = []

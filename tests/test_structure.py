@@ -20,7 +20,7 @@ FLOORS = (
     ("opening", "restart"),
     ("remote",),
     ("model",),
-    ("encode",),
+    ("encode", "measured"),
     ("hosts",),
     ("interventions",),
     ("adapters", "run"),

@@ -84,7 +84,9 @@ def _switch(feed_forward: str, crossed: bool) -> Family:
         top_k=1,
         wide=never,
         selects=lambda router: None,
+        balance=lambda router: None,  # of each text or batch apart, of encoder and decoder apart
         kind="encoder-decoder",
+        padding_reaches="left",
         notes=(
             "Layers are numbered through encoder and decoder. A token over an expert's capacity has weight 0.",
             "Cross-attention adds to the decoder's residual between attn_out and resid_mid, and has no point.",
@@ -120,8 +122,10 @@ def _nllb(crossed: bool) -> Family:
         top_k=2,
         wide=never,
         selects=lambda router: None,
+        balance=lambda router: None,  # of encoder and decoder apart
         embedding=lambda body: None,
         kind="encoder-decoder",
+        padding_reaches="ids",
         notes=(
             "transformers 5.23 runs experts 0 and 1 at every token, whatever the router chose: these are shown.",
             "Layers are numbered through encoder and decoder.",

@@ -54,6 +54,7 @@ _OWN: dict[str, Adapter] = {
         renormalises=True,
         kernel=jetmoe.KERNEL,
         call=jetmoe.forward,
+        balance=lambda router: None,  # it counts the routers of attention heads too
         num_experts="router.num_experts",
         whole_steps=lambda block: (Plus(block("bias")),),
         notes=("The mixture of attention heads is left alone: attn_out is its sum.",),
@@ -69,6 +70,8 @@ _OWN: dict[str, Adapter] = {
         mid_join=lambda layer: Sum(residual=(Times(layer("input_residual")),)),
         post_join=lambda layer: Sum(residual=(Times(layer("post_attention_residual")),)),
         sites=lambda layer, mixture: doge.sites(layer) if mixture else {},
+        balance=lambda router: "decision",
+        padding_reaches="any",
         notes=("Product keys: router_logits are the sums of both keys. The model's own router mixes tokens.",),
     ),
 }

@@ -13,8 +13,24 @@ from torch import nn
 from moe_interp.adapters.checks import check_modules, check_types
 from moe_interp.adapters.experts import Fused, Kernel
 from moe_interp.adapters.module_list import LinearGate
-from moe_interp.adapters.reading import attribute, count, model_type, outline, sizes, takes, text_config
+from moe_interp.adapters.reading import (
+    arguments_of,
+    attribute,
+    count,
+    head_of,
+    loss_top_k,
+    model_type,
+    outline,
+    padding_id,
+    sizes,
+    takes,
+    text_config,
+)
+from moe_interp.adapters.reading import (
+    bare as bare,  # hosts take it from here
+)
 from moe_interp.adapters.spec import (
+    Balance,
     BlockCall,
     ExpertsCall,
     GatedOutput,
@@ -23,6 +39,7 @@ from moe_interp.adapters.spec import (
     ModelSpec,
     MoESpec,
     Output,
+    PaddingReaches,
     ResidualInput,
     RouterLinear,
     RouterOutput,
@@ -36,7 +53,7 @@ from moe_interp.points import SELECTION
 
 EXPERTS_POINTS = ("expert_ids", "gate_weights", "expert_act", "expert_out", "routed_out")
 BODIES = ("model.language_model", "model", "", "language_model.model", "thinker.model.language_model", "transformer")
-HEADS = ("lm_head", "language_model.lm_head", "thinker.lm_head", "score")
+HEADS = ("lm_head", "language_model.lm_head", "thinker.lm_head", "score", "qa_outputs")
 
 
 NO_SIZES = {"d_model": 0, "vocab_size": 0, "context_length": 0}
@@ -119,12 +136,14 @@ class Family:
         selects: who calls ``torch.topk`` on the scores of all experts, given the router: "router" or "block"; None
             where nobody does, and the choice can be replaced and not masked. A ``call`` that `chooses` does it itself.
         weights_on, proportional, runs, skips: as in `MoESpec`; so is alone, given the block.
+        balance: what the model's own load-balance loss counts by, given the router, as in `Balance`; None where that
+            loss leaves the layer out.
         sites: sites that differ, given a layer.
         embedding, final: as in `ModelSpec`, given the body; a ``final`` that returns None says that the output does not
             follow from the last residual alone.
         sizes: ``d_model``, ``vocab_size`` and ``context_length`` where neither config nor weights say, given the model.
         logits: fields of `ModelSpec` about logits, given the text config (None for a model without one).
-        entry, kind, streams, notes: as in `ModelSpec`; ``streams`` is the name of a config field.
+        entry, kind, streams, padding_reaches, notes: as in `ModelSpec`; ``streams`` is the name of a config field.
         options: as in `ModelSpec`; None: no cache, where the model takes tokens and its forward takes ``use_cache``.
     """
 
@@ -164,6 +183,7 @@ class Family:
     alone: Callable[[Any], bool] = lambda block: True
     runs: int | None = None
     skips: bool = False
+    balance: Callable[[Any], Literal["token", "decision"] | None] = lambda router: "token"
     sites: Callable[[At, bool], Mapping[str, Site]] = lambda layer, mixture: {}
     embedding: Callable[[At], tuple[Step, ...] | None] = none
     final: Callable[[At], tuple[Step, ...] | None] | None = None
@@ -173,6 +193,7 @@ class Family:
     kind: Literal["causal", "encoder", "encoder-decoder", "other"] = "causal"
     streams: str | None = None
     options: Mapping[str, Any] | None = None
+    padding_reaches: PaddingReaches = "nowhere"
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -228,12 +249,15 @@ class Family:
             entry=entry,
             kind=self.kind,
             options=self._options(hf.get_submodule(entry)) if self.options is None else self.options,
+            padding_id=padding_id(hf),
+            padding_reaches=self.padding_reaches,
             notes=self.notes,
         )
         spec = ModelSpec(**NO_SIZES | fields | self.logits(text_config(hf)) | more)
         check_modules(hf, spec)
         given = {name: getattr(spec, name) for name in NO_SIZES} | dict(self.sizes(hf))
-        return replace(spec, **sizes(hf, spec, given))
+        spec = replace(spec, **sizes(hf, spec, given))
+        return replace(spec, head=head_of(hf, spec), arguments=arguments_of(hf, spec))
 
     def _needed(self) -> str:
         """The module by which a layer is known to be a mixture."""
@@ -325,13 +349,15 @@ class Family:
         block = layer.sub(self._mixture)
         router, experts = block.sub(self.router), block.sub(self.experts)
         renormalises = self.renormalises(block.module) if callable(self.renormalises) else self.renormalises
+        scoring, counted_by = self.scoring(router.module), self.balance(router.module)
+        top_k = self.top_k if isinstance(self.top_k, int) else count(block.module, self._top_k)
         return MoESpec(
             block=layer.sub(self.block).path,
             router=router.path,
             experts=experts.path,
             num_experts=count(block.module, self.num_experts),
-            top_k=self.top_k if isinstance(self.top_k, int) else count(block.module, self._top_k),
-            scoring=self.scoring(router.module),
+            top_k=top_k,
+            scoring=scoring,
             renormalises=attribute(router.module, "norm_topk_prob") if renormalises is None else renormalises,
             kernel=self.kernel or Fused.of(experts.module, experts.path),
             shared=layer(self.shared) if self.shared and layer.has(self.shared) else None,
@@ -345,6 +371,7 @@ class Family:
             alone=self.alone(block.module),
             runs=self.runs,
             skips=self.skips,
+            balance=counted_by and Balance(loss_top_k(layer.hf) or top_k, scoring.softcap, counted_by),
         )
 
     @property
@@ -355,13 +382,6 @@ class Family:
         owner, _, name = self._top_k.rpartition(".")
         too = () if self.counts_too is None else ((block.path, self.counts_too),)
         return (block(owner), name), *too
-
-
-def bare(module: nn.Module) -> Any:
-    """The module of transformers inside those that TransformerLens has put around it; else the module itself."""
-    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
-        module = inner
-    return module
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,9 @@ def output_of(spec: ModelSpec, returned: Any) -> Tensor:
     if isinstance(returned, Tensor):
         return returned
     name = "last_hidden_state" if spec.unembed is None else "logits"
+    spans = [getattr(returned, f"{end}_logits", None) for end in ("start", "end")]
+    if spec.head == "labels" and all(isinstance(one, Tensor) for one in spans):  # of answers in a text
+        return torch.stack(spans, dim=-1)  # type: ignore[arg-type]
     if not hasattr(returned, name):
         raise UnsupportedModel(
             f"no output of {spec.model_type} to keep",
@@ -79,6 +82,44 @@ def has_nan(output: Tensor, mask: Tensor) -> bool:
     NaN anywhere in a hidden state reaches every logit of that token, so one column tells.
     """
     first = output[..., 0].detach()
+    return bool(first[_seen(first, output, mask)].isnan().any())
+
+
+def out_of_range(output: Tensor, mask: Tensor) -> str | None:
+    """What a model's output [B, S, V] has at a real token that no output may have, in words; None if it is fine.
+
+    Minus infinity is fine, as logits that pad a vocabulary are, but where it is alone. Padding may hold anything.
+    """
+    largest = output.detach().amax(dim=-1)
+    return not_finite(largest[_seen(largest, output, mask)])
+
+
+def not_finite(largest: Tensor) -> str | None:
+    """What a row's largest value says is wrong with it: "NaN", "infinity", "minus infinity alone", or nothing."""
+    if bool(largest.isfinite().all()):
+        return None
+    if bool(largest.isnan().any()):
+        return "NaN"
+    return "infinity" if bool(largest.isposinf().any()) else "minus infinity alone"
+
+
+def watched(tell: Callable[[str], None]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor for transformers' ``generate`` that calls ``tell`` at a step whose logits are out of range.
+
+    ``tell`` is given the words of `not_finite`, and may raise. It must stand first, before processors that rule tokens
+    out; the scores [B, V] are passed on as they are.
+    """
+
+    def process(ids: Tensor, scores: Tensor) -> Tensor:
+        found = not_finite(scores.detach().amax(dim=-1))
+        if found is not None:
+            tell(found)
+        return scores
+
+    return process
+
+
+def _seen(rows: Tensor, output: Tensor, mask: Tensor) -> Tensor:
+    """Which rows of an output are real tokens; all, where it has other dims than tokens."""
     seen = mask[:, -output.shape[1] :] if output.dim() == 3 else mask
-    seen = seen if seen.shape == first.shape else torch.ones_like(first, dtype=torch.bool)
-    return bool(first[seen].isnan().any())
+    return seen.to(rows.device) if seen.shape == rows.shape else torch.ones_like(rows, dtype=torch.bool)

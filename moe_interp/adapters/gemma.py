@@ -68,6 +68,7 @@ def describe_diffusion(hf: nn.Module) -> ModelSpec:
         embedding=None,  # self-conditioning comes between
         kind="encoder-decoder",
         options={},  # the decoder reads the encoder's cache
+        padding_reaches="any",
         notes=_DIFFUSION_NOTES,
     )
 

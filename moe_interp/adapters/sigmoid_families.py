@@ -189,6 +189,8 @@ FAMILIES: dict[str, Family] = {
         renormalises=True,
         wide=lambda router: not hasattr(router, "tid2eid"),
         selects=lambda router: None if hasattr(router, "tid2eid") else "router",
+        balance=lambda router: None if hasattr(router, "tid2eid") else "token",
+        padding_reaches="left",
         notes=("Residual points have several streams. Hash-routed layers choose experts by the token id.",),
     ),
     "glm5_next_text": replace(

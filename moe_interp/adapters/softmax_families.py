@@ -65,7 +65,9 @@ FAMILIES: dict[str, Family] = {
         notes=("Experts are modules of their own; the remote code's eval path without gradients is replaced.",),
     ),
     "mistral4": Family(shared="mlp.shared_experts"),
-    "mistral_large4_text": Family(shared="mlp.shared_experts", renormalises=True, logits=softcap),
+    "mistral_large4_text": Family(
+        shared="mlp.shared_experts", renormalises=True, logits=softcap, padding_reaches="positions"
+    ),
     "gpt_oss": Family(router="router", renormalises=True),
     "openai_privacy_filter": Family(
         router="router",
@@ -76,7 +78,7 @@ FAMILIES: dict[str, Family] = {
         options={},
     ),
     "aria_text": Family(router="router", shared="mlp.shared_experts", renormalises=True),
-    "hunyuan_v1_moe": Family(shared="mlp.shared_mlp", renormalises=True),
+    "hunyuan_v1_moe": Family(shared="mlp.shared_mlp", renormalises=True, padding_reaches="positions"),
     "ernie4_5_moe": ERNIE,
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
@@ -108,8 +110,10 @@ FAMILIES: dict[str, Family] = {
         selects=lambda router: None,
         renormalises=False,
         proportional=False,
+        top_k=2,  # whatever its config says
         wide=never,
         notes=(
+            "Two experts run, whatever the config says.",
             "A weight is the score of one pick among the experts near it (SparseMixer), not of a softmax over all.",
         ),
     ),

@@ -108,6 +108,8 @@ class Modality:
 
 
 Site = Input | ResidualInput | Output | GatedOutput | RouterLinear | RouterOutput | RouterTopK | ExpertsCall | BlockCall
+Head = Literal["tokens", "labels", "pooled"]
+PaddingReaches = Literal["nowhere", "left", "positions", "ids", "any"]
 Scores = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 
 
@@ -118,6 +120,21 @@ class Scoring:
     function: Scores = "softmax"
     scale: float = 1.0
     softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How transformers' load-balance loss looks at a layer: the ``top_k`` largest of a softmax of the router's logits.
+
+    Attributes:
+        top_k: as the loss has it, which may differ from how many experts run.
+        softcap: of the logits that the loss is given; None: they are not capped.
+        per: "token": the loss is K at balance; "decision": it is 1.
+    """
+
+    top_k: int
+    softcap: float | None = None
+    per: Literal["token", "decision"] = "token"
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,8 @@ class MoESpec:
         runs: how many experts ever run, the first ones, where the code runs fewer than there are; None: all.
         skips: whether a token may take no expert, which shows as expert 0 with weight 0.
         proportional: whether ``gate_weights`` are proportional to the chosen ``router_scores``.
+        balance: how the model's own load-balance loss looks at the layer (that of most models, where it has none); None
+            where the loss leaves the layer out, or does not follow from router logits of tokens.
     """
 
     block: str
@@ -163,6 +182,7 @@ class MoESpec:
     alone: bool = True
     runs: int | None = None
     skips: bool = False
+    balance: Balance | None = None
 
     @property
     def plain(self) -> bool:
@@ -222,6 +242,13 @@ class ModelSpec:
         entry: path of the module that is called for a forward pass; "" for the model itself.
         kind: "causal", "encoder" (no generation), "encoder-decoder" or "other" (no tokens).
         options: arguments that every forward pass gets unless the caller says otherwise.
+        head: what the output of ``unembed`` is: "tokens", logits over the vocabulary at each token; "labels", scores of
+            a classifier at each token; "pooled", such scores for each text, at its last token that is not padding.
+        padding_id: the token id that the model itself takes for padding; None where its config names none.
+        padding_reaches: which padding under the attention mask changes the output at real tokens: "nowhere"; "left",
+            padding before them; "positions", padding before them unless ``position_ids`` are given; "ids", other ids
+            than ``padding_id`` before them, for positions count these; "any".
+        arguments: names that the forward pass takes; None where it takes names that cannot be known.
         notes: what is special about points of this architecture, for people.
     """
 
@@ -241,7 +268,25 @@ class ModelSpec:
     entry: str = ""
     kind: Literal["causal", "encoder", "encoder-decoder", "other"] = "causal"
     options: Mapping[str, Any] = field(default_factory=lambda: {"use_cache": False})
+    head: Head = "tokens"
+    padding_id: int | None = None
+    padding_reaches: PaddingReaches = "nowhere"
+    arguments: frozenset[str] | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether the model has a language-model head: logits over its vocabulary at each token."""
+        return self.unembed is not None and self.head == "tokens" and self.kind != "other"
+
+    @property
+    def gives(self) -> str:
+        """What comes out of the model, for errors."""
+        if self.unembed is None:
+            return "one without a head"
+        if self.head != "tokens":
+            return {"labels": "a classifier of tokens", "pooled": "a classifier of texts"}[self.head]
+        return f"a model of kind {self.kind!r}"
 
     @property
     def final_norm(self) -> str | None:

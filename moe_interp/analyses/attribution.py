@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moe_interp.adapters.family import bare
+from moe_interp.adapters.reading import bare
 from moe_interp.analyses.one_text import At, by_rank, expert_terms, run_text, token_texts
 from moe_interp.analyses.plain import (
     check_adds_up,
@@ -25,6 +25,7 @@ from moe_interp.analyses.plain import (
 )
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.measured import inputs_told
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
 from moe_interp.run import Run
@@ -83,7 +84,7 @@ def logit_attribution(
         variables | _attributed_variables(listed),
         {"part": [part.name for part in listed], "token": ids.tolist()},
         analysis="logit_attribution",
-        provenance={**run.provenance, "position": int(at.numbers)},
+        provenance={**model.provenance(), **inputs_told(inputs=text), "position": int(at.numbers)},
     )
 
 

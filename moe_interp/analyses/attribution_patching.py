@@ -38,6 +38,8 @@ from moe_interp.analyses.plain import check_not_edited, check_sets_no_contributi
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.interventions import Intervention, apply
+from moe_interp.interventions.arguments import yes_or_no
+from moe_interp.measured import inputs_told, metric_told
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 from moe_interp.run import Indices, Read, Run
@@ -119,8 +121,10 @@ def attribution_patching(
         "bound": ["low", "high"],
     }
     about = {
-        **sweep.restart.base.provenance,
+        **model.provenance(),
+        **inputs_told(inputs=inputs, corrupted=corrupted),
         "metric": sweep.metric.name,
+        "metric_told": metric_told(sweep.metric),
         "towards": "nothing" if corrupted is None else "corrupted inputs",
         "steps": steps,
         "seed": seed,
@@ -212,6 +216,7 @@ def estimates(
             got=f"steps = {steps}",
         )
     check_sets_no_contribution(model, layers, "attributions")
+    yes_or_no(neurons, "neurons is no truth value")
     check_not_edited(model, layers if neurons else (), ("expert_out",), "shares of neurons")
     _check(model, inputs, corrupted, layers if neurons else ())
     held = [Read("expert_act", tuple(layers))] if neurons else []

@@ -122,9 +122,12 @@ class PairCounts(Exact):
 
 
 def uniform(top_k: Sequence[int], experts: int) -> dict[str, np.ndarray]:
-    """Lift and co-activation under a router that draws K of E equal experts; by layer where K is not the same."""
+    """Lift and co-activation under a router that draws K of E equal experts; by layer where K is not the same.
+
+    NaN for a single expert, which has no other.
+    """
     chosen = np.array(top_k)
-    together = (chosen - 1) / max(experts - 1, 1)
+    together = (chosen - 1) / (experts - 1) if experts > 1 else np.full(len(chosen), np.nan)
     return {
         "lift_uniform": one_or_each(together * experts / chosen),
         "coactivation_uniform": one_or_each(together),

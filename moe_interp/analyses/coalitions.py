@@ -28,6 +28,7 @@ from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, one_of
 from moe_interp.interventions import Intervention, ablate
 from moe_interp.interventions.named import ABLATIONS
+from moe_interp.measured import inputs_told, metric_told
 from moe_interp.model import MoEModel
 from moe_interp.restart import Restart
 from moe_interp.results import Variable, labelled
@@ -107,10 +108,14 @@ def coalitions(
     names = [f"{layer}.{expert}" for layer, expert in listed]
     return labelled(
         variables,
-        {"coalition": ["+".join(names[one] for one in some) for some in sets], "expert": names, "bound": list(BOUNDS)},
+        {
+            "text": list(range(len(base))), "coalition": ["+".join(names[one] for one in some) for some in sets],
+            "expert": names, "bound": list(BOUNDS),
+        },
         analysis="coalitions",
         provenance={
-            **restart.base.provenance, "metric": bindable.name, "how": how, "resamples": resamples, "seed": seed,
+            **model.provenance(), **inputs_told(inputs=text), "metric": bindable.name,
+            "metric_told": metric_told(bindable), "how": how, "resamples": resamples, "seed": seed,
         },
     )  # fmt: skip
 

@@ -24,7 +24,9 @@ from tqdm import tqdm
 
 from moe_interp.analyses.exact import Exact, told_top_k
 from moe_interp.data import Batch, Corpus, batches, check_corpus
+from moe_interp.encode import special_token_ids
 from moe_interp.errors import BadData, BadInput, UnsupportedModel
+from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.model import MoEModel, Reads
 from moe_interp.paths import check_readable, check_writable, write_whole
 from moe_interp.run import Read, Run
@@ -42,6 +44,9 @@ class Options:
     special_tokens: bool = False
     max_tokens: int | None = None
     batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        yes_or_no(self.special_tokens, "special_tokens is no truth value")
 
 
 class Pass:
@@ -122,10 +127,7 @@ def over_experts(scores: Float[Tensor, "*rest C"], experts: int) -> Float[Tensor
 
 def special_ids(model: MoEModel) -> list[int]:
     """Ids of the tokenizer's special tokens, but for the one that stands for unknown words of a text."""
-    tokenizer = model.tokenizer
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    markers = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
-    return [id for id in getattr(tokenizer, "all_special_ids", ()) if id != unknown or id in markers]
+    return special_token_ids(model.tokenizer)
 
 
 def counted(run: Run, special: Sequence[int]) -> Run:

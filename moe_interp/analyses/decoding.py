@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moe_interp.analyses.distributions import expected_log, log_probabilities
 from moe_interp.errors import BadInput
 
 Decode = Callable[[Tensor], Tensor]
@@ -29,7 +30,7 @@ class Decoded(NamedTuple):
         ids, probabilities: [N, P, top], the most probable tokens.
         true_rank: [N, P], rank of the true next token, 1 for the first, NaN where there is none.
         final_rank: [N, P], rank of the model's own prediction.
-        kl: [N, P], KL(final || row) in nats.
+        kl: [N, P], KL(final || row) in nats; infinity where the row rules out a token that the model does not.
     """
 
     ids: Int[Tensor, "N P top"]
@@ -67,6 +68,9 @@ def decode_top(
         targets: the true next token at each position, -1 where there is none.
         top: how many of the most probable tokens to keep.
         chunk: at most so many rows are decoded at a time.
+
+    Raises:
+        BadCheckpoint: a row decodes to logits that are no distribution.
     """
     parts = rows.shape[1]
     positions = max(1, chunk // parts)
@@ -83,7 +87,7 @@ def _decode(decode: Decode, rows: Tensor, final: Tensor, targets: Tensor, top: i
     logits = decode(rows).to(rows.device)
     positions = max(1, TILE // logits[0].numel()) if logits.device.type == "cpu" else len(logits)
     tiles = zip(logits.split(positions), final.split(positions), targets.split(positions), strict=True)
-    return _joined([describe(tile.log_softmax(-1, dtype=torch.float32), own, true, top) for tile, own, true in tiles])
+    return _joined([describe(log_probabilities(tile), own, true, top) for tile, own, true in tiles])
 
 
 def describe(
@@ -94,14 +98,15 @@ def describe(
     scratch = torch.empty_like(log_p)
     true_rank = _rank(log_p, targets.clamp(min=0), scratch)
     p = final.exp()
-    cross = torch.mul(log_p, p[:, None], out=scratch).sum(-1)
+    # 0 log 0 is 0: tokens that cannot come, as those that pad a vocabulary, add nothing.
+    cross = torch.mul(log_p, p[:, None], out=scratch).masked_fill_(p[:, None] == 0, 0.0).sum(-1)
     return Decoded(
         ids=best.indices,
         probabilities=best.values.exp(),
         true_rank=true_rank.where(targets[:, None] >= 0, torch.nan),
         final_rank=_rank(log_p, final.argmax(-1), scratch).long(),
         # Rounding can leave a distribution that equals the final one just below zero.
-        kl=((final * p).sum(-1, keepdim=True) - cross).clamp(min=0.0),
+        kl=(expected_log(p, final)[:, None] - cross).clamp(min=0.0),
     )
 
 

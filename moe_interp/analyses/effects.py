@@ -28,6 +28,7 @@ from moe_interp.encode import Inputs
 from moe_interp.errors import one_of
 from moe_interp.interventions import Intervention, ablate, apply, patch
 from moe_interp.interventions.named import ABLATIONS, mean_of
+from moe_interp.measured import inputs_told, metric_told
 from moe_interp.model import MoEModel
 from moe_interp.restart import Outcome, Restart, Variant
 from moe_interp.results import Description, described, labelled
@@ -93,8 +94,15 @@ def expert_effects(
         "tokens": tokens,
         "base": sweep.base.cpu().numpy(),
     }
-    coords = {"layer": np.array(chosen), "expert": np.arange(effects.shape[1]), "text": np.arange(effects.shape[2])}
-    about = {**sweep.restart.base.provenance, "metric": sweep.metric.name, "how": how, "seed": seed}
+    coords = {
+        "layer": np.array(chosen),
+        "expert": np.arange(effects.shape[1]),
+        "text": np.arange(effects.shape[2]),
+    }
+    about = {
+        **model.provenance(), **inputs_told(inputs=inputs), "metric": sweep.metric.name,
+        "metric_told": metric_told(sweep.metric), "how": how, "seed": seed,
+    }  # fmt: skip
     return labelled(
         described(values, _variables(sweep.metric.units)), coords, analysis="expert_effects", provenance=about
     )

@@ -10,10 +10,11 @@
 """
 
 import hashlib
+import operator
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -89,6 +90,9 @@ def spans(mark: Callable[[str], Sequence[tuple[int, int, str]]], *, other: str =
 
     A token gets the label of the stretch that its middle lies in, without the white space around it. With spaCy:
     ``spans(lambda text: [(t.idx, t.idx + len(t), t.pos_) for t in nlp(text)])``.
+
+    Raises (when it labels):
+        BadInput: a stretch that does not lie in the text, or a tokenizer that does not say where its tokens lie.
     """
 
     def labels(text: Tokenized) -> list[str]:
@@ -101,10 +105,22 @@ def spans(mark: Callable[[str], Sequence[tuple[int, int, str]]], *, other: str =
             )
         by_sign = [other] * len(text.text)
         for first, last, label in mark(text.text):
+            _check_stretch(first, last, text.text)
             by_sign[first:last] = [label] * (last - first)
         return [by_sign[_middle(text.text, *span)] if span[1] > span[0] else other for span in text.spans]
 
     return labels
+
+
+def _check_stretch(first: Any, last: Any, text: str) -> None:
+    """Refuse a stretch that is not one of the text: labels of what comes after it would be shifted."""
+    whole = all(isinstance(one, SupportsIndex) and not isinstance(one, bool) for one in (first, last))
+    if not whole or not 0 <= operator.index(first) <= operator.index(last) <= len(text):
+        raise BadInput(
+            "a label of characters that the text does not have",
+            expected=f"first and last + 1, 0 <= first <= last + 1 <= {len(text)}",
+            got=f"{first!r} and {last!r}",
+        )
 
 
 def _middle(text: str, first: int, last: int) -> int:

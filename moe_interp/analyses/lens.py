@@ -28,12 +28,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_interp.analyses.decoding import CHUNK, Decode, Decoded, check_top, decode_top, describe
+from moe_interp.analyses.distributions import log_probabilities
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.one_text import At, by_rank, expert_terms, next_ids, run_text, token_texts
 from moe_interp.analyses.plain import check_adds_up, check_plain, check_same_parts, check_writes_text, final_modules
 from moe_interp.analyses.tuned_lens import TunedLens
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, one_of
+from moe_interp.measured import inputs_told
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
 from moe_interp.run import Indices, Run, positions_of
@@ -104,7 +106,7 @@ def expert_lens(
     slots = run.routing[chosen[0]].ids.shape[-1]  # standing edits may widen the router
     parts = part_terms(slots, shared and definition == "paper", definition)
     targets = next_ids(run)[at.numbers]
-    final = run.logits[0, at.columns].log_softmax(-1, dtype=torch.float32)
+    final = log_probabilities(run.logits[0, at.columns])
     decode = model.decode if definition == "paper" else _unit_decode(model)
     decoded = [
         decode_top(decode, _rows(model, run, layer, at, parts, lens), final, targets, top=top, chunk=chunk)
@@ -122,7 +124,12 @@ def expert_lens(
         variables | _text_variables(model, run, at, describe(final[:, None], final, targets, top)),
         coords,
         analysis="expert_lens",
-        provenance={**run.provenance, "definition": definition, "lens": "plain" if lens is None else "tuned"},
+        provenance={
+            **model.provenance(),
+            **inputs_told(inputs=text),
+            "definition": definition,
+            "lens": "plain" if lens is None else "tuned",
+        },
     )
 
 

@@ -6,15 +6,16 @@ several, a text's number is the mean over them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from moe_interp.analyses.distributions import check_logits, divergence, log_probabilities
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.errors import BadInput
+from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
 from moe_interp.run import Run
 
@@ -94,6 +95,7 @@ class NLL:
             raise BadInput("nothing to predict", expected="texts of two tokens or more", got="a shorter one")
 
         def values(logits: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
+            check_logits(logits)
             return functional.cross_entropy(logits.float(), ids[texts, columns + 1], reduction="none")
 
         return Bound(at, values)
@@ -124,12 +126,29 @@ class LogitDifference:
         ids = [
             torch.tensor(_for_each(given, count, size), device=base.mask.device) for given in (self.answers, self.wrong)
         ]
+        at = _at(base, self.position)
+        for one in ids:
+            _check_possible(base, at, one)
 
         def values(logits: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
+            check_logits(logits)
             right, wrong = (logits.float().gather(1, one[texts, None])[:, 0] for one in ids)
             return right - wrong
 
-        return Bound(_at(base, self.position), values)
+        return Bound(at, values)
+
+
+def _check_possible(base: Run, at: Bool[Tensor, "B S"], ids: Int[Tensor, " B"]) -> None:
+    """Refuse answers whose logit is minus infinity, of which no difference or effect is a number."""
+    texts, columns = at.nonzero().T
+    logits = base.logits[texts, columns].gather(1, ids[texts, None])[:, 0]
+    if bool(logits.isneginf().any()):
+        raise BadInput(
+            "an answer that the model cannot give",
+            expected="ids of tokens with a finite logit",
+            got=f"id {int(ids[texts][logits.isneginf()][0])}, whose logit is minus infinity",
+            do="It may be one of those that pad the vocabulary.",
+        )
 
 
 def _at(base: Run, position: int) -> Bool[Tensor, "B S"]:
@@ -167,11 +186,13 @@ class LogProbability:
             BadInput: another number of answers, ids out of the vocabulary, or a text without the position.
         """
         ids = torch.tensor(_for_each(self.answers, len(base.mask), base.logits.shape[-1]), device=base.mask.device)
+        at = _at(base, self.position)
+        _check_possible(base, at, ids)
 
         def values(logits: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
-            return logits.float().log_softmax(dim=-1).gather(1, ids[texts, None])[:, 0]
+            return log_probabilities(logits).gather(1, ids[texts, None])[:, 0]
 
-        return Bound(_at(base, self.position), values)
+        return Bound(at, values)
 
 
 @dataclass(frozen=True)
@@ -211,13 +232,14 @@ class KL:
         Raises:
             BadInput: a text without the position.
         """
+        at = base.mask if self.position is None else _at(base, self.position)
+        check_logits(base.logits, at)
         log_base = base.logits.detach().float().log_softmax(dim=-1)
 
         def values(logits: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
-            expected = log_base[texts, columns]
-            return (expected.exp() * (expected - logits.float().log_softmax(dim=-1))).sum(dim=-1)
+            return divergence(log_base[texts, columns], log_probabilities(logits))
 
-        return Bound(base.mask if self.position is None else _at(base, self.position), values)
+        return Bound(at, values)
 
 
 @dataclass(frozen=True)
@@ -244,20 +266,39 @@ AnyMetric = Metric | str | Callable[[Tensor], Tensor | float]
 """A metric, its name, or a function from the logits [s, V] of a text's real tokens to a number."""
 
 
+def _check_head(metric: Any, model: MoEModel) -> None:
+    """Refuse a metric that the model has no logits for.
+
+    A divergence and functions of logits also fit a head that classifies tokens; ids of tokens fit none but a
+    language-model head.
+    """
+    if isinstance(metric, NLL):
+        check_writes_text(model)
+    spec = model.spec
+    of_tokens = isinstance(metric, LogitDifference | LogProbability | Probability)
+    if spec.unembed is None or spec.head == "pooled" or (of_tokens and not spec.predicts_tokens):
+        raise UnsupportedModel(
+            f"{spec.model_type} has no logits that the metric could measure",
+            expected="logits of the vocabulary at each token" if of_tokens else "logits at each token",
+            got=spec.gives,
+            do="Open the checkpoint with its language-model head.",
+        )
+
+
 def as_metric(given: AnyMetric, model: MoEModel | None = None) -> Metric:
     """A metric by name ("nll", "kl"), as it is, or of a function of a text's logits.
 
     Raises:
         BadInput: neither.
-        UnsupportedModel: the NLL of tokens that ``model`` does not predict.
+        UnsupportedModel: ``model`` has no logits for it.
     """
     named: dict[str, Metric] = {"nll": NLL(), "kl": KL()}
     if isinstance(given, str):
         if given not in named:
             raise BadInput("unknown metric", expected=f"one of {', '.join(named)}, a metric, or a function", got=given)
         given = named[given]
-    if isinstance(given, NLL) and model is not None:
-        check_writes_text(model)
+    if model is not None:
+        _check_head(given, model)
     if hasattr(given, "bind"):
         return given  # type: ignore[return-value]
     if callable(given):

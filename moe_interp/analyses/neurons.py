@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_interp.analyses.decoding import check_top
+from moe_interp.analyses.distributions import check_logits
 from moe_interp.analyses.one_text import token_texts
 from moe_interp.analyses.plain import check_plain, check_writes_text
 from moe_interp.model import MoEModel
@@ -83,8 +84,10 @@ def _decoded(model: MoEModel, rows: Float[Tensor, "F D"], top: int) -> dict[str,
     parts = []
     for some in rows.split(_CHUNK):
         logits = model.decode(some.to(model.device)).float().cpu()
+        check_logits(logits)
         best = logits.topk(top, dim=-1)
-        z = (best.values[:, 0] - logits.mean(dim=-1)) / logits.std(dim=-1)
+        finite = logits[:, logits.isfinite().any(dim=0)]  # without tokens that cannot come, which pad a vocabulary
+        z = (best.values[:, 0] - finite.mean(dim=-1)) / finite.std(dim=-1)
         parts.append({"ids": best.indices, "logits": best.values, "z": z})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -94,7 +97,11 @@ _VARIABLES: dict[str, Description] = {
     "token_id": (_FST, "token id", "tokens that the neuron's column, or its negative, raises most"),
     "token": (_FST, "text", "tokens that the neuron's column, or its negative, raises most"),
     "logit": (_FST, "logits", "their logits when the column is decoded alone"),
-    "z": (_FS, "1", "standard deviations of the first token's logit above the mean over the vocabulary"),
+    "z": (
+        _FS,
+        "1",
+        "standard deviations of the first token's logit above the mean over the vocabulary, where logits are finite",
+    ),
     "z_p": (_FS, "1", "share of random directions whose first token stands out as much; not adjusted for the neurons"),
     "z_null": (("null",), "1", "z of random directions: mean and 95th percentile"),
     "norm": (("neuron",), "1", "norm of the neuron's column"),

@@ -112,7 +112,7 @@ def activation_patching(
         found.effects[np.broadcast_to(short[:, None], found.effects.shape)] = np.nan
     return labelled(
         pair.variables() | summary(found, dims, pair.metric.units, gap=pair.gap, resamples=resamples, seed=seed),
-        {"layer": list(chosen), **coords, "bound": list(BOUNDS)},
+        {"text": list(range(len(pair.base_values))), "layer": list(chosen), **coords, "bound": list(BOUNDS)},
         analysis="activation_patching",
         provenance={
             **pair.provenance(), "over": over, "point": point or "", "resamples": resamples, "seed": seed,

@@ -110,7 +110,7 @@ def path_patching(
     return labelled(
         pair.variables()
         | summary(found, tuple(coords), pair.metric.units, gap=pair.gap, resamples=resamples, seed=seed),
-        {**coords, "bound": list(BOUNDS)},
+        {"text": list(range(len(pair.base_values))), **coords, "bound": list(BOUNDS)},
         analysis="path_patching",
         provenance={
             **pair.provenance(), "sender_layer": sender[0], "sender_expert": sender[1], "receivers": receivers,

@@ -25,11 +25,13 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from moe_interp.analyses.collect import top_ks
+from moe_interp.analyses.distributions import check_logits
 from moe_interp.analyses.exact import told_top_k
 from moe_interp.analyses.plain import check_writes_text
 from moe_interp.data import Batch, Corpus, batches, check_corpus
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, apply, top_k
+from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.interventions.together import check_together
 from moe_interp.interventions.widths import keep_slots
 from moe_interp.model import MoEModel
@@ -81,6 +83,7 @@ def perplexity(
     """
     check_corpus(corpus)
     check_writes_text(model)
+    yes_or_no(per_layer, "per_layer is no truth value")
     grid = _grid(model, ks, renormalise, per_layer)
     work = batches(model, corpus, max_tokens=max_tokens, batch_tokens=batch_tokens)
     nll, counted = _measure(model, corpus, grid, work, seed)
@@ -175,6 +178,7 @@ def nll_sums(
     rows = max(1, _CHUNK // logits.shape[-1])
     for text, position in zip(texts.split(rows), positions.split(rows), strict=True):
         targets = ids[text, position + 1].to(logits.device)
+        check_logits(logits[text, position])
         nll = functional.cross_entropy(logits[text, position].float(), targets, reduction="none")
         sums.index_add_(0, text, nll.cpu().double())
     return sums.numpy()

@@ -79,11 +79,16 @@ def check_writes_text(model: MoEModel) -> None:
     """Refuse a model that does not predict the next token.
 
     Raises:
-        UnsupportedModel: an encoder, an encoder-decoder, one without tokens or without a head.
+        UnsupportedModel: an encoder, an encoder-decoder, one without tokens or without a language-model head, such as a
+            classifier or an embedding model.
     """
-    if model.spec.kind != "causal" or model.spec.unembed is None:
-        got = "one without a head" if model.spec.kind == "causal" else f"{model.spec.model_type}, of another kind"
-        raise UnsupportedModel("no next token to predict", expected="a causal language model", got=got)
+    if model.spec.kind != "causal" or not model.spec.predicts_tokens:
+        raise UnsupportedModel(
+            f"{model.spec.model_type} has no next token to predict",
+            expected="a causal language model, with its language-model head",
+            got=model.spec.gives,
+            do="Open the checkpoint with its language-model head, or use an analysis of routing alone.",
+        )
 
 
 def check_decodes_stream(model: MoEModel) -> None:
@@ -162,13 +167,13 @@ def final_modules(model: MoEModel) -> tuple[str, str]:
     """Paths of the final norm and the unembedding.
 
     Raises:
-        UnsupportedModel: a model without a head, or one where more than a norm stands before it.
+        UnsupportedModel: a model without a language-model head, or one where more than a norm stands before it.
     """
-    if model.spec.unembed is None or model.spec.final_norm is None:
+    if model.spec.unembed is None or not model.spec.predicts_tokens or model.spec.final_norm is None:
         raise UnsupportedModel(
             f"cannot decode the residual of {model.spec.model_type}",
             expected="a final norm and an unembedding, and nothing between",
-            got="no head" if model.spec.unembed is None else "another way to the logits",
+            got="another way to the logits" if model.spec.predicts_tokens else model.spec.gives,
         )
     return model.spec.final_norm, model.spec.unembed
 

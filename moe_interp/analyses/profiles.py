@@ -8,6 +8,7 @@
    repeat themselves, so a z a little above it says little.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.routing_values import taken
 from moe_interp.analyses.token_counts import TokenCounts
 from moe_interp.data import Corpus, check_corpus
-from moe_interp.encode import token_text
+from moe_interp.encode import special_token_ids, token_text
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 
@@ -183,17 +184,16 @@ def _contexts(examples: Examples, going: Pass, tokenizer: Any) -> dict[str, np.n
         for row, document in enumerate(batch.documents)
     }
     both = np.stack([examples.heaviest, examples.random], axis=2)  # [L, E, kind, n, 3]
-    texts = np.empty(both.shape[:-1], dtype=object)
+    texts, special = np.empty(both.shape[:-1], dtype=object), set(special_token_ids(tokenizer))
     for place in np.ndindex(*texts.shape):
         key, document, position = both[place].tolist()
-        texts[place] = "" if key < 0 else _context(tokenizer, ids[document], position)
+        texts[place] = "" if key < 0 else _context(tokenizer, ids[document], position, special)
     weights = np.where(examples.heaviest[..., 0] < 0, np.nan, examples.heaviest[..., 0] / UNIT)
     return {"context": texts.astype(str), "context_weight": weights}
 
 
-def _context(tokenizer: Any, ids: list[int], position: int) -> str:
-    """The tokens around one, which stands between « and »."""
-    special = set(getattr(tokenizer, "all_special_ids", ()))
+def _context(tokenizer: Any, ids: list[int], position: int, special: Collection[int]) -> str:
+    """The tokens around one, which stands between « and », but for special ones."""
     before = [token for token in ids[max(0, position - BEFORE) : position] if token not in special]
     after = [token for token in ids[position + 1 : position + 1 + AFTER] if token not in special]
     if tokenizer is None:

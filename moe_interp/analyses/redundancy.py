@@ -27,6 +27,7 @@ from moe_interp.analyses.collect import Options, experts_of
 from moe_interp.analyses.inputs import Inputs, every_expert, moe_layers, sample_inputs
 from moe_interp.data import Corpus, check_corpus
 from moe_interp.errors import BadInput
+from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 from moe_interp.run import Indices
@@ -72,6 +73,7 @@ def expert_similarity(
         UnsupportedModel: layers with different numbers of experts.
     """
     check_corpus(corpus)
+    yes_or_no(weights, "weights is no truth value")
     chosen, options = moe_layers(model, layers), Options(special_tokens, max_tokens, batch_tokens)
     experts = np.arange(experts_of(model, chosen))
     each = -(-tokens // len(corpus))

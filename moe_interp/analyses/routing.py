@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 import moe_interp.stats as stats
+from moe_interp.adapters.spec import Balance
 from moe_interp.analyses.collect import Options, collect, over_experts, sizes
 from moe_interp.analyses.exact import (
     UNIT,
@@ -34,6 +35,7 @@ from moe_interp.analyses.exact import (
     add_fixed,
     fixed,
     fixed_sums,
+    flat_counts,
     of_each,
     told_top_k,
 )
@@ -49,8 +51,8 @@ class RoutingCounts(Exact):
     """Sums of routing per document and MoE layer, from which everything else follows.
 
     `update` adds a run, `merge` gives the sum of two (associative, commutative), `state` and `from_state`
-    store and resume, `result` gives the labelled Dataset. Holds 8 N L (3 E + 5) bytes: 83 MB for 2,000 documents,
-    27 layers and 64 experts.
+    store and resume, `result` gives the labelled Dataset. Holds 8 L (N (3 E + 5) + 2 E + 1) bytes: 83 MB for 2,000
+    documents, 27 layers and 64 experts.
 
     Attributes:
         layers: [L], MoE layer indices.
@@ -60,6 +62,11 @@ class RoutingCounts(Exact):
         weights: [N, L, E], sum of combine weights, in units of 2^-32.
         scores: [N, L, E], sum of router scores over all tokens, in units of 2^-32.
         per_token: [N, L, 5], sums of entropy, margin, heaviest weight, weight sum, z-loss, in units of 2^-32.
+        coded_k, coded_cap, coded_per: [L], how transformers' load-balance loss looks at the layers: its K (0: not at
+            all), the cap of the logits (0: none), and what it divides counts by.
+        coded_counts: [L, E], tokens at which the expert is among the ``coded_k`` largest of a softmax of the logits.
+        coded_scores: [L, E], sum of that softmax over tokens, in units of 2^-32.
+        coded_tokens: [L], tokens of both.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("router_logits", "router_scores")
@@ -71,12 +78,36 @@ class RoutingCounts(Exact):
     weights: Int[np.ndarray, "N L E"]
     scores: Int[np.ndarray, "N L E"]
     per_token: Int[np.ndarray, "N L 5"]
+    coded_k: tuple[int, ...]
+    coded_cap: tuple[float, ...]
+    coded_per: tuple[int, ...]
+    coded_counts: Int[np.ndarray, "L E"]
+    coded_scores: Int[np.ndarray, "L E"]
+    coded_tokens: Int[np.ndarray, " L"]
 
     @classmethod
-    def empty(cls, documents: int, layers: Sequence[int], experts: int, top_k: int | Sequence[int]) -> "RoutingCounts":
-        """Nothing counted yet, for so many documents; ``top_k`` is one for all layers, or one for each."""
+    def empty(
+        cls,
+        documents: int,
+        layers: Sequence[int],
+        experts: int,
+        top_k: int | Sequence[int],
+        balance: Sequence[Balance | None] | None = None,
+    ) -> "RoutingCounts":
+        """Nothing counted yet, for so many documents; ``top_k`` is one for all layers, or one for each.
+
+        ``balance`` is what `balances` gives of a model; without, the loss takes ``top_k`` of a softmax, as most do.
+        """
         shapes = [(documents,), *3 * [(documents, len(layers), experts)], (documents, len(layers), 5)]
-        return cls(tuple(layers), of_each(top_k, layers), *(np.zeros(shape, np.int64) for shape in shapes))
+        sums, each = [np.zeros(shape, np.int64) for shape in shapes], of_each(top_k, layers)
+        coded = [Balance(k) for k in each] if balance is None else [one or Balance(0) for one in balance]
+        how = (
+            tuple(one.top_k for one in coded),
+            tuple(one.softcap or 0.0 for one in coded),
+            tuple(one.top_k if one.per == "decision" else 1 for one in coded),
+        )
+        of_layers = [np.zeros(shape, np.int64) for shape in (*2 * [(len(layers), experts)], (len(layers),))]
+        return cls(tuple(layers), each, *sums, *how, *of_layers)  # type: ignore[arg-type, call-arg]
 
     def update(self, run: Run, documents: Int[np.ndarray, " B"]) -> None:
         """Adds a run that read router_logits and router_scores; row b belongs to document ``documents[b]``.
@@ -92,6 +123,19 @@ class RoutingCounts(Exact):
                     np.add.at(self.counts[:, index], documents, sums.numpy())
                 else:
                     add_fixed(getattr(self, name)[:, index], documents, sums.numpy())
+            if self.coded_k[index]:
+                self._update_coded(index, run.routing[layer])
+
+    def _update_coded(self, index: int, routing: Routing) -> None:
+        """Adds what transformers' load-balance loss sees of a layer, which is not always who was chosen."""
+        logits, cap = routing.logits[routing.mask][:, : self.coded_counts.shape[-1]], self.coded_cap[index]  # type: ignore[index]
+        # In the dtype of the logits, as there, whose rounding a narrow one shows.
+        logits = logits.double() if logits.dtype == torch.float32 else logits
+        scores = (cap * (logits / cap).tanh() if cap else logits).softmax(dim=-1)
+        chosen = scores.topk(self.coded_k[index], dim=-1).indices
+        self.coded_counts[index] += flat_counts(chosen, scores.shape[-1])
+        self.coded_scores[index] += fixed_sums(scores.double().cpu()[None])[0].numpy()
+        self.coded_tokens[index] += len(scores)
 
     def result(
         self,
@@ -180,11 +224,24 @@ def _losses(sums: RoutingCounts) -> Values:
     """Load-balance losses over all tokens that take experts."""
     counts, score = sums.counts.sum(axis=0), sums.scores.sum(axis=0) / UNIT
     seen = taken(counts, sums.top_k)
-    chosen, score = stats.ratio(counts, seen), stats.ratio(score, seen)
-    return {
-        "load_balance": switch_loss(stats.shares(counts), score),
-        "load_balance_as_coded": switch_loss(chosen.mean(axis=0), score.mean(axis=0)),
-    }
+    score = stats.ratio(score, seen)
+    return {"load_balance": switch_loss(stats.shares(counts), score), "load_balance_as_coded": loss_as_coded(sums)}
+
+
+def loss_as_coded(sums: RoutingCounts) -> Float[np.ndarray, ""]:
+    """transformers' load-balance loss: layers pooled, then E sum_e f_e P_e.
+
+    f_e is the share of tokens at which the expert is among the K largest of a softmax of the logits, and P_e the mean
+    of this softmax, whatever the router scores by and whoever it chooses. NaN where the model has no such loss.
+    """
+    counts = (sums.coded_counts / np.array(sums.coded_per)[:, None]).sum(axis=0)
+    tokens = sums.coded_tokens.sum()
+    return switch_loss(stats.ratio(counts, tokens), stats.ratio(sums.coded_scores.sum(axis=0) / UNIT, tokens))
+
+
+def balances(model: MoEModel) -> list[Balance | None]:
+    """How the model's own load-balance loss looks at each MoE layer that text reaches."""
+    return [model.spec.moe(layer).balance for layer in model.layers]
 
 
 def _tests(counts: np.ndarray, groups: np.ndarray, domains: int, resamples: int, seed: int) -> Values:
@@ -235,6 +292,6 @@ def routing(
         BadCheckpoint: the router gives values that are not finite.
     """
     check_corpus(corpus)
-    sums = RoutingCounts.empty(len(corpus), *sizes(model))
+    sums = RoutingCounts.empty(len(corpus), *sizes(model), balances(model))
     where = collect(model, corpus, {"routing": sums}, Options(special_tokens, max_tokens, batch_tokens))
     return sums.result(corpus.labels, corpus.domains, provenance=where, resamples=resamples, seed=seed)

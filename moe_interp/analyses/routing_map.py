@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_interp.encode import Inputs, token_text
 from moe_interp.errors import BadInput
+from moe_interp.measured import inputs_told
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
 from moe_interp.run import Routing, Run
@@ -43,7 +44,7 @@ def routing_map(model: MoEModel, text: Inputs) -> xr.Dataset:
         ),
     }
     coords = {"pos": np.arange(int(kept.sum())), "layer": np.array(model.layers, dtype=np.int64)}
-    return labelled(variables, coords, analysis="routing_map", provenance=model.provenance())
+    return labelled(variables, coords, analysis="routing_map", provenance=model.provenance() | inputs_told(inputs=text))
 
 
 def _positions(run: Run, model: MoEModel) -> Bool[Tensor, " S"]:

@@ -24,8 +24,8 @@ def switch_loss(
 ) -> Float[np.ndarray, "*rest"]:
     """Load-balance loss E sum_e f_e P_e: f the share of decisions, P the mean score; 0 ... E, 1 where either is even.
 
-    With shares of tokens in place of decisions, and all layers pooled first, it is what transformers has:
-    K at balance, and opposite imbalances of two layers cancel.
+    With shares of tokens in place of decisions, of the K largest of a softmax of the logits, and all layers pooled
+    first, it is what transformers has: K at balance, and opposite imbalances of two layers cancel.
     """
     return np.asarray(chosen.shape[-1] * (chosen * score).sum(axis=-1))
 
@@ -143,7 +143,7 @@ _PLAIN: dict[str, Description] = {
         (),
         "1",
         "load-balance loss as transformers codes it: layers pooled first, so that opposite imbalances "
-        "cancel; K at balance (its mean over layers)",
+        "cancel; K at balance (its mean over layers; of doge 1); NaN where transformers has no such loss of the model",
     ),
     "divergence": (
         _DL,

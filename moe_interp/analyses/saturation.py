@@ -165,17 +165,23 @@ def router_saturation(
             raise BadInput(
                 "checkpoints of different models", expected=f"{first.shape}, same tokens", got=str(one.shape)
             )
-    told = names or revisions or [one.name if isinstance(one, MoEModel) else Path(one).name for one in given]
+    weights = ", ".join(str(one.provenance.get("weights")) for one in found)
+    told = names or revisions or _apart([one.name if isinstance(one, MoEModel) else Path(one).name for one in given])
     return saturation_of_ids(
         np.stack([one.ids for one in found]),
         first.documents,
         steps=told,
         layers=last.layers,
         experts=last.experts,
-        provenance=last.provenance,
+        provenance={**last.provenance, "checkpoint_weights": weights},
         resamples=resamples,
         seed=seed,
     )
+
+
+def _apart(names: Sequence[str]) -> list[str]:
+    """Names of checkpoints, of which those that several have get their place in the order, from 1."""
+    return [name if list(names).count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, start=1)]
 
 
 def _check_names(names: Sequence[int] | Sequence[str] | None, count: int) -> None:

@@ -31,6 +31,7 @@ from moe_interp.analyses.trials import BOUNDS, Trial, differs, effects
 from moe_interp.encode import Inputs, token_text
 from moe_interp.errors import BadInput, UnsupportedModel, one_of
 from moe_interp.interventions import Intervention, named
+from moe_interp.measured import inputs_told
 from moe_interp.model import MoEModel
 from moe_interp.restart import Restart
 from moe_interp.results import Variable, labelled
@@ -123,7 +124,10 @@ def causal_trace(
         "layer": list(chosen), "expert": list(range(most)), "point": points, "position": list(range(trace.length)),
         "bound": list(BOUNDS),
     }  # fmt: skip
-    provenance = {**trace.clean.provenance, "answer": ids[0], "noise": std, "samples": samples, "seed": seed, "at": at}
+    provenance = {
+        **model.provenance(), **inputs_told(prompt=prompt, subject=subject), "answer": ids[0], "noise": std,
+        "samples": samples, "seed": seed, "at": at,
+    }  # fmt: skip
     return labelled(variables, coords, analysis="causal_trace", provenance=provenance)
 
 

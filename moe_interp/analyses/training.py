@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from moe_interp import stats
 from moe_interp.analyses.collect import sizes
 from moe_interp.analyses.exact import UNIT
-from moe_interp.analyses.routing import RoutingCounts
+from moe_interp.analyses.routing import RoutingCounts, balances, loss_as_coded
 from moe_interp.analyses.routing_values import LOAD, by_name, from_counts, switch_loss, taken
 from moe_interp.errors import BadInput
 from moe_interp.hosts import Standing
@@ -84,12 +84,12 @@ def routing_health(sums: RoutingCounts) -> xr.Dataset:
     counts = sums.counts.sum(axis=0)
     whole = from_counts(counts[None], np.array([tokens]), sums.top_k)
     seen = taken(counts, sums.top_k)
-    score, chosen = stats.ratio(sums.scores.sum(axis=0) / UNIT, seen), stats.ratio(counts, seen)
+    score = stats.ratio(sums.scores.sum(axis=0) / UNIT, seen)
     values: dict[str, Any] = {
         "tokens": tokens,
         "utilisation": stats.shares(counts),
         "load_balance": switch_loss(stats.shares(counts), score),
-        "load_balance_as_coded": switch_loss(chosen.mean(axis=0), score.mean(axis=0)),
+        "load_balance_as_coded": loss_as_coded(sums),
         "entropy_baseline": whole["entropy_baseline"],
     }
     for name in LOAD:
@@ -105,7 +105,7 @@ _VARIABLES: dict[str, Description] = {
     "tokens": ((), "tokens", "real tokens"),
     "utilisation": (("layer", "expert"), "1", "share of decisions that go to the expert; uniform: 1/E"),
     "load_balance": (_L, "1", "Switch load-balance loss, 0 ... E; 1 where loads or scores are even"),
-    "load_balance_as_coded": ((), "1", "load-balance loss as transformers codes it; K at balance"),
+    "load_balance_as_coded": ((), "1", "load-balance loss as transformers codes it; K at balance (doge: 1); NaN: none"),
     "entropy": (_L, "nats", "mean entropy of a token's router scores, 0 (sure) ... ln E"),
     "entropy_baseline": ((), "nats", "entropy of equal scores, ln E"),
     "margin": (_L, "1", "mean of the lowest score chosen minus the highest left out; NaN where K = E"),
@@ -196,7 +196,7 @@ class RoutingWatch:
         _check_step(number)
         self.drop()  # what a step that was begun and never ended may have left
         if number % self.every == 0:
-            self._sums = RoutingCounts.empty(1, *sizes(self.model))
+            self._sums = RoutingCounts.empty(1, *sizes(self.model), balances(self.model))
             reads = [Read(point, self.model.layers) for point in _POINTS]
             self._standing = Standing(reads=reads, hear=self._heard)
             self._held = self._standing.begin(self.model._standings)

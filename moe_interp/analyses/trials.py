@@ -24,6 +24,7 @@ from moe_interp.errors import BadInput, one_of
 from moe_interp.interventions import Intervention
 from moe_interp.interventions.places import SetPoint
 from moe_interp.interventions.values import ByToken
+from moe_interp.measured import inputs_told, metric_told
 from moe_interp.model import MoEModel, Reads
 from moe_interp.restart import Restart, Variant
 from moe_interp.results import Variable
@@ -127,6 +128,8 @@ class Pair:
         metric: what it is.
         direction: "restore" if the base is the corrupted run, "corrupt" if it is the clean one.
         base_values, other_values: [B], the metric of each text.
+        model: both runs are of.
+        clean, corrupted: as they were given.
     """
 
     restart: Restart
@@ -136,6 +139,9 @@ class Pair:
     direction: Direction
     base_values: Float[Tensor, " B"]
     other_values: Float[Tensor, " B"]
+    model: MoEModel
+    clean: Inputs
+    corrupted: Inputs
 
     @property
     def base(self) -> Run:
@@ -149,7 +155,9 @@ class Pair:
 
     def provenance(self) -> dict[str, str | int | float]:
         """For results."""
-        return {**self.base.provenance, "metric": self.metric.name, "direction": self.direction}
+        inputs = inputs_told(clean=self.clean, corrupted=self.corrupted)
+        metric = {"metric": self.metric.name, "metric_told": metric_told(self.metric)}
+        return {**self.model.provenance(), **inputs, **metric, "direction": self.direction}
 
     def variables(self) -> dict[str, Variable]:
         """The metric of both runs, by text."""
@@ -177,7 +185,8 @@ def paired(model: MoEModel, clean: Inputs, corrupted: Inputs, metric: Any, direc
     runs = (other, restart.base) if direction == "restore" else (restart.base, other)
     _check_match(*(run.tokens for run in runs))
     bound = bindable.bind(runs[0])
-    return Pair(restart, other, bound, bindable, direction, bound.of(restart.base), bound.of(other))
+    values = bound.of(restart.base), bound.of(other)
+    return Pair(restart, other, bound, bindable, direction, *values, model, clean, corrupted)
 
 
 def _check_match(clean: Tokens, corrupted: Tokens) -> None:

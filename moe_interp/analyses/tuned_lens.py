@@ -32,6 +32,7 @@ from safetensors.torch import save as serialised
 from torch import Tensor
 
 from moe_interp.analyses.collect import Options, Pass
+from moe_interp.analyses.distributions import expected_log, log_probabilities
 from moe_interp.analyses.plain import check_decodes_stream
 from moe_interp.checkpoint import REFERENCE
 from moe_interp.data import Batch, Corpus, check_corpus
@@ -257,10 +258,14 @@ def main_layers(model: MoEModel) -> tuple[int, ...]:
 
 @torch.no_grad()
 def signature(model: MoEModel) -> Float[Tensor, "P C"]:
-    """Logits of some 64 tokens that the model's ``decode`` gives for four fixed vectors, in float32."""
+    """Logits of some 64 tokens that the model's ``decode`` gives for four fixed vectors, in float32.
+
+    Those of minus infinity, of tokens that cannot come, are 0.
+    """
     waves = torch.outer(torch.arange(1.0, 5.0), torch.arange(1.0, model.spec.d_model + 1)).sin()
     logits = model.decode(waves[None].to(model.device, model.dtype))[0]
-    return logits[:, :: max(1, logits.shape[1] // 64)].float().cpu().contiguous()
+    some = logits[:, :: max(1, logits.shape[1] // 64)].float().cpu()
+    return some.masked_fill(some.isneginf(), 0.0).contiguous()
 
 
 def close(mine: Float[Tensor, "P C"], theirs: Float[Tensor, "Q E"]) -> bool:
@@ -300,16 +305,16 @@ def chunks(run: Run, layers: tuple[int, ...]) -> Iterator[Rows]:
         values = [run["resid_pre", layer] for layer in layers]
         hidden = tuple(value[text.to(value.device), position.to(value.device)] for value in values)
         logits = run.logits[text.to(run.logits.device), position.to(run.logits.device)]
-        log_p = logits.log_softmax(-1, dtype=torch.float32)
+        log_p = log_probabilities(logits)
         final = log_p.exp()
-        yield Rows(hidden, final, torch.linalg.vecdot(final, log_p), text.cpu())
+        yield Rows(hidden, final, expected_log(final, log_p), text.cpu())
 
 
 def kl_to(rows: Rows, logits: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
     """KL(final || softmax(logits)) in nats, of each row."""
-    own = logits.log_softmax(-1, dtype=torch.float32).to(rows.final.device)
+    own = log_probabilities(logits).to(rows.final.device)
     # Rounding can leave a distribution that equals the final one just below zero.
-    return (rows.negentropy - torch.linalg.vecdot(rows.final, own)).clamp(min=0.0)
+    return (rows.negentropy - expected_log(rows.final, own)).clamp(min=0.0)
 
 
 class Sums(NamedTuple):

@@ -31,7 +31,7 @@ from moe_interp.adapters.formats import rounding_without_gradient
 from moe_interp.analyses.collect import Options, Pass, counted, special_ids
 from moe_interp.analyses.tuned_lens import Translator, TunedLens, chunks, close, kl_to, measure, stream_reads
 from moe_interp.data import Corpus, batches, check_corpus
-from moe_interp.encode import pad
+from moe_interp.encode import pad, padding_of
 from moe_interp.errors import BadData, BadInput
 from moe_interp.model import MoEModel
 from moe_interp.paths import check_readable, write_whole
@@ -217,7 +217,8 @@ class _Training:
 
     def update(self, documents: list[int]) -> None:
         """One step of Adam on the mean KL over the tokens of some documents."""
-        inputs = pad([self.documents[number] for number in documents])
+        padding = padding_of(self.model.tokenizer, self.model.spec)
+        inputs = pad([self.documents[number] for number in documents], padding=padding)
         run = self._run(inputs)
         total = int(run.mask.sum())
         for group in self.optimizer.param_groups:

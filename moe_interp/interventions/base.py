@@ -235,21 +235,59 @@ def moe_layers_at(spec: ModelSpec, layers: Iterable[int] | None) -> tuple[int, .
 def fit(point: str, value: Tensor, given: Tensor) -> Tensor:
     """A value for a point, in its shape and dtype.
 
+    It has the point's shape, or its last dims and then serves all tokens. A single number is not spread over a vector,
+    but one vector may serve all slots of a token.
+
     Raises:
-        BadInput: it does not fit.
+        BadInput: it does not fit, is of another kind of number, or is too large for the dtype.
     """
-    kinds = given.dtype.is_floating_point, value.dtype.is_floating_point
-    try:
-        spread = given.to(value.device).expand(value.shape)
-    except RuntimeError as error:
+    whole, tail = given.dim() == value.dim(), value.shape[2:]
+    own = given.shape[2:] if whole else given.shape
+    last = tail[len(tail) - len(own) :]
+    fits = 0 < len(own) <= len(tail) and own[-1] == last[-1]
+    fits = fits and all(size in (1, wanted) for size, wanted in zip(own[:-1], last[:-1], strict=True))
+    if not fits or (whole and given.shape[:2] != value.shape[:2]):
         raise BadInput(
             f"values do not fit {point!r}",
-            expected=f"a shape that broadcasts to {tuple(value.shape)} ({POINTS[point].dims})",
+            expected=f"the shape {tuple(value.shape)} ({POINTS[point].dims}), or its last dims, for all tokens",
             got=str(tuple(given.shape)),
-        ) from error
-    if kinds[0] != kinds[1]:
+        )
+    kinds = given.dtype.is_floating_point, value.dtype.is_floating_point
+    if kinds[0] != kinds[1] or str(given.dtype) == "torch.bool":
         raise BadInput(f"values do not fit {point!r}", expected=str(value.dtype), got=str(given.dtype))
-    return spread.to(value.dtype)
+    return narrowed(given.to(value.device), value, f"values of {point!r}").expand(value.shape)
+
+
+def narrowed(given: Tensor, like: Tensor, what: str) -> Tensor:
+    """Finite numbers in the dtype of a value.
+
+    Raises:
+        BadInput: one is too large for it.
+    """
+    found = given.to(like.dtype)
+    if found.is_floating_point() and not bool(found.isfinite().all()):
+        raise BadInput(
+            f"{what} are too large",
+            expected=f"numbers within the range of {like.dtype}",
+            got=f"{float(given.abs().max()):.3g}",
+        )
+    return found
+
+
+def in_range(new: Tensor, old: Tensor, what: str) -> Tensor:
+    """The new value of an edit, which may not leave the range of its dtype where the old one did not.
+
+    Raises:
+        BadInput: it does.
+    """
+    left = ~new.detach().isfinite() & old.detach().isfinite()
+    if bool(left.any()):
+        raise BadInput(
+            f"{what} is too large",
+            expected=f"a change that stays within the range of {new.dtype}",
+            got=f"{int(left.sum())} values that become infinite",
+        )
+    return new
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------

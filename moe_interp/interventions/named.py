@@ -52,6 +52,7 @@ def ablate(
     Raises:
         BadInput: what ``how`` needs is missing, or ``run`` never used an expert.
     """
+    one_of("ablation", how, ABLATIONS)
     match how:
         case "zero":
             return scale(layer=layer, expert=expert, by=0.0, positions=positions, tokens=tokens)
@@ -74,7 +75,6 @@ def ablate(
                 seed=seed,
                 **where(layers, positions, tokens),
             )
-    one_of("ablation", how, ABLATIONS)
     needed = "mean=moe.mean_contributions(model, corpus)" if how == "mean" else "run=model.run(..., read='expert_out')"
     raise BadInput(f"ablation by {how} needs more", expected=needed, got="None")
 
@@ -345,8 +345,10 @@ def swap(
     positions: Indices = None, tokens: Marks = None,
 ) -> Intervention:  # fmt: skip
     """Swap two experts of a layer (``layer=5, experts=(3, 7)``), or all experts of two layers (``layers=(3, 5)``)."""
-    if (layers is None) == (experts is None):
-        raise BadInput("what to swap", expected="layer and two experts, or two layers", got="both or neither")
+    if (layers is None) == (experts is None) or (layers is not None and layer is not None):
+        given = {"layer": layer, "experts": experts, "layers": layers}
+        named = ", ".join(name for name, value in given.items() if value is not None)
+        raise BadInput("what to swap", expected="layer and two experts, or two layers", got=named or "neither")
     if experts is None:
         return SwapLayers(**where(layers, positions, tokens))
     return Swap(experts=some(tuple(experts), "expert"), **where(layer, positions, tokens))

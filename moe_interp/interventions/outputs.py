@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.errors import BadInput
-from moe_interp.interventions.base import Change, Edit, Placed, fit, moe_layers_at
+from moe_interp.interventions.base import Change, Edit, Placed, fit, in_range, moe_layers_at
 from moe_interp.interventions.chance import uniform
 from moe_interp.interventions.values import ByToken, Values
 from moe_interp.run import Context, positions_of
@@ -74,7 +74,10 @@ class Scale(OfExperts):
         slots, here = self.slots(context), self.here(context)[..., None]
         for expert in [one for one in context.added if self.experts is None or one in self.experts]:
             context.added[expert] = torch.where(here, context.added[expert] * self.by, context.added[expert])
-        return Change(torch.where(slots[..., None], outputs * self.by, outputs), int(slots.sum()))
+        new = torch.where(slots[..., None], outputs * self.by, outputs)
+        if abs(self.by) > 1:
+            in_range(new, outputs, f"a factor of {self.by:.3g}")
+        return Change(new, int(slots.sum()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,8 @@ class AddToOutput(OfExperts):
         """Outputs plus the vector times the factor."""
         slots = self.slots(context)
         added = outputs + fit("expert_out", outputs, self.vector.tensor) * self.by
-        return Change(torch.where(slots[..., None], added, outputs), int(slots.sum()))
+        new = torch.where(slots[..., None], added, outputs)
+        return Change(in_range(new, outputs, "a vector times its factor"), int(slots.sum()))
 
 
 # ---- setting contributions ---------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.errors import BadInput
-from moe_interp.interventions.base import Change, Edit, Placed, fit, layers_at
+from moe_interp.interventions.base import Change, Edit, Placed, fit, in_range, layers_at
 from moe_interp.interventions.chance import normal
 from moe_interp.interventions.outputs import rows_of
 from moe_interp.interventions.values import ByToken, Values
@@ -80,7 +80,8 @@ class AddToPoint(_AtPoint):
 
     def changed(self, value: Tensor, context: Context) -> Change:
         """The value plus the vector times the factor."""
-        return self.put(value + fit(self.point, value, self.vector.tensor) * self.by, value, self.here(context))
+        change = self.put(value + fit(self.point, value, self.vector.tensor) * self.by, value, self.here(context))
+        return change._replace(value=in_range(change.value, value, "a vector times its factor"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,4 +101,5 @@ class Noise(_AtPoint):
         entries = torch.arange(value[0, 0].numel(), device=value.device)
         layer = torch.tensor(-1 if context.layer is None else context.layer, device=value.device)
         noise = self.std * normal(self.seed, layer, context.tokens.whose[..., None], entries).view_as(value)
-        return self.put(value + noise.to(value.dtype), value, self.here(context))
+        change = self.put(value + noise.to(value.dtype), value, self.here(context))
+        return change._replace(value=in_range(change.value, value, f"noise of standard deviation {self.std:.3g}"))

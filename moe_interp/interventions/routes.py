@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_interp.adapters.spec import ModelSpec, MoESpec
 from moe_interp.errors import BadInput, UnsupportedModel, one_of
 from moe_interp.interventions.arguments import finite
-from moe_interp.interventions.base import Change, Edit, Placed, layers_at, moe_layers_at
+from moe_interp.interventions.base import Change, Edit, Placed, in_range, layers_at, moe_layers_at, narrowed
 from moe_interp.interventions.chance import uniform
 from moe_interp.interventions.outputs import OfExperts
 from moe_interp.interventions.values import ByToken
@@ -118,7 +118,8 @@ class Bias(_OfScores):
     def changed(self, scores: Float[Tensor, "B S E"], context: Context) -> Change:
         """Scores plus the number."""
         columns = self.columns(scores, context)
-        return Change(torch.where(columns, scores + self.by, scores), int(columns.any(dim=-1).sum()))
+        new = torch.where(columns, scores + self.by, scores)
+        return Change(in_range(new, scores, f"a push of {self.by:.3g}"), int(columns.any(dim=-1).sum()))
 
 
 # ---- whole routes ------------------------------------------------------------------------------------------
@@ -156,6 +157,43 @@ class Force(Placed):
                     "weights do not fit experts", expected=f"{len(self.experts)} weights", got=str(self.weights)
                 )
             object.__setattr__(self, "weights", tuple(finite(weight, "a weight") for weight in self.weights))
+        if isinstance(self.experts, ByToken):
+            self._check_by_token(self.experts)
+
+    def _check_by_token(self, experts: ByToken) -> None:
+        """Refuse ids that are no whole numbers, weights of other tokens, and an expert twice at a token.
+
+        An expert may stand in a second slot whose weight is 0, as in runs under edits.
+        """
+        ids, weights = experts.values.tensor, self.weights
+        if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() != 3:
+            raise BadInput(
+                "not expert ids",
+                expected="whole numbers of shape [batch, pos, slots]",
+                got=f"{ids.dtype} of shape {tuple(ids.shape)}",
+            )
+        held = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+        if isinstance(weights, ByToken):
+            given = weights.values.tensor
+            if given.shape != ids.shape or weights.lengths != experts.lengths or not given.is_floating_point():
+                raise BadInput(
+                    "weights do not fit experts",
+                    expected=f"a number for each of {tuple(ids.shape)}, of texts of {experts.lengths} tokens",
+                    got=f"{given.dtype} of shape {tuple(given.shape)}, of {weights.lengths} tokens",
+                )
+            held = given.to(ids.device) != 0
+        real = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(experts.lengths, device=ids.device)[:, None]
+        # Slots that do not count get numbers of their own, which no expert has.
+        own = -1 - torch.arange(ids.shape[2], device=ids.device).expand_as(ids)
+        ordered = torch.where(held & real[..., None], ids.long(), own).sort(dim=-1).values
+        twice = (ordered[..., 1:] == ordered[..., :-1]).any(dim=-1)
+        if bool(twice.any()):
+            text, token = twice.nonzero()[0].tolist()
+            raise BadInput(
+                "an expert forced twice at a token",
+                expected="different experts in the slots of a token",
+                got=f"{ids[text, token].tolist()} at token {token} of text {text}",
+            )
 
     def decides(self, spec: ModelSpec) -> tuple[int, ...]:
         """Its layers, unless the router chooses some of the experts."""
@@ -238,11 +276,10 @@ class Force(Placed):
             new, there = self.weights.at(context.tokens)
             where = where & there
         else:
-            new = weights.new_zeros(weights.shape[-1])
-            new[: len(self.weights)] = weights.new_tensor(self.weights)
-            new = new.expand_as(weights)
+            given = torch.tensor(self.weights, dtype=torch.float64, device=weights.device)
+            new = torch.cat([given, given.new_zeros(weights.shape[-1] - len(given))]).expand_as(weights)
         _check_slots(new, weights, "weights")
-        return Change(torch.where(where[..., None], new.to(weights.dtype), weights), 0)
+        return Change(torch.where(where[..., None], narrowed(new, weights, "weights to force"), weights), 0)
 
 
 def _check_slots(given: Tensor, own: Tensor, what: str) -> None:

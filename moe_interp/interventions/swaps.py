@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.errors import BadInput
 from moe_interp.interventions.base import Change, Edit, Placed, moe_layers_at
 from moe_interp.interventions.outputs import OfExperts
-from moe_interp.run import Context
+from moe_interp.run import Context, positions_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,10 @@ class Swap(OfExperts):
     all_at_once: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        given = positions_of(self.experts)
         super().__post_init__()
-        if len(self.named) != 2:
-            raise BadInput("not two experts to swap", expected="two different ids", got=str(self.experts))
+        if given is None or len(given) != 2 or len(self.named) != 2:
+            raise BadInput("not two experts to swap", expected="two different ids", got=str(given))
 
     def swaps(self, spec: ModelSpec) -> Mapping[int, frozenset[int]]:
         """The two, at each of its layers."""
@@ -66,6 +67,9 @@ class SwapLayers(Placed):
         return {first: second, second: first}
 
     def edits(self, spec: ModelSpec) -> list[Edit]:
-        """None: the experts themselves are exchanged."""
-        self.exchanges(spec)
-        return []
+        """At each of the two a look, which counts the slots; the experts themselves are exchanged."""
+        return [Edit("gate_weights", layer, _counted) for layer in self.exchanges(spec)]
+
+
+def _counted(weights: Float[Tensor, "B S K"], context: Context) -> Change:
+    return Change(weights, int(context.seen.sum()) * weights.shape[-1])

@@ -85,7 +85,10 @@ class TopK(Placed):
             light = (_rank(weights) >= self.k) & self.here(context)[..., None]
             # A widened router that renormalises has given its k weights the same total already.
             own = weights.masked_fill(_rank_of_choice(context) >= moe.top_k, 0.0) if wider else weights
-            return _without(weights, light, own if self.renormalise else None)
+            change = _without(weights, light, own if self.renormalise else None)
+            # Slots that a wider router has beyond its own are of this edit, too.
+            more = max(0, min(self.k, weights.shape[-1]) - moe.top_k)
+            return change._replace(touched=change.touched + more * int(context.seen.sum()))
 
         return kept
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from moe_interp.stats.measures import shares
-from moe_interp.stats.resampling import by_layer
+from moe_interp.stats.resampling import by_layer, check_draws
 
 Contrast = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Totals inside and outside a group at one layer, [R, E] each -> [R, E] (a value per expert) or [R]."""
@@ -39,7 +39,11 @@ def permutation_max(
     Returns:
         p, one-sided (larger than the null), 1/(permutations + 1) ... 1, family-wise error controlled; and
         the mean contrast over permutations, its control. Both [G, L, E] or [G, L]; NaN for a single group.
+
+    Raises:
+        BadInput: no permutation.
     """
+    check_draws(permutations, "permutations")
     labels = np.tile(groups, (permutations + 1, 1))
     np.random.default_rng(seed).permuted(labels[1:], axis=1, out=labels[1:])
     layers = [(documents, totals.sum(axis=0)) for documents, totals in by_layer(counts, groups, num_groups)]
@@ -95,10 +99,16 @@ def sign_flip_max(
     Returns:
         p, one-sided (larger than 0), 1/(flips + 1) ... 1, adjusted for the M tests of a family by the largest
         statistic; 1 where all differences are 0, NaN with fewer than two documents.
+
+    Raises:
+        BadInput: no flip.
     """
+    check_draws(flips, "flips")
     documents, *family, tests = differences.shape
     if documents < 2:
         return np.full((*family, tests), np.nan)
+    if not tests:  # such as the pairs of a single expert
+        return np.empty((*family, tests))
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(flips + 1, documents))
     signs[0] = 1.0
     p = np.empty((*family, tests))

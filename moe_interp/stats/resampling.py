@@ -12,8 +12,10 @@
    the tables of a few blocks of documents (Kott 2001, "The delete-a-group jackknife", eq. 1).
 """
 
+import operator
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Float, Int, Num
@@ -37,7 +39,7 @@ def resampling_weights(strata: Int[np.ndarray, " N"], resamples: int, seed: int)
     Raises:
         BadInput: fewer than one resample.
     """
-    _check_resamples(resamples)
+    check_draws(resamples)
     rng = np.random.default_rng(seed)
     weights = np.zeros((resamples, strata.size))
     for stratum in np.unique(strata):
@@ -47,9 +49,14 @@ def resampling_weights(strata: Int[np.ndarray, " N"], resamples: int, seed: int)
     return weights
 
 
-def _check_resamples(resamples: int) -> None:
-    if resamples < 1:
-        raise BadInput("too few resamples", expected="at least 1", got=str(resamples))
+def check_draws(count: int, what: str = "resamples") -> None:
+    """Refuse a number of random draws that says nothing: with none every p is 1, and no interval has a width.
+
+    Raises:
+        BadInput: no whole number, or less than one.
+    """
+    if not isinstance(count, SupportsIndex) or isinstance(count, bool) or operator.index(count) < 1:
+        raise BadInput(f"too few {what}", expected="a whole number, at least 1", got=repr(count))
 
 
 def bootstrap_ratio(
@@ -85,7 +92,7 @@ def bootstrap_ratio(
         nothing about the spread between documents, and where fewer than two documents have a denominator. Resamples
         without one are left out.
     """
-    _check_resamples(resamples)
+    check_draws(resamples)
     strata = np.zeros(len(numerator), int) if strata is None else strata
     ends = np.full((2, *numerator.shape[1:]), np.nan)
     if len(strata) == 0 or np.unique(strata, return_counts=True)[1].min() < 2:

@@ -16,7 +16,7 @@ from moe_interp.analyses.collect import Options, collect, sizes
 from moe_interp.analyses.lens import expert_lens
 from moe_interp.analyses.norms import norm_and_weight
 from moe_interp.analyses.perplexity import perplexity
-from moe_interp.analyses.routing import RoutingCounts
+from moe_interp.analyses.routing import RoutingCounts, balances
 from moe_interp.analyses.routing_map import routing_map
 from moe_interp.analyses.saturation import reference_saturation
 from moe_interp.analyses.similarity import ensemble_similarity
@@ -100,7 +100,7 @@ def report(
 def _routed(model: MoEModel, corpus: Corpus, max_tokens: int | None, resamples: int, seed: int) -> dict[str, Any]:
     """All that one pass over the corpus says of routing."""
     made_for = sizes(model)
-    counts = RoutingCounts.empty(len(corpus), *made_for)
+    counts = RoutingCounts.empty(len(corpus), *made_for, balances(model))
     pairs = PairCounts.empty(*made_for)
     tokens = TokenCounts.empty(*made_for, model.spec.vocab_size)
     flows = TransitionCounts.empty(*made_for, seed=seed) if len(model.layers) > 1 else None

@@ -90,16 +90,20 @@ def load_balance(choices, layer, experts):
     return experts * total
 
 
-def load_balance_as_coded(choices, experts):
-    """As transformers has it: the tokens of all layers in one row, a one-hot mask per slot, means, sum."""
-    top_k = len(choices[0]["ids"])
-    total = 0.0
-    for expert in range(experts):
-        score = math.fsum(choice["scores"][expert] for choice in choices) / len(choices)
-        for slot in range(top_k):
-            mask = [1.0 if choice["ids"][slot] == expert else 0.0 for choice in choices]
-            total += sum(mask) / len(mask) * score
-    return experts * total
+def load_balance_as_coded(choices, experts, top_k=None):
+    """As transformers has it: tokens of all layers in one row, the K largest of a softmax of the logits, means, sum.
+
+    Who was chosen and what the router scores by do not matter.
+    """
+    top_k = top_k or len(choices[0]["ids"])
+    shares, scores = [0.0] * experts, [0.0] * experts
+    for choice in choices:
+        powers = [math.exp(logit - max(choice["logits"])) for logit in choice["logits"]]
+        for expert in range(experts):
+            scores[expert] += powers[expert] / sum(powers) / len(choices)
+            if sum(other > powers[expert] for other in powers) < top_k:
+                shares[expert] += 1 / len(choices)
+    return experts * sum(share * score for share, score in zip(shares, scores, strict=True))
 
 
 def coverage(load, share):

@@ -1,0 +1,53 @@
+"""What a generation is given and gives, besides its edits."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from moe_interp.adapters import ModelSpec
+from moe_interp.encode import Inputs
+from moe_interp.errors import BadInput
+from moe_interp.interventions import Intervention
+
+
+def count_of(model_inputs: Mapping[str, Any]) -> int | None:
+    """How many texts model inputs have, as far as they say."""
+    given = next((model_inputs[name] for name in ("input_ids", "inputs_embeds") if name in model_inputs), None)
+    return None if given is None else len(given)
+
+
+# Options of `generate` by which a step has several new tokens, of which some may be taken back.
+_SEVERAL_AT_ONCE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
+
+
+def check_steps(edits: Sequence[Intervention], options: Mapping[str, Any]) -> None:
+    """Refuse edits at the newest token of a step where steps are not single tokens.
+
+    Raises:
+        BadInput: there are such edits.
+    """
+    given = [name for name in _SEVERAL_AT_ONCE if options.get(name) is not None]
+    last = [one for one in edits if any(position < 0 for position in getattr(one, "positions", None) or ())]
+    if given and last:
+        raise BadInput(
+            "the newest token of a step is not known",
+            expected="positions from the start of the text, or a token at each step",
+            got=f"positions {last[0].positions} with {', '.join(given)}",  # type: ignore[attr-defined]
+            do="Name positions from the start, mark tokens, or leave the option out.",
+        )
+
+
+def continued(
+    inputs: Inputs, ids: Any, mask: Tensor | None, spec: ModelSpec, tokenizer: Any
+) -> str | list[str] | Tensor:
+    """Text if text was given, else ids; ``mask`` [B, S] tells padding from the prompt, which is to the right."""
+    texts = isinstance(inputs, Sequence) and bool(inputs) and isinstance(inputs[0], str)
+    if not isinstance(ids, Tensor) or not texts:
+        return ids
+    rows = list(ids)
+    if spec.kind == "causal" and mask is not None:  # others return no prompt
+        padding = (mask == 0).sum(dim=1).repeat_interleave(len(rows) // len(mask)).tolist()
+        rows = [row[left:] for row, left in zip(rows, padding, strict=True)]
+    found = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+    return found[0] if isinstance(inputs, str) and len(found) == 1 else found
