@@ -247,10 +247,8 @@ class MoEModel:
         check_steps(edits, options)
         given = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
         check_room(given, self.spec, options.get("generation_config") or entry.generation_config, options)
-        processors = [
-            watched(partial(self._not_finite, edited=bool(edits))),
-            *(options.pop("logits_processor", None) or ()),
-        ]
+        checked = watched(partial(self._not_finite, edited=bool(edits)))
+        options["logits_processor"] = LogitsProcessorList([checked, *(options.get("logits_processor") or ())])
         session = Session(self._host, edits, whole=False, routing=False, texts=count_of(given))
         ids = session(lambda: entry.generate(**given, **options))
         return continued(inputs, ids, given.get("attention_mask"), self.spec, self.tokenizer)
