@@ -20,6 +20,7 @@ FLOORS = (
     ("opening", "restart"),
     ("remote",),
     ("model",),
+    ("generation",),
     ("encode", "measured"),
     ("hosts",),
     ("interventions",),

@@ -22,7 +22,7 @@ from moe_interp.adapters.reading import (
     model_type,
     outline,
     padding_id,
-    sizes,
+    model_sizes,
     takes,
     text_config,
 )
@@ -256,7 +256,7 @@ class Family:
         spec = ModelSpec(**NO_SIZES | fields | self.logits(text_config(hf)) | more)
         check_modules(hf, spec)
         given = {name: getattr(spec, name) for name in NO_SIZES} | dict(self.sizes(hf))
-        spec = replace(spec, **sizes(hf, spec, given))
+        spec = replace(spec, **model_sizes(hf, spec, given))
         return replace(spec, head=head_of(hf, spec), arguments=arguments_of(hf, spec))
 
     def _needed(self) -> str:

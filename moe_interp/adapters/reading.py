@@ -74,7 +74,7 @@ def takes(module: nn.Module, argument: str) -> bool:
     return any(one.name == argument or one.kind is one.VAR_KEYWORD for one in parameters)
 
 
-def sizes(hf: nn.Module, spec: ModelSpec, given: Mapping[str, int]) -> dict[str, Any]:
+def model_sizes(hf: nn.Module, spec: ModelSpec, given: Mapping[str, int]) -> dict[str, Any]:
     """``d_model``, ``vocab_size`` and ``context_length``: as given, else as the config says, else as weights show.
 
     D is how long the rows of a norm's or a router's weight are, V how many rows the embedding has (or the unembedding,

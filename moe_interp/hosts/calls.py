@@ -42,7 +42,7 @@ _DEPTH: ContextVar[int] = ContextVar("moe_interp_depth", default=0)
 
 
 def depth() -> int:
-    """How many runs and generations are inside each other in this context."""
+    """Return how many runs and generations are inside each other in this context."""
     return _DEPTH.get()
 
 
@@ -79,11 +79,11 @@ class Standing:
         self._held: weakref.ref[_Held] | None = None
 
     def on(self, standings: "Standings") -> bool:
-        """Whether it is in force on this model."""
+        """Tell whether it is in force on this model."""
         return self._held is not None and self._held() is not None and self._on is standings.ref
 
     def begin(self, standings: "Standings") -> "_Held":
-        """Begin; it ends with `end`, at the latest when nobody holds what is returned."""
+        """Begin to stand; it ends with `end`, or when nobody holds the returned token any more."""
         held = _Held()
         self._on, self._held = standings.ref, weakref.ref(held)
         with standings.lock:
@@ -95,14 +95,14 @@ class Standing:
         return held
 
     def end(self) -> None:
-        """End, in all contexts that it is in force in."""
+        """End in every context where it is in force."""
         self._held = None
         if self in _STANDING.get():
             _STANDING.set(tuple(one for one in _STANDING.get() if one is not self))
 
 
 class _Held:
-    """What the frame of a ``with`` holds: however that ends, what stands in it has ended."""
+    """A token that the frame of a ``with`` holds: when the frame is gone, however it ended, so is what stands."""
 
     __slots__ = ("__weakref__",)
 
@@ -118,7 +118,7 @@ class Standings:
 
     @contextmanager
     def stand(self, standing: Standing) -> Iterator[Standing]:
-        """In force inside the ``with``."""
+        """Keep something in force inside the ``with``."""
         try:
             held = standing.begin(self)
             yield standing
@@ -127,7 +127,7 @@ class Standings:
             standing.end()
 
     def here(self) -> list[Standing]:
-        """What is in force in this context, in the order in which it began; first what is in force everywhere."""
+        """Return what is in force in this context, in the order in which it began, after what is in force everywhere."""
         return [one for one in (*self.everywhere, *_STANDING.get()) if one.on(self)]
 
     @property
@@ -136,7 +136,7 @@ class Standings:
         return any(one.plain for one in self.here())
 
     def edits(self) -> list[Intervention]:
-        """The edits that stand in this context."""
+        """Return the edits that stand in this context."""
         return [edit for one in self.here() for edit in one.edits]
 
     def end(self) -> None:
@@ -145,7 +145,7 @@ class Standings:
             one.end()
 
     def warn_of_others(self, here: Sequence[Standing], model_type: str) -> None:
-        """Tell, once for each, of edits that stand elsewhere, in a pass that begins where none stand."""
+        """Warn once of each edit that stands in another context, when a pass begins in a context where none stands."""
         if any(one.edits for one in here):
             return
         with self.lock:
@@ -204,7 +204,7 @@ class Session:
         self.expects: bool | None = None  # whether the next pass is one that `generate` has prepared inputs for
 
     def __call__(self, forward: Callable[[], T]) -> T:
-        """What ``forward`` returns, with this in force."""
+        """Call ``forward`` with this session in force, and return its result."""
         return copy_context().run(self._in_force, forward)
 
     def _in_force(self, forward: Callable[[], T]) -> T:
@@ -214,10 +214,10 @@ class Session:
             return forward()
 
     def takes(self) -> bool:
-        """Whether the pass that begins is one of its own.
+        """Tell whether the pass that begins belongs to this session.
 
-        A generation prepares the inputs of each pass just before it. What is run without, between the passes, is what
-        a logits processor or a streamer calls.
+        A generation prepares the inputs of each of its passes. A pass without prepared inputs is one that a callback,
+        such as a logits processor or a streamer, makes between two steps.
         """
         its = self.expects is not False
         self.expects = None if self.expects is None else False
@@ -234,7 +234,7 @@ class Session:
 
 
 def session_of(host: Any) -> Session | None:
-    """What the call in this context asks of a model, if anything."""
+    """Return the session that is in force for a model in this context, if there is one."""
     session = _SESSION.get()
     return session if session is not None and session.host is host else None
 
@@ -274,7 +274,7 @@ class Call:
         self.silent = self.plain or not self.wanted
 
     def holds(self, path: str) -> bool:
-        """Whether a module that is entered while this pass is under way is a part of it."""
+        """Tell whether a module at this path, entered while the pass is under way, is a part of the pass."""
         return path.startswith(f"{self.path}.") if self.path else path != ""
 
     def _rows(self, layer: int) -> Tensor | None:
@@ -298,7 +298,7 @@ class Call:
             program.begin(known, whole)
 
     def end(self) -> None:
-        """Hand over what the pass has left."""
+        """Hand what the pass has left to its session, to the edits that stand, and to those who listen."""
         if self.session is not None and self.own is not None:
             self.session.program = self.own
         if self.first is not None:
@@ -311,7 +311,7 @@ class Call:
                 self.away(hear, program)
 
     def passed(self, name: str, layer: int | None, point: Any, value: Tensor) -> Tensor:
-        """A value after edits that stand, hooks at its point, and the edits and reads of the call."""
+        """Pass a value through edits that stand, hooks at its point, and the edits and reads of the call, in this order."""
         place = name, layer
         if self.session is not None and place in self.session.given:
             value = self.session.given[place]
@@ -327,17 +327,17 @@ class Call:
         return value
 
     def edited_first(self, place: Place, value: Tensor) -> Tensor:
-        """A value after edits that stand."""
+        """Pass a value through the edits that stand."""
         there = self.first is not None and place in self.first.wanted
         return self.away(self.first, *place, value) if there else value  # type: ignore[arg-type]
 
     def away(self, function: Callable[..., T], *args: Any) -> T:
-        """What a function returns outside the pass: what it runs of the model is no part of it."""
+        """Call a function outside the pass, so that what it runs of the model is a pass of its own."""
         return self.outside.copy().run(function, *args)
 
 
 def under_way(host: Any) -> Call | None:
-    """The pass of a model that is under way in this context, the innermost."""
+    """Return the innermost pass of a model that is under way in this context, if there is one."""
     call = _CALL.get()
     while call is not None and call.host is not host:
         call = call.outer
@@ -345,7 +345,7 @@ def under_way(host: Any) -> Call | None:
 
 
 def open_pass(host: Any) -> Call | None:
-    """The pass of a model that is under way, if anything is to be done in it; asked at every hook."""
+    """Return the pass that is under way, if it has anything to do. Every hook asks, so this must be fast."""
     call = _CALL.get()
     if call is not None and call.host is not host:
         call = under_way(host)
@@ -355,7 +355,7 @@ def open_pass(host: Any) -> Call | None:
 
 
 def part_of(host: Any, path: str) -> bool:
-    """Whether a module that is entered now is a part of the pass that is under way."""
+    """Tell whether a module at this path, entered now, is a part of the pass that is under way."""
     call = _CALL.get()
     if call is not None and call.host is not host:
         call = under_way(host)
@@ -363,7 +363,7 @@ def part_of(host: Any, path: str) -> bool:
 
 
 def enter(host: Any, path: str, own: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-    """Call a module's own code: as a part of the pass that is under way, or as a pass of its own."""
+    """Call a module's own code as a part of the pass that is under way, or as a pass of its own."""
     if part_of(host, path):
         return own(*args, **kwargs)
     return copy_context().run(_pass, host, path, own, args, kwargs)
@@ -386,7 +386,7 @@ def _pass(host: Any, path: str, own: Callable[..., T], args: tuple[Any, ...], kw
 
 
 def _joined(spec: ModelSpec, standing: Sequence[Standing], rows: Callable[[int], Tensor | None]) -> Program:
-    """The edits of several that stand, as the program of one pass."""
+    """Return the program of one pass for several edits that stand."""
     last, all_of_them = standing[-1], tuple(standing)
     if last.joined is None or last.joined[0] != all_of_them:
         last.joined = all_of_them, Program(spec, [edit for one in standing for edit in one.edits], routing=False)
@@ -394,7 +394,7 @@ def _joined(spec: ModelSpec, standing: Sequence[Standing], rows: Callable[[int],
 
 
 def _of_texts(tokens: Tokens, texts: int) -> Tokens:
-    """Tokens of rows of which beams have made several for each text."""
+    """Number the texts of rows where beams have made several rows of each text."""
     rows = len(tokens.mask)
     if rows == texts or rows % texts:
         return tokens
