@@ -109,8 +109,13 @@ class RemoteMoEModel(MoEModel):
         program = self._program(given, edits, reads)
         told = self._send(SentPass(self.lm, self.spec, edits, reads), given, output)
         _fill(program, told)
-        if told["nan"] and not edits:
-            raise BadCheckpoint("the model returned NaN", expected="finite logits", got="NaN from the server")
+        if told["wrong"] and not edits:
+            raise BadCheckpoint(
+                f"the model returned {told['wrong']}",
+                expected="finite logits",
+                got=f"{told['wrong']} from the server",
+                do="Check the server's model: its weights, or a dtype whose range is too small.",
+            )
         self._told = {"dtype": told["dtype"], "device": told["device"]}
         return self._run_of(program, given, told["output"])
 

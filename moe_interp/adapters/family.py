@@ -19,15 +19,12 @@ from moe_interp.adapters.reading import (
     count,
     head_of,
     loss_top_k,
+    model_sizes,
     model_type,
     outline,
     padding_id,
-    model_sizes,
     takes,
     text_config,
-)
-from moe_interp.adapters.reading import (
-    bare as bare,  # hosts take it from here
 )
 from moe_interp.adapters.spec import (
     Balance,

@@ -76,15 +76,6 @@ def output_of(spec: ModelSpec, returned: Any) -> Tensor:
     return getattr(returned, name)
 
 
-def has_nan(output: Tensor, mask: Tensor) -> bool:
-    """Whether an output [B, S, V] is NaN at a real token (or at all, where it has other dims than tokens).
-
-    NaN anywhere in a hidden state reaches every logit of that token, so one column tells.
-    """
-    first = output[..., 0].detach()
-    return bool(first[_seen(first, output, mask)].isnan().any())
-
-
 def out_of_range(output: Tensor, mask: Tensor) -> str | None:
     """What a model's output [B, S, V] has at a real token that no output may have, in words; None if it is fine.
 

@@ -127,7 +127,7 @@ class Standings:
             standing.end()
 
     def here(self) -> list[Standing]:
-        """Return what is in force in this context, in the order in which it began, after what is in force everywhere."""
+        """Return what is in force in this context: first what is in force everywhere, each in the order it began."""
         return [one for one in (*self.everywhere, *_STANDING.get()) if one.on(self)]
 
     @property
@@ -311,7 +311,7 @@ class Call:
                 self.away(hear, program)
 
     def passed(self, name: str, layer: int | None, point: Any, value: Tensor) -> Tensor:
-        """Pass a value through edits that stand, hooks at its point, and the edits and reads of the call, in this order."""
+        """Pass a value through standing edits, hooks at its point, then the edits and reads of the call."""
         place = name, layer
         if self.session is not None and place in self.session.given:
             value = self.session.given[place]

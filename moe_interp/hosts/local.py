@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_interp.adapters.experts import Separate
-from moe_interp.adapters.family import bare
 from moe_interp.adapters.formats import check_format, plain_function
+from moe_interp.adapters.reading import bare
 from moe_interp.adapters.spec import BlockCall, LayerSpec, ModelSpec
 from moe_interp.errors import UnsupportedModel
 from moe_interp.hosts.calls import Standing, Standings, enter, open_pass, part_of, session_of, under_way

@@ -12,7 +12,7 @@ import torch
 from nnsight.intervention.interleaver import Mediator
 from torch import Tensor
 
-from moe_interp.adapters.formulas import has_nan, logits_of, output_of
+from moe_interp.adapters.formulas import logits_of, out_of_range, output_of
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.adapters.sums import follow
 from moe_interp.hosts.choices import choice, rechosen, rechosen_at, topk
@@ -99,7 +99,7 @@ class Pass:
             "added": {layer: nonzero(context.added) for layer, context in contexts.items()},
             "touched": list(self.program.touched),
             "output": _kept(gave, keep),
-            "nan": has_nan(gave, self.program.tokens.mask.to(gave.device)),
+            "wrong": out_of_range(gave, self.program.tokens.mask.to(gave.device)),
             "dtype": str(gave.dtype),
             "device": gave.device.type,
         }

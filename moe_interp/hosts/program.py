@@ -314,6 +314,7 @@ def resolve_reads(spec: ModelSpec, reads: Sequence[Read]) -> dict[tuple[str, int
         for layer in layers_at(spec, read.point, read.layers):
             if read.top is not None:
                 _check_decodes(spec, read.point, layer)
+                _check_top(spec, read.top)
             if (read.point, layer) in wanted:
                 raise BadInput(
                     f"{read.point!r} is read twice at layer {layer}", expected="one read of a point at a layer"
@@ -324,9 +325,17 @@ def resolve_reads(spec: ModelSpec, reads: Sequence[Read]) -> dict[tuple[str, int
 
 def _check_decodes(spec: ModelSpec, point: str, layer: int | None) -> None:
     narrow = layer is not None and (moe := spec.layers[layer].moe) and moe.routed_steps and point.startswith("expert")
-    if not POINTS[point].dims.endswith("D") or narrow or spec.final is None or spec.unembed is None:
+    decodes = spec.final is not None and spec.unembed is not None and spec.predicts_tokens
+    if not POINTS[point].dims.endswith("D") or narrow or not decodes:
         raise BadInput(
             f"{point!r} cannot be read as tokens",
             expected="values of the residual stream's space, of a model with an unembedding",
-            got=f"{POINTS[point].dims} of {spec.model_type}",
+            got=f"{POINTS[point].dims} of {spec.gives}",
+        )
+
+
+def _check_top(spec: ModelSpec, top: int) -> None:
+    if top > spec.vocab_size:
+        raise BadInput(
+            f"no {top} most likely tokens", expected=f"at most {spec.vocab_size}, the vocabulary", got=f"top={top}"
         )
