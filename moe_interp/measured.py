@@ -49,11 +49,12 @@ def _within(hf: nn.Module, path: str) -> list[str]:
 def _bytes(tensor: Tensor, whole: bool) -> bytes:
     if tensor.is_meta or not tensor.numel():
         return b""
+    if hasattr(tensor, "__tensor_flatten__"):  # packed: of a subclass that holds plain tensors
+        names, _ = tensor.__tensor_flatten__()
+        return b"".join(_bytes(getattr(tensor, name), whole) for name in names)
     flat = tensor.reshape(-1)
     if not whole and len(flat) > _SAMPLED:
         flat = flat[torch.linspace(0, len(flat) - 1, _SAMPLED, dtype=torch.float64, device=flat.device).long()]
-    if type(flat) is not Tensor and hasattr(flat, "dequantize"):  # packed by torchao
-        flat = flat.dequantize()
     return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 

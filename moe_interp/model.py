@@ -22,9 +22,10 @@ from moe_interp.adapters.formulas import logits_of, out_of_range, output_of, wat
 from moe_interp.adapters.sums import follow
 from moe_interp.encode import Inputs, check_room, encode
 from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
-from moe_interp.generation import check_steps, continued, count_of
+from moe_interp.generation import continued, count_of
 from moe_interp.hosts import Session, Standing, Standings, open_host
 from moe_interp.hosts.program import Program
+from moe_interp.hosts.steps import check_unguided
 from moe_interp.interventions import Intervention
 from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.measured import code_version, fingerprint
@@ -222,7 +223,8 @@ class MoEModel:
 
         Raises:
             UnsupportedModel: a model that does not write text, or has no ``generate``.
-            BadInput: more tokens than the context length, or edits at a step's newest token where a step has several.
+            BadInput: more tokens than the context length, edits at a step's newest token where a step has several, or
+                edits given here of a generation with ``guidance_scale``.
             BadCheckpoint: the weights, or logits that no edit has changed, are not finite.
         """
         self._check_open()
@@ -244,12 +246,12 @@ class MoEModel:
                 do="Use run, a token at a time.",
             )
         edits = [*self._standing, *listed(edit, Intervention)]
-        check_steps(edits, options)
+        check_unguided(listed(edit, Intervention), options, entry.generation_config)
         given = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
         check_room(given, self.spec, options.get("generation_config") or entry.generation_config, options)
         checked = watched(partial(self._not_finite, edited=bool(edits)))
         options["logits_processor"] = LogitsProcessorList([checked, *(options.get("logits_processor") or ())])
-        session = Session(self._host, edits, whole=False, routing=False, texts=count_of(given))
+        session = Session(self._host, edits, whole=False, routing=False, texts=count_of(given), steps=True)
         ids = session(lambda: entry.generate(**given, **options))
         return continued(inputs, ids, given.get("attention_mask"), self.spec, self.tokenizer)
 
@@ -279,6 +281,7 @@ class MoEModel:
         self._check_open()
         given = [one for some in edits for one in listed(some, Intervention)]
         self._check_edits([*self._standing, *given])
+        self._host.check_in_place({edit.layer for one in given for edit in one.edits(self.spec)})
         standing = Standing(given, everywhere=yes_or_no(everywhere, "everywhere"))
         self._began.add(standing)
         with self._standings.stand(standing):
@@ -437,7 +440,8 @@ class MoEModel:
                 got=f"{rounding}, which rounds it to 8 bits first",
                 do="Load with weights that are quantised alone, such as torchao's Int8WeightOnlyConfig.",
             )
-        if self.hf.training and getattr(self.hf, "is_gradient_checkpointing", False):
+        anew = [module for module in self._host.recomputed if module.training and module.gradient_checkpointing]
+        if anew:
             raise BadInput(
                 "gradients would be wrong",
                 expected="activations that are kept: a layer that is computed anew does not go on with what was read",
