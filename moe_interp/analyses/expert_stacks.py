@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_interp.analyses.attribution import freeze, linear_head, token_ids
+from moe_interp.analyses.answers import answer_ids
+from moe_interp.analyses.attribution import freeze, linear_head
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.plain import check_plain, check_plain_model, check_writes_text
 from moe_interp.bridge import Attached, attached
@@ -250,7 +251,7 @@ def logit_directions(
 def _rows(cached: _Cached, weight: Tensor, tokens: Tokens, residual: Tensor) -> Tensor:
     """Rows of the unembedding, which go over the residual's dims."""
     if isinstance(tokens, int | str):
-        return weight[token_ids(cached.door.model, tokens)[0]].float()
+        return weight[answer_ids(cached.door.model, tokens)[0]].float()
     rows = weight[tokens.to(weight.device)].float()
     one_a_text = tokens.dim() == 1 and residual.dim() == 3 and len(tokens) == len(residual)
     rows = rows[:, None] if one_a_text else rows
