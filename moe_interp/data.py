@@ -17,13 +17,14 @@ from moe_interp.encode import GIVE_TOKENIZER, pad, padding_of, token_ids
 from moe_interp.errors import BadInput
 from moe_interp.interventions.values import ByToken
 from moe_interp.paths import lone_surrogate
+from moe_interp.run import counted
 
 if TYPE_CHECKING:
     from moe_interp.interventions import Intervention
     from moe_interp.model import MoEModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Document:
     """One text, or the token ids of one, and the group it is counted in.
 
@@ -39,7 +40,14 @@ class Document:
     name: str
     ids: tuple[int, ...] | None = None
 
+    def __repr__(self) -> str:
+        size = f"{len(self.text)} characters" if self.ids is None else f"{len(self.ids)} token ids"
+        begin = repr(self.text[:_BEGIN] + "…" * (len(self.text) > _BEGIN)) if self.ids is None else ""
+        return f"Document {self.name!r} of domain {self.domain!r}, {size}" + (f": {begin}" if begin else "")
 
+
+_BEGIN = 60  # how many characters of a text a document shows
+_DOMAINS = 12  # and how many domains a corpus
 _MADE_BY = "a corpus: moe.read_corpus(path), or moe.Corpus.from_texts({domain: texts})"
 
 
@@ -69,8 +77,10 @@ class Corpus:
 
     def __repr__(self) -> str:
         counts = Counter(document.domain for document in self.documents)
-        told = ", ".join(f"{domain} {count}" for domain, count in counts.items())
-        return f"Corpus of {len(self)} documents from {self.source}: {told}"
+        some = [f"{domain} {count}" for domain, count in islice(counts.items(), _DOMAINS)]
+        more = len(counts) - len(some)
+        told = ", ".join(some) + (f" and {counted(more, 'other domain')}" if more else "")
+        return f"Corpus of {counted(len(self), 'document')} from {self.source}: {told}"
 
     def __iter__(self) -> Iterator[Document]:
         return iter(self.documents)
