@@ -101,7 +101,12 @@ class Corpus:
         if isinstance(which, slice):
             return Corpus(self.documents[which], self.source)
         if not isinstance(which, SupportsIndex) or isinstance(which, bool):
-            raise BadInput("not a document's number", expected="a whole number or a slice", got=repr(which)[:80])
+            do = (
+                f"corpus.filter(lambda d: d.domain == {which!r}) takes a domain."
+                if isinstance(which, str) and which in self.domains
+                else None
+            )
+            raise BadInput("not a document's number", expected="a whole number or a slice", got=repr(which)[:80], do=do)
         return self.documents[which]
 
     def __add__(self, other: "Corpus") -> "Corpus":
@@ -139,6 +144,13 @@ class Corpus:
                 no documents.
         """
         found = [_ids_of(row, number) for number, row in enumerate(_rows(rows))]
+        if isinstance(domains, str):
+            raise BadInput(
+                "domains is one text",
+                expected="one for each document",
+                got=repr(domains),
+                do=f"domains=[{domains!r}] * len(rows) gives all documents the same.",
+            )
         named = ["all"] * len(found) if domains is None else list(domains)
         if len(named) != len(found):
             raise BadInput(
@@ -195,7 +207,9 @@ class Corpus:
         """
         if not callable(keep):
             raise BadInput(
-                "not a filter", expected="a function of a document, such as lambda d: len(d.text) > 80", got=repr(keep)
+                "not a filter",
+                expected='a function of a document, such as lambda d: d.domain == "math"',
+                got=repr(keep)[:80],
             )
         kept = tuple(document for document in self.documents if keep(document))
         if not kept:
@@ -280,7 +294,10 @@ def _ids_of(row: Any, where: int | str) -> tuple[int, ...]:
     )
     if not whole or not values:
         raise BadInput(
-            f"row {where} holds no token ids", expected="one whole number or more, from 0 on", got=repr(row)[:80]
+            f"row {where} holds no token ids",
+            expected="a list of one whole number or more, from 0 on",
+            got=repr(row)[:80],
+            do="One document alone is [[1, 2, 3]]." if isinstance(row, SupportsIndex) else None,
         )
     return tuple(operator.index(one) for one in values)
 

@@ -297,6 +297,9 @@ class Routing:
 class Routings(dict[int, Routing]):
     """The routing of every MoE layer, by its number."""
 
+    def __missing__(self, layer: Any) -> Routing:
+        raise UnknownName(f"no routing of layer {layer}", expected=f"an MoE layer of {list(self)}", got=repr(layer))
+
     def __repr__(self) -> str:
         if not self:
             return "no routing"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import moe_interp as moe
+from moe_interp.errors import UnknownName
 from moe_interp.run import Routings
 from tests.stub_tokenizer import StubTokenizer
 from tests.tiny import build
@@ -39,6 +40,9 @@ def test_routing_says_its_sizes_and_layers_of_one_kind_are_one_line(run):
     ]
     assert repr(Routings({})) == "no routing"
     assert run.routing == dict(run.routing) and list(run.routing) == [1, 2, 3]
+    with pytest.raises(UnknownName, match=r"no routing of layer 0: expected an MoE layer of \[1, 2, 3\], got 0"):
+        run.routing[0]
+    assert 0 not in run.routing and run.routing.get(0) is None
 
 
 @pytest.mark.parametrize(

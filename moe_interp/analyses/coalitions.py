@@ -32,7 +32,7 @@ from moe_interp.measured import inputs_told, metric_told
 from moe_interp.model import MoEModel
 from moe_interp.restart import Restart
 from moe_interp.results import Variable, labelled
-from moe_interp.run import Run
+from moe_interp.run import Run, index
 from moe_interp.stats import bootstrap_mean
 
 Expert = tuple[int, int]
@@ -122,7 +122,11 @@ def coalitions(
 
 
 def _checked(model: MoEModel, experts: Sequence[Expert], size: int) -> list[Expert]:
-    listed = [(int(layer), int(expert)) for layer, expert in experts]
+    try:
+        listed = [(index(layer), index(expert)) for layer, expert in experts]
+    except (TypeError, ValueError):
+        do = "Write [(5, 3), (5, 7)] for experts 3 and 7 of layer 5."
+        raise BadInput("not a set of experts", expected="(layer, expert) of each", got=repr(experts), do=do) from None
     if not listed or len(set(listed)) < len(listed):
         raise BadInput("not a set of experts", expected="(layer, expert) of each, once", got=str(listed))
     for one in listed:
