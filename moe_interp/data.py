@@ -17,13 +17,14 @@ from moe_interp.encode import GIVE_TOKENIZER, pad, padding_of, token_ids
 from moe_interp.errors import BadInput
 from moe_interp.interventions.values import ByToken
 from moe_interp.paths import lone_surrogate
+from moe_interp.run import counted
 
 if TYPE_CHECKING:
     from moe_interp.interventions import Intervention
     from moe_interp.model import MoEModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Document:
     """One text, or the token ids of one, and the group it is counted in.
 
@@ -39,7 +40,14 @@ class Document:
     name: str
     ids: tuple[int, ...] | None = None
 
+    def __repr__(self) -> str:
+        size = f"{len(self.text)} characters" if self.ids is None else f"{len(self.ids)} token ids"
+        begin = repr(self.text[:_BEGIN] + "…" * (len(self.text) > _BEGIN)) if self.ids is None else ""
+        return f"Document {self.name!r} of domain {self.domain!r}, {size}" + (f": {begin}" if begin else "")
 
+
+_BEGIN = 60  # how many characters of a text a document shows
+_DOMAINS = 12  # and how many domains a corpus
 _MADE_BY = "a corpus: moe.read_corpus(path), or moe.Corpus.from_texts({domain: texts})"
 
 
@@ -69,8 +77,10 @@ class Corpus:
 
     def __repr__(self) -> str:
         counts = Counter(document.domain for document in self.documents)
-        told = ", ".join(f"{domain} {count}" for domain, count in counts.items())
-        return f"Corpus of {len(self)} documents from {self.source}: {told}"
+        some = [f"{domain} {count}" for domain, count in islice(counts.items(), _DOMAINS)]
+        more = len(counts) - len(some)
+        told = ", ".join(some) + (f" and {counted(more, 'other domain')}" if more else "")
+        return f"Corpus of {counted(len(self), 'document')} from {self.source}: {told}"
 
     def __iter__(self) -> Iterator[Document]:
         return iter(self.documents)
@@ -91,7 +101,12 @@ class Corpus:
         if isinstance(which, slice):
             return Corpus(self.documents[which], self.source)
         if not isinstance(which, SupportsIndex) or isinstance(which, bool):
-            raise BadInput("not a document's number", expected="a whole number or a slice", got=repr(which)[:80])
+            do = (
+                f"corpus.filter(lambda d: d.domain == {which!r}) takes a domain."
+                if isinstance(which, str) and which in self.domains
+                else None
+            )
+            raise BadInput("not a document's number", expected="a whole number or a slice", got=repr(which)[:80], do=do)
         return self.documents[which]
 
     def __add__(self, other: "Corpus") -> "Corpus":
@@ -129,6 +144,13 @@ class Corpus:
                 no documents.
         """
         found = [_ids_of(row, number) for number, row in enumerate(_rows(rows))]
+        if isinstance(domains, str):
+            raise BadInput(
+                "domains is one text",
+                expected="one for each document",
+                got=repr(domains),
+                do=f"domains=[{domains!r}] * len(rows) gives all documents the same.",
+            )
         named = ["all"] * len(found) if domains is None else list(domains)
         if len(named) != len(found):
             raise BadInput(
@@ -185,7 +207,9 @@ class Corpus:
         """
         if not callable(keep):
             raise BadInput(
-                "not a filter", expected="a function of a document, such as lambda d: len(d.text) > 80", got=repr(keep)
+                "not a filter",
+                expected='a function of a document, such as lambda d: d.domain == "math"',
+                got=repr(keep)[:80],
             )
         kept = tuple(document for document in self.documents if keep(document))
         if not kept:
@@ -270,7 +294,10 @@ def _ids_of(row: Any, where: int | str) -> tuple[int, ...]:
     )
     if not whole or not values:
         raise BadInput(
-            f"row {where} holds no token ids", expected="one whole number or more, from 0 on", got=repr(row)[:80]
+            f"row {where} holds no token ids",
+            expected="a list of one whole number or more, from 0 on",
+            got=repr(row)[:80],
+            do="One document alone is [[1, 2, 3]]." if isinstance(row, SupportsIndex) else None,
         )
     return tuple(operator.index(one) for one in values)
 

@@ -101,6 +101,7 @@ def test_opening_a_model_loads_no_other_host_and_no_plotting():
 
 
 PUBLIC = """
+    KL LogProbability LogitDifference NLL Probability
     POINTS ByToken Corpus EditsElsewhere Family Intervention MoEError MoEModel Routing RoutingCallback RoutingWatch Run
     TunedLens ablate activation_patching apply attach attribution_patching bias causal_trace coactivation
     coalitions collect decompose_resid ensemble_similarity expert_effects expert_lens expert_profiles

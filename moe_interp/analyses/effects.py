@@ -57,8 +57,8 @@ def expert_effects(
     Args:
         model: any opened model.
         inputs: texts, as `MoEModel.run` takes them, in one batch.
-        metric: "nll", "kl", a metric of `moe_interp.analyses.metrics`, or a function from the logits [s, V] of one
-            text's real tokens to a number.
+        metric: "nll", "kl", a metric such as ``moe.LogitDifference(" he", " she")``, or a function from the logits
+            [s, V] of one text's real tokens to a number.
         how: what takes the expert's place, as in `moe_interp.ablate`. "resample" draws from these same texts.
         layers: MoE layers (None: all).
         mean: for "mean", the mean contribution [D] by (layer, expert); None: over the tokens of these texts that use

@@ -21,7 +21,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moe_interp.analyses.attribution import token_ids
+from moe_interp.analyses.answers import answer_ids
 from moe_interp.analyses.effects import contribution
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.metrics import Bound, Probability
@@ -92,7 +92,7 @@ def causal_trace(
     one_of("way to restore", at, ("all", "each"))
     if samples < 1:
         raise BadInput("too few samples", expected="at least 1", got=str(samples))
-    chosen, ids = moe_layers(model, layers), tuple(token_ids(model, answer).tolist())
+    chosen, ids = moe_layers(model, layers), tuple(answer_ids(model, answer).tolist())
     inputs = _one_prompt(model, prompt)
     where, std = _positions(model, prompt, subject, inputs), _std(model, noise)
     trace = _traced(model, inputs, partial(noises, std, where, samples, seed), samples, ids, at)
