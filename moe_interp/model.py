@@ -3,7 +3,7 @@
 import importlib.metadata
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from types import TracebackType
@@ -255,8 +255,9 @@ class MoEModel:
         ids = session(lambda: entry.generate(**given, **options))
         return continued(inputs, ids, given.get("attention_mask"), self.spec, self.tokenizer)
 
-    @contextmanager
-    def edit(self, *edits: Intervention | Sequence[Intervention], everywhere: bool = False) -> Iterator[Standing]:
+    def edit(
+        self, *edits: Intervention | Sequence[Intervention], everywhere: bool = False
+    ) -> AbstractContextManager[Standing]:
         """Edits that stand inside the ``with``.
 
         They act in `run` and `generate`, before those given there, so in every analysis (those that call `experts`
@@ -281,15 +282,15 @@ class MoEModel:
         self._check_open()
         given = [one for some in edits for one in listed(some, Intervention)]
         self._check_edits([*self._standing, *given])
-        self._host.check_in_place({edit.layer for one in given for edit in one.edits(self.spec)})
         standing = Standing(given, everywhere=yes_or_no(everywhere, "everywhere"))
         self._began.add(standing)
-        with self._standings.stand(standing):
-            yield standing
+        return self._standings.stand(standing)
 
     def _check_edits(self, edits: Sequence[Intervention]) -> None:
         """Refuse what the model cannot have."""
-        Program(self.spec, edits)
+        program = Program(self.spec, edits)
+        if self.here:
+            self._host.check_in_place({layer for _, layer in program.edits})
 
     @property
     def _standings(self) -> Standings:

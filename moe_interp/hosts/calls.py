@@ -16,8 +16,7 @@ left behind by an exception, whenever it comes.
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -78,6 +77,12 @@ class Standing:
         self._on: weakref.ref[Standings] | None = None
         self._held: weakref.ref[_Held] | None = None
 
+    def __repr__(self) -> str:
+        edits = ", ".join(
+            f"{edit!r} (touched {touched})" for edit, touched in zip(self.edits, self.touched, strict=True)
+        )
+        return f"Standing edits: {edits or 'none'}"
+
     def on(self, standings: "Standings") -> bool:
         """Tell whether it is in force on this model."""
         return self._held is not None and self._held() is not None and self._on is standings.ref
@@ -105,9 +110,42 @@ class Standing:
 
 
 class _Held:
-    """A token that the frame of a ``with`` holds: when the frame is gone, however it ended, so is what stands."""
+    """A token that the object of a ``with`` holds: when it is gone, however the ``with`` ended, so is what stands."""
 
     __slots__ = ("__weakref__",)
+
+
+class Stay:
+    """What a ``with`` is entered by, and what stands inside it; once it has ended, it may be entered again."""
+
+    def __init__(self, standings: "Standings", standing: Standing):
+        self.standings, self.standing = standings, standing
+        self.held: _Held | None = None
+
+    def __enter__(self) -> Standing:
+        """Begin.
+
+        Raises:
+            BadInput: it stands already.
+        """
+        if self.held is not None:
+            raise BadInput(
+                "an edit that stands already",
+                expected="one `with` at a time for what model.edit(...) returned",
+                got="a second one inside the first",
+                do="Call model.edit(...) once more.",
+            )
+        try:
+            self.held = self.standing.begin(self.standings)
+            return self.standing
+        except BaseException:
+            self.held = None
+            self.standing.end()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self.held = None
+        self.standing.end()
 
 
 class Standings:
@@ -119,15 +157,9 @@ class Standings:
         self.everywhere: tuple[Standing, ...] = ()
         self.all: weakref.WeakSet[Standing] = weakref.WeakSet()
 
-    @contextmanager
-    def stand(self, standing: Standing) -> Iterator[Standing]:
-        """Keep something in force inside the ``with``."""
-        try:
-            held = standing.begin(self)
-            yield standing
-            del held
-        finally:
-            standing.end()
+    def stand(self, standing: Standing) -> "Stay":
+        """Keep something in force inside the ``with`` that the returned object is entered by."""
+        return Stay(self, standing)
 
     def here(self) -> list[Standing]:
         """Return what is in force in this context: first what is in force everywhere, each in the order it began."""
