@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Timer
@@ -24,7 +24,7 @@ _READER = Path(__file__).with_name("untrusted_reader.py")
 _TIME = getattr(signal, "SIGXCPU", None)
 
 
-def frames(kind: str, path: str | os.PathLike[str], *columns: str, expected: str) -> Iterator[Any]:
+def frames(kind: str, path: str | os.PathLike[str], *columns: str, expected: str) -> Generator[Any, None, None]:
     """What a child process reads in a file: values of JSON, and bytes as they are, in order.
 
     Args:
@@ -53,8 +53,9 @@ def frames(kind: str, path: str | os.PathLike[str], *columns: str, expected: str
 def _child(*words: str) -> Iterator[subprocess.Popen[bytes]]:
     """A reader, which is ended when nobody reads its answers any more."""
     paths = [one for one in sys.path if one]  # it imports libraries from where this process does
-    one_thread = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    env = {**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(paths)}
+    one_thread = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    # Arrow's own pools reserve addresses that they never use, which count against the limit of memory.
+    env = {**os.environ, **one_thread, "PYTHONPATH": os.pathsep.join(paths), "ARROW_DEFAULT_MEMORY_POOL": "system"}
     command = [sys.executable, "-P", str(_READER), *words]
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env

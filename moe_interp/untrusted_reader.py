@@ -1,4 +1,4 @@
-"""Program of a child process that reads one untrusted file: ``python untrusted_reader.py netcdf|parquet FILE [COLUMN ...]``.
+"""Program of a child process that reads one untrusted file: ``untrusted_reader.py netcdf|parquet FILE [COLUMN ...]``.
 
 A damaged or crafted file can crash the libraries that read it, or keep them busy without end. Here that ends this
 process alone. It imports nothing of this package, limits its own processor time and memory, and answers in frames on
@@ -22,8 +22,9 @@ import numpy as np
 COMPRESSION: Final = 1032  # no deflated byte stands for more
 ROOM: Final = 2**28  # bytes of values that any file may have, however small
 RATIO: Final = 16  # bytes of values for each byte of a larger file
-SECONDS: Final = 4  # of processor time, besides what the values take
+SECONDS: Final = 2  # of processor time, besides what the values take
 SPEED: Final = 2 * 10**7  # bytes of values in a second of processor time, on a slow machine
+_TOGETHER: Final = 2**22  # bytes of rows that are read and answered together
 Table = Any  # an h5py.Dataset
 
 
@@ -98,7 +99,7 @@ def netcdf(path: str) -> None:
                 text, wide = _check_text(values, text, wide, size, room)
                 answer(b"J", as_json(values.ravel().tolist()))
             else:
-                answer(b"B", memoryview(values.reshape(-1).view(np.uint8)))
+                answer(b"B", values.reshape(-1).view(np.uint8).data)
 
 
 def _stated(file: Any, h5py: Any) -> int:
@@ -165,36 +166,35 @@ def parquet(path: str, *columns: str) -> None:
     from pyarrow import parquet as reader
 
     limit(SECONDS, 4 * ROOM)
-    # Dictionaries are kept, so that a long text that many rows share is one text; columns are read page by page.
-    table = reader.ParquetFile(path, read_dictionary=list(columns), buffer_size=2**20)
-    answer(b"J", as_json(table.schema_arrow.names))
-    for batch in table.iter_batches(batch_size=64, columns=_present(columns, table), use_threads=False):
-        for records in _groups(batch):
+    table = reader.ParquetFile(path, buffer_size=2**20)  # a column is read page by page
+    names = table.schema_arrow.names
+    answer(b"J", as_json(names))
+    wanted = [name for name in columns if name in names]
+    for batch in table.iter_batches(batch_size=_rows(table.metadata), columns=wanted, use_threads=False):
+        for records in _records(batch):
             answer(b"J", as_json(records))
             limit(SECONDS)
 
 
-def _present(columns: tuple[str, ...], table: Any) -> list[str]:
-    return [name for name in columns if name in table.schema_arrow.names]
+def _rows(about: Any) -> int:
+    """How many rows to read at a time: about _TOGETHER bytes of them."""
+    stated = sum(about.row_group(number).total_byte_size for number in range(about.num_row_groups))
+    return int(min(max(_TOGETHER * about.num_rows // max(stated, 1), 16), 1024))
 
 
-def _groups(batch: Any, most: int = 2**20) -> Iterator[list[dict[str, Any]]]:
-    """The records of a batch in groups of about so many characters."""
-    group: list[dict[str, Any]] = []
-    held = 0
-    for number in range(batch.num_rows):
-        record = {name: batch.column(name)[number].as_py() for name in batch.schema.names}
-        group.append({name: _plain(value) for name, value in record.items()})
-        held += sum(len(value) for value in record.values() if isinstance(value, str))
-        if held > most:
-            yield group
-            group, held = [], 0
-    yield group
+def _records(batch: Any) -> Iterator[list[dict[str, Any]]]:
+    """The records of a batch, about _TOGETHER bytes of them at a time: a text that rows share is many here."""
+    rows = max(1, _TOGETHER * batch.num_rows // max(batch.nbytes, 1))
+    for begin in range(0, batch.num_rows, rows):
+        part = batch.slice(begin, rows)
+        columns = [map(_plain, column.to_pylist()) for column in part.columns]
+        values = zip(*columns, strict=True) if columns else [()] * part.num_rows
+        yield [dict(zip(part.schema.names, row, strict=True)) for row in values]
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON has; others are told, so that an error can show them."""
-    return value if value is None or isinstance(value, str | bool | int | float) else repr(value)[:80]
+    """A value that JSON has; any other in a list, which is neither a text nor a name, so that an error shows it."""
+    return value if value is None or isinstance(value, str | bool | int | float) else [repr(value)[:80]]
 
 
 # -------------------------------------------------------------------------------------------------------------------
