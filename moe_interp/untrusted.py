@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from moe_interp.errors import BadData
 
-SILENCE = 30.0  # seconds without a frame, besides what a slow disk takes
+SILENCE = 60.0  # seconds without a frame, besides what a slow disk takes: a busy machine may give a child little of it
 _SLOWEST = 10**6  # bytes of a file in a second
 _READER = Path(__file__).with_name("untrusted_reader.py")
 _TIME = getattr(signal, "SIGXCPU", None)

@@ -60,14 +60,14 @@ def texts(folder):
 @pytest.mark.parametrize("copies", [25, pytest.param(2000, marks=pytest.mark.slow)])
 def test_damaged_results_are_read_or_refused_in_seconds(copies, tmp_path):
     refused, longest = fuzz(save(example(), tmp_path / "x.nc"), load, copies)
-    assert refused > copies / 2 and longest < 40  # of the wall: the child's own limit is of processor time
+    assert refused > copies / 2 and longest < 90  # by the clock: the limit is of processor time
 
 
 @pytest.mark.filterwarnings("ignore:.* empty texts")
 @pytest.mark.parametrize("copies", [15, pytest.param(1000, marks=pytest.mark.slow)])
 def test_damaged_parquet_is_read_or_refused_in_seconds(copies, tmp_path):
     refused, longest = fuzz(texts(tmp_path), moe.read_corpus, copies)
-    assert refused > copies / 4 and longest < 40
+    assert refused > copies / 4 and longest < 90
 
 
 READERS = {

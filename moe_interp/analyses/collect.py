@@ -78,8 +78,8 @@ class Pass:
         """What a result must say about the pass."""
         return {
             **self.model.provenance(),
-            "data": self.corpus.source,
-            "documents": len(self.corpus),
+            **self.corpus.told,
+            "max_tokens": self.options.max_tokens or "context length",
             "truncated": sum(batch.truncated for batch in self.batches),
             "special_tokens": "counted" if self.options.special_tokens else "left out",
         }
