@@ -6,6 +6,7 @@
 3. `save` and `load` name the engine (h5netcdf), write whole files or none, and trust no file: a child process reads.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from moe_interp.untrusted import frames
 
 ENGINE: Final = "h5netcdf"
 SUFFIX: Final = ".nc"
+_SEAL: Final = b"moe_interp sha256 "
 _A_RESULT: Final = "a result saved as netCDF-4"
 _DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
 
@@ -159,14 +161,35 @@ def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
         written = dataset.to_netcdf(engine=ENGINE)
     except (TypeError, ValueError, UnicodeError) as error:
         raise BadInput("this Dataset cannot be stored", expected="a result of moe_interp", got=str(error)) from error
-    return write_whole(path, written)
+    return write_whole(path, b"".join([written, _SEAL, hashlib.sha256(written).hexdigest().encode("ascii")]))
+
+
+def _check_seal(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that ends in a hash of other bytes than it holds. Files that others wrote end in none.
+
+    HDF5 reads no further than the length that its first block states, so that other readers do not see the hash.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size - len(_SEAL) - 64
+        file.seek(max(size, 0))
+        seal, told = file.read(len(_SEAL)), file.read()
+        if seal != _SEAL:
+            return
+        file.seek(0)
+        found, left = hashlib.sha256(), size
+        while left and (part := file.read(min(left, 2**20))):
+            found.update(part)
+            left -= len(part)
+    if found.hexdigest().encode("ascii") != told:
+        raise BadData(f"{path} is damaged", expected="the bytes that save wrote", got="others")
 
 
 def load(path: str | os.PathLike[str], *, trusted: bool = False) -> xr.Dataset:
     """Read a result written by `save`, wholly into memory.
 
     A child process reads the file: damage can crash the HDF5 library or keep it in a loop without end. Damage ends the
-    child, after a few seconds at most, and never this process.
+    child, after a few seconds at most, and never this process. What `save` wrote ends in a hash, by which any damage to
+    its values is seen.
 
     Args:
         path: the file.
@@ -178,6 +201,7 @@ def load(path: str | os.PathLike[str], *, trusted: bool = False) -> xr.Dataset:
     """
     check_readable(path, _A_RESULT)
     try:
+        _check_seal(path)
         if trusted:
             return xr.load_dataset(Path(path), engine=ENGINE)
         return xr.decode_cf(_stored(frames("netcdf", path, expected=_A_RESULT))).load()
