@@ -38,7 +38,7 @@ def smallest(logits):
 
 
 DATA = {"corpus": corpus(), "resamples": 10}
-CORPUS = [{"corpus": corpus("other")}, {"max_tokens": 6}, {"seed": 1}]
+CORPUS = [{"corpus": corpus("more")}, {"max_tokens": 6}, {"seed": 1}]
 RESAMPLED = [*CORPUS, {"resamples": 20}]
 METRICS = [LogitDifference((5,), (7,)), LogitDifference((6,), (7,)), smallest]
 PAIR = {"clean": ["a text"], "corrupted": ["b text"], "metric": largest, "resamples": 10}
@@ -136,7 +136,7 @@ def test_a_tuned_lens_and_its_quality_tell_theirs(model):
         held = moe.Corpus.from_texts({"a": ["held out text"]})
         return moe.train_tuned_lens(model, corpus(text), held_out=held, steps=2, every=1, seed=seed)
 
-    lens, same, other = train("some"), train("some"), train("other")
+    lens, same, other = train("some"), train("some"), train("more")
     assert lens.provenance == same.provenance != other.provenance
     assert train("some", seed=1).provenance != lens.provenance
     quality = [provenance_of(moe.tuned_lens_quality(model, one, corpus(), resamples=10)) for one in (lens, same, other)]
@@ -154,7 +154,7 @@ def test_what_needs_no_model_tells_its_counts_and_code(model):
     def recorded(counts):
         return provenance_of(moe.routing_from_counts([[counts]], tokens=3, domains=["a"], top_k=2))
 
-    assert counted("some") == counted("some") != counted("other")
+    assert counted("some") == counted("some") != counted("more")
     assert recorded([1, 2, 3]) == recorded([1, 2, 3]) != recorded([2, 1, 3])
     for about in (counted("some"), recorded([1, 2, 3]), provenance_of(moe.reference_saturation(resamples=10))):
         assert about["code"] == code_version()
