@@ -16,6 +16,7 @@ import torch
 from moe_interp.encode import GIVE_TOKENIZER, pad, padding_of, token_ids
 from moe_interp.errors import BadInput
 from moe_interp.interventions.values import ByToken
+from moe_interp.measured import inputs_told
 from moe_interp.paths import lone_surrogate
 from moe_interp.run import counted
 
@@ -192,6 +193,12 @@ class Corpus:
     def contents(self) -> list[str | tuple[int, ...]]:
         """What tells documents apart: each one's text, or its token ids."""
         return [document.ids or document.text for document in self.documents]
+
+    @property
+    def told(self) -> dict[str, str | int]:
+        """Source, number and texts of the documents, with their domains, as a result's provenance has them."""
+        documents = [[one.domain, one.ids or one.text] for one in self.documents]
+        return {"data": self.source, "documents": len(self), **inputs_told(texts=documents)}
 
     @property
     def labels(self) -> np.ndarray:

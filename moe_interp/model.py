@@ -1,7 +1,6 @@
 """A mixture-of-experts model whose inside can be read and edited."""
 
 import importlib.metadata
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -28,7 +27,7 @@ from moe_interp.hosts.program import Program
 from moe_interp.hosts.steps import check_unguided
 from moe_interp.interventions import Intervention
 from moe_interp.interventions.arguments import yes_or_no
-from moe_interp.measured import code_version, fingerprint
+from moe_interp.measured import code_version, edits_told, fingerprint
 from moe_interp.run import Read, Run, positions_of
 
 if TYPE_CHECKING:
@@ -470,8 +469,8 @@ def _transformers() -> str:
 
 
 def _told(edits: Sequence[Intervention]) -> dict[str, str]:
-    """Edits as a result names them: functions without their addresses, which are others in every process."""
-    return {"edits": re.sub(r" at 0x[0-9a-f]+", "", "; ".join(map(repr, edits)))} if edits else {}
+    """Edits as a result names them."""
+    return {"edits": edits_told(edits)} if edits else {}
 
 
 def as_read(one: str | Read) -> Read:

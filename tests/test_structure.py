@@ -26,7 +26,7 @@ FLOORS = (
     ("interventions",),
     ("adapters", "run"),
     ("points",),
-    ("options", "paths"),
+    ("options", "paths", "untrusted", "untrusted_reader"),
     ("dims", "errors"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

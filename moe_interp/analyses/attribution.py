@@ -85,7 +85,7 @@ def logit_attribution(
         variables | _attributed_variables(listed),
         {"part": [part.name for part in listed], "token": ids.tolist()},
         analysis="logit_attribution",
-        provenance={**model.provenance(), **inputs_told(inputs=text), "position": int(at.numbers)},
+        provenance={**model.provenance(), **inputs_told(inputs=text, tokens=ids), "position": int(at.numbers)},
     )
 
 

@@ -128,6 +128,7 @@ def attribution_patching(
         "metric_told": metric_told(sweep.metric),
         "towards": "nothing" if corrupted is None else "corrupted inputs",
         "steps": steps,
+        "sample": "all" if sample is None else sample,
         "seed": seed,
     }
     units = sweep.metric.units

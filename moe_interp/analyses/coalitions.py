@@ -28,7 +28,7 @@ from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, one_of
 from moe_interp.interventions import Intervention, ablate
 from moe_interp.interventions.named import ABLATIONS
-from moe_interp.measured import inputs_told, metric_told
+from moe_interp.measured import edits_told, inputs_told, metric_told
 from moe_interp.model import MoEModel
 from moe_interp.restart import Restart
 from moe_interp.results import Variable, labelled
@@ -116,7 +116,8 @@ def coalitions(
         analysis="coalitions",
         provenance={
             **model.provenance(), **inputs_told(inputs=text), "metric": bindable.name,
-            "metric_told": metric_told(bindable), "how": how, "resamples": resamples, "seed": seed,
+            "metric_told": metric_told(bindable), "how": how, "size": size,
+            **inputs_told(ablations=edits_told(edits)), "resamples": resamples, "seed": seed,
         },
     )  # fmt: skip
 

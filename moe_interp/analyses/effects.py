@@ -28,7 +28,7 @@ from moe_interp.encode import Inputs
 from moe_interp.errors import one_of
 from moe_interp.interventions import Intervention, ablate, apply, patch
 from moe_interp.interventions.named import ABLATIONS, mean_of
-from moe_interp.measured import inputs_told, metric_told
+from moe_interp.measured import inputs_told, metric_told, values_told
 from moe_interp.model import MoEModel
 from moe_interp.restart import Outcome, Restart, Variant
 from moe_interp.results import Description, described, labelled
@@ -102,6 +102,7 @@ def expert_effects(
     about = {
         **model.provenance(), **inputs_told(inputs=inputs), "metric": sweep.metric.name,
         "metric_told": metric_told(sweep.metric), "how": how, "seed": seed,
+        **({} if mean is None else {"mean": values_told(*(mean[one] for one in sorted(mean)))}),
     }  # fmt: skip
     return labelled(
         described(values, _variables(sweep.metric.units)), coords, analysis="expert_effects", provenance=about
