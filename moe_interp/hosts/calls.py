@@ -139,13 +139,14 @@ class Stay:
             self.held = self.standing.begin(self.standings)
             return self.standing
         except BaseException:
-            self.held = None
-            self.standing.end()
+            self.__exit__()
             raise
 
     def __exit__(self, *error: object) -> None:
-        self.held = None
-        self.standing.end()
+        try:
+            self.held = None
+        finally:
+            self.standing.end()
 
 
 class Standings:

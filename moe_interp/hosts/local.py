@@ -411,6 +411,10 @@ def _entries(hf: nn.Module, spec: ModelSpec) -> dict[str, str | None]:
 def _block_forward(
     taps: Taps, site: BlockCall, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """A block that computes in its own way, with everything passed through hook points if somebody may look."""
+    """A block that computes in its own way, with everything passed through hook points if somebody may look.
+
+    A run has our computation, which may round in another way, whatever it reads: runs are compared with each other.
+    """
     flow = taps.now()
-    return own(*args, **kwargs) if flow is None or flow.idle else site.forward(module, flow, *args, **kwargs)
+    plain = flow is None or (flow.call.session is None and flow.idle)
+    return own(*args, **kwargs) if plain else site.forward(module, flow, *args, **kwargs)

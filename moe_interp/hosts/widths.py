@@ -27,10 +27,10 @@ def varying(module: nn.Module, name: str, taps: Taps) -> Callable[[], None]:
     module.__class__ = ours = _varying(kind, name)
 
     def undo() -> None:
-        if type(module) is not ours:
-            return  # somebody made it a class of another kind since, such as a parametrized one; outside of a pass
-            # the attribute is what it was
-        module.__class__ = kind
+        if type(module) is ours:
+            module.__class__ = kind
+        if type(module) is not kind:
+            return  # somebody changed its class since; outside of a pass the attribute is what it was
         if before is None:
             vars(module).pop(_WHOSE, None)
         else:
