@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
+from os import PathLike
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 import numpy as np
 import torch
 
+from moe_interp.arguments import Count, checked, described
 from moe_interp.encode import GIVE_TOKENIZER, pad, padding_of, token_ids
 from moe_interp.errors import BadInput
 from moe_interp.interventions.values import ByToken
@@ -43,6 +45,17 @@ class Document:
 _MADE_BY = "a corpus: moe.read_corpus(path), or moe.Corpus.from_texts({domain: texts})"
 
 
+def _corpus_instead(given: Any) -> str | None:
+    if isinstance(given, str | PathLike):
+        return "Read a file: moe.read_corpus(path)."
+    if isinstance(given, Mapping):
+        return "Make one: moe.Corpus.from_texts({domain: [text, ...]})."
+    if isinstance(given, Iterable):
+        return 'Make one: moe.Corpus.from_texts({"all": texts}), or moe.Corpus.from_token_ids(rows).'
+    return None
+
+
+@described("a corpus", _corpus_instead)
 @dataclass(frozen=True, repr=False)
 class Corpus:
     """Documents in a fixed order, which it iterates over.
@@ -94,17 +107,18 @@ class Corpus:
             raise BadInput("not a document's number", expected="a whole number or a slice", got=repr(which)[:80])
         return self.documents[which]
 
+    @checked
     def __add__(self, other: "Corpus") -> "Corpus":
         """The documents of both, one after the other.
 
         Raises:
             BadInput: the other is no corpus.
         """
-        check_corpus(other)
         sources = dict.fromkeys((self.source, other.source))
         return Corpus((*self.documents, *other.documents), " + ".join(sources))
 
     @classmethod
+    @checked
     def from_texts(cls, texts: Mapping[Any, Iterable[str]], source: str = "memory") -> "Corpus":
         """Make a corpus of lists of texts by domain.
 
@@ -114,6 +128,7 @@ class Corpus:
         return cls(tuple(_by_domain(texts, "{domain: [text, text, ...]}", Document)), source)
 
     @classmethod
+    @checked
     def from_token_ids(
         cls, rows: Iterable[Any], domains: Sequence[Any] | None = None, source: str = "memory"
     ) -> "Corpus":
@@ -177,32 +192,29 @@ class Corpus:
         number = {domain: index for index, domain in enumerate(self.domains)}
         return np.array([number[document.domain] for document in self.documents])
 
+    @checked
     def filter(self, keep: Callable[[Document], bool]) -> "Corpus":
         """The documents of which a function says that they are to be kept, in order.
 
         Raises:
             BadInput: not a function, or none is kept.
         """
-        if not callable(keep):
-            raise BadInput(
-                "not a filter", expected="a function of a document, such as lambda d: len(d.text) > 80", got=repr(keep)
-            )
         kept = tuple(document for document in self.documents if keep(document))
         if not kept:
             raise BadInput("the filter keeps no document", expected=f"at least one of {len(self)}", got="none")
         return Corpus(kept, self.source)
 
-    def take(self, per_domain: int) -> "Corpus":
+    @checked
+    def take(self, per_domain: Count) -> "Corpus":
         """The first documents of every domain.
 
         Raises:
             BadInput: not a number of documents, or less than one.
         """
-        count = at_least_one(per_domain)
         kept = [
             document
             for domain in self.domains
-            for document in islice((one for one in self.documents if one.domain == domain), count)
+            for document in islice((one for one in self.documents if one.domain == domain), per_domain)
         ]
         return Corpus(tuple(kept), self.source)
 
@@ -275,31 +287,6 @@ def _ids_of(row: Any, where: int | str) -> tuple[int, ...]:
     return tuple(operator.index(one) for one in values)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
-
-
-def at_least_one(documents: Any) -> int:
-    """A number of documents to take.
-
-    Raises:
-        BadInput: not a whole number from 1 on.
-    """
-    if not _is_count(documents) or operator.index(documents) < 1:
-        raise BadInput("cannot take so many documents", expected="a whole number from 1 on", got=repr(documents))
-    return operator.index(documents)
-
-
-def check_corpus(corpus: Any) -> None:
-    """Refuse what is no corpus, such as a text or the name of a file.
-
-    Raises:
-        BadInput: it is none.
-    """
-    if not isinstance(corpus, Corpus):
-        raise BadInput("not a corpus", expected=_MADE_BY, got=repr(corpus)[:80])
-
-
 @dataclass(frozen=True)
 class Batch:
     """Documents padded to one length.
@@ -315,8 +302,9 @@ class Batch:
     truncated: int
 
 
+@checked
 def batches(
-    model: "MoEModel", corpus: Corpus, *, max_tokens: int | None = None, batch_tokens: int = 4096
+    model: "MoEModel", corpus: Corpus, *, max_tokens: Count | None = None, batch_tokens: Count = 4096
 ) -> list[Batch]:
     """The documents of a corpus in right-padded batches of similar length.
 
@@ -331,12 +319,8 @@ def batches(
     Raises:
         BadInput: no corpus, a model without a tokenizer, or standing edits with values or marks of several texts.
     """
-    check_corpus(corpus)
     for one in model._standing:
         _check_for_corpora(one)
-    for name, value in (("max_tokens", max_tokens), ("batch_tokens", batch_tokens)):
-        if value is not None and (not _is_count(value) or value < 1):
-            raise BadInput(f"{name} is no number of tokens", expected="a whole number from 1 on", got=repr(value)[:80])
     limit = min(max_tokens or model.spec.context_length, model.spec.context_length)
     ids, padding = [_tokens(model, document) for document in corpus], padding_of(model.tokenizer, model.spec)
     order = sorted(range(len(ids)), key=lambda number: (-len(ids[number]), number))

@@ -11,16 +11,19 @@ import codecs
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, SupportsIndex
+from typing import Annotated, Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from moe_interp.adapters import ModelSpec
+from moe_interp.arguments import CheckedLater
 from moe_interp.errors import BadInput
 
 GIVE_TOKENIZER = "Pass one to moe.wrap(model, tokenizer), or put its files into the folder of the checkpoint."
-Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Tensor]
+Inputs = Annotated[
+    str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Tensor], CheckedLater()
+]
 _IDS = ("input_ids", "decoder_input_ids")
 
 

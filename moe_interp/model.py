@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
+from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
@@ -20,13 +21,13 @@ from moe_interp.adapters.experts import Experts, ExpertWeights
 from moe_interp.adapters.formats import check_weights, rounding_without_gradient
 from moe_interp.adapters.formulas import logits_of, out_of_range, output_of, watched
 from moe_interp.adapters.sums import follow
+from moe_interp.arguments import checked, described
 from moe_interp.encode import Inputs, check_room, encode
 from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
 from moe_interp.generation import check_steps, continued, count_of
 from moe_interp.hosts import Session, Standing, Standings, open_host
 from moe_interp.hosts.program import Program
 from moe_interp.interventions import Intervention
-from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.measured import code_version, fingerprint
 from moe_interp.run import Read, Run, positions_of
 
@@ -37,6 +38,13 @@ Reads = Sequence[str | Read]
 Edits = Sequence[Intervention] | Intervention
 
 
+def _open_instead(given: Any) -> str | None:
+    if isinstance(given, nn.Module):
+        return "Open it: moe.wrap(model, tokenizer)."
+    return "Load it: moe.load(name)." if isinstance(given, str | PathLike) else None
+
+
+@described("an opened model", _open_instead)
 class MoEModel:
     """A transformers model, its tokenizer, and the points of its inside.
 
@@ -54,6 +62,7 @@ class MoEModel:
     spec: ModelSpec
     here = True  # whether the weights are in this process
 
+    @checked
     def __init__(self, hf: nn.Module, tokenizer: Any = None, name: str | None = None, spec: ModelSpec | None = None):
         # torch.compile puts a model into a wrapper, whose hooks the model's own methods would not reach.
         hf = getattr(hf, "_orig_mod", hf)
@@ -125,6 +134,7 @@ class MoEModel:
     def _first_parameter(self) -> Tensor:
         return next(self._embedding.parameters())
 
+    @checked
     def run(
         self,
         inputs: Inputs,
@@ -211,6 +221,7 @@ class MoEModel:
             places={key: read.positions for key, read in program.reads.items() if read.positions is not None},
         )
 
+    @checked
     def generate(self, inputs: Inputs, *, edit: Edits = (), **options: Any) -> str | list[str] | Tensor:
         """transformers' ``generate`` under edits, which act at every step.
 
@@ -253,6 +264,7 @@ class MoEModel:
         ids = session(lambda: entry.generate(**given, **options))
         return continued(inputs, ids, given.get("attention_mask"), self.spec, self.tokenizer)
 
+    @checked
     @contextmanager
     def edit(self, *edits: Intervention | Sequence[Intervention], everywhere: bool = False) -> Iterator[Standing]:
         """Edits that stand inside the ``with``.
@@ -279,7 +291,7 @@ class MoEModel:
         self._check_open()
         given = [one for some in edits for one in listed(some, Intervention)]
         self._check_edits([*self._standing, *given])
-        standing = Standing(given, everywhere=yes_or_no(everywhere, "everywhere"))
+        standing = Standing(given, everywhere=everywhere)
         self._began.add(standing)
         with self._standings.stand(standing):
             yield standing
@@ -296,11 +308,13 @@ class MoEModel:
     def _standing(self) -> list[Intervention]:
         return self._standings.edits()
 
+    @checked
     def forward(self, model_inputs: Mapping[str, Any]) -> Tensor:
         """The model's own forward pass: logits, or the last hidden states of a model without a head."""
         entry = self.hf.get_submodule(self.spec.entry)
         return output_of(self.spec, entry(**{**self.spec.options, **model_inputs}))
 
+    @checked
     def decode(self, hidden: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Logits of a residual stream: the model's own final norm, unembedding, scale and soft-cap.
 
@@ -326,6 +340,7 @@ class MoEModel:
         logits = self.hf.get_submodule(spec.unembed)(normed.reshape(places.numel(), size))
         return logits_of(spec, logits.reshape(*places, logits.shape[-1]))
 
+    @checked
     def experts(self, layer: int) -> Experts:
         """The experts of a layer, without standing edits, as a function of any input and any expert ids.
 
@@ -338,6 +353,7 @@ class MoEModel:
         module = self.hf.get_submodule(moe.experts)
         return Experts(module, moe.num_experts, moe.kernel, lambda rows: follow(self.hf, moe.experts_input, rows))
 
+    @checked
     def weights(self, layer: int, expert: int) -> ExpertWeights:
         """One expert's matrices, in one layout for every architecture.
 
@@ -369,6 +385,7 @@ class MoEModel:
             "torch": torch.__version__,
         }
 
+    @checked
     def encode(self, inputs: Inputs) -> dict[str, Any]:
         """The inputs that the transformers model is given for a text, texts or token ids.
 
@@ -405,6 +422,7 @@ class MoEModel:
         with self._host.plainly():
             yield
 
+    @checked
     def audit(self, inputs: Inputs | None = None) -> "Audit":
         """Check this checkpoint: completeness, bit-equality, relations between points, and that edits take.
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from moe_interp.analyses.attribution import freeze, linear_head, token_ids
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.plain import check_plain, check_plain_model, check_writes_text
+from moe_interp.arguments import checked
 from moe_interp.bridge import Attached, attached
 from moe_interp.errors import BadInput, UnknownName
 from moe_interp.run import Indices
@@ -92,6 +93,7 @@ class _Cached:
         return added.new_zeros(*shape, added.shape[-1]).scatter_add(-2, ids[..., None].expand_as(added), added)
 
 
+@checked
 @torch.no_grad()
 def stack_expert_results(
     cache: Any,
@@ -142,6 +144,7 @@ def stack_expert_results(
     return _stacked(found, return_labels)
 
 
+@checked
 @torch.no_grad()
 def decompose_resid(
     cache: Any,
@@ -211,6 +214,7 @@ def _stacked(found: Sequence[tuple[str, Tensor]], labels: bool) -> Any:
     return (stack, [label for label, _ in found]) if labels else stack
 
 
+@checked
 @torch.no_grad()
 def logit_directions(
     cache: Any, tokens: Tokens, incorrect_tokens: Tokens | None = None, *, pos_slice: Any = None
@@ -263,6 +267,7 @@ def _rows(cached: _Cached, weight: Tensor, tokens: Tokens, residual: Tensor) -> 
     return rows
 
 
+@checked
 @torch.no_grad()
 def logit_attrs(
     cache: Any,
@@ -292,6 +297,7 @@ def logit_attrs(
     return torch.einsum("c...d,...d->c...", stack.float(), directions.to(stack.device))
 
 
+@checked
 @torch.no_grad()
 def get_act_patch_expert_out(
     bridge: Any,

@@ -28,10 +28,10 @@ from moe_interp.analyses.collect import top_ks
 from moe_interp.analyses.distributions import check_logits
 from moe_interp.analyses.exact import told_top_k
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.data import Batch, Corpus, batches, check_corpus
+from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, apply, top_k
-from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.interventions.together import check_together
 from moe_interp.interventions.widths import keep_slots
 from moe_interp.model import MoEModel
@@ -41,17 +41,18 @@ from moe_interp.stats import bootstrap_by_group, bootstrap_ratio, group_totals, 
 _CHUNK = 2**22  # logits scored at once: 16 MB in float32, which a cache holds
 
 
+@checked
 def perplexity(
     model: MoEModel,
     corpus: Corpus,
     *,
     ks: int | Iterable[int] | None = None,
-    renormalise: bool | str = False,
+    renormalise: bool | Literal["both"] = False,
     per_layer: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """Perplexity of a corpus with fewer experts (or more), beside its controls.
 
@@ -81,9 +82,7 @@ def perplexity(
         BadInput: no tokenizer, ``ks`` out of range, an unknown ``renormalise``, no token with a context, or layers
             that choose different numbers of experts, all at once.
     """
-    check_corpus(corpus)
     check_writes_text(model)
-    yes_or_no(per_layer, "per_layer is no truth value")
     grid = _grid(model, ks, renormalise, per_layer)
     work = batches(model, corpus, max_tokens=max_tokens, batch_tokens=batch_tokens)
     nll, counted = _measure(model, corpus, grid, work, seed)

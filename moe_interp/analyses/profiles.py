@@ -25,7 +25,8 @@ from moe_interp.analyses.norms import OutputSums, collect_outputs, document_mean
 from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.routing_values import taken
 from moe_interp.analyses.token_counts import TokenCounts
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.data import Corpus
 from moe_interp.encode import special_token_ids, token_text
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -35,18 +36,19 @@ _PRIOR = 500.0  # tokens that the prior weighs
 _DRAWS = 20
 
 
+@checked
 def expert_profiles(
     model: MoEModel,
     corpus: Corpus,
     *,
-    top: int = 8,
-    examples: int = 4,
-    partners: int = 3,
+    top: Count = 8,
+    examples: Count = 4,
+    partners: Count = 3,
     special_tokens: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """The profile of every expert; ``moe.profile(result, layer, expert)`` shows one.
 
@@ -73,7 +75,6 @@ def expert_profiles(
         BadInput: no tokenizer.
         UnsupportedModel: layers with different numbers of experts.
     """
-    check_corpus(corpus)
     options, (layers, experts, top_k) = Options(special_tokens, max_tokens, batch_tokens), sizes(model)
     sums: dict[str, Any] = {
         "routing": RoutingCounts.empty(len(corpus), layers, experts, top_k),

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 
 from moe_interp.analyses.exact import Provenance
 from moe_interp.analyses.routing_values import dataset, from_counts
+from moe_interp.arguments import Count, checked
 from moe_interp.errors import BadData, BadInput
 from moe_interp.results import Variable, labelled
 from moe_interp.stats import bootstrap_mean
@@ -41,12 +42,13 @@ _RECORDED = {
 _FIRST_LAYER = {name: first for name, _, first in _RECORDED.values()}
 
 
+@checked
 def routing_from_counts(
     counts: ArrayLike,
     *,
     tokens: int | ArrayLike,
     domains: Sequence[str],
-    top_k: int,
+    top_k: Count,
     layers: Sequence[int] | None = None,
     model: str = "recorded counts",
 ) -> xr.Dataset:

@@ -27,8 +27,9 @@ from torch import Tensor
 import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, Pass, sizes
 from moe_interp.analyses.exact import Provenance, one_or_each
+from moe_interp.arguments import Count, Draws, Seed, checked
 from moe_interp.checkpoint import REFERENCE, load
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.data import Corpus
 from moe_interp.errors import BadCheckpoint, BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -109,17 +110,18 @@ def _counts(ids: Int[np.ndarray, "T L K"], experts: int) -> Int[np.ndarray, "L E
     return np.stack([np.bincount(layer[layer >= 0], minlength=experts) for layer in ids.swapaxes(0, 1)])
 
 
+@checked
 def router_saturation(
     checkpoints: str | Path | Sequence[str | Path | MoEModel],
     corpus: Corpus,
     *,
     revisions: Sequence[str] | None = None,
     names: Sequence[int] | Sequence[str] | None = None,
-    tokens_per_document: int = 32,
+    tokens_per_document: Count = 32,
     special_tokens: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
     **options: Any,
 ) -> xr.Dataset:
     """Router saturation of checkpoints of one model, loaded one after the other, the final one last.
@@ -141,7 +143,6 @@ def router_saturation(
         UnsupportedModel: layers with different numbers of experts.
         BadCheckpoint: one that cannot be loaded.
     """
-    check_corpus(corpus)
     given: list[Any] = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
     if revisions is not None and len(given) != 1:
         raise BadInput("revisions of what", expected="a single checkpoint", got=f"{len(given)} of them")
@@ -225,7 +226,8 @@ def _taken(routing: Routing, row: int, at: Int[Tensor, " t"], slots: int) -> Int
     return found.numpy()
 
 
-def reference_saturation(*, resamples: int = 1000, seed: int = 0) -> xr.Dataset:
+@checked
+def reference_saturation(*, resamples: Draws = 1000, seed: Seed = 0) -> xr.Dataset:
     """Router saturation of the bundled model's own training, from the choices that were kept of it.
 
     Six checkpoints, four validation documents of each domain, 24 tokens of each.
