@@ -15,7 +15,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
@@ -58,9 +58,18 @@ class CheckedLater:
     """The function itself checks the argument, with more to go by than its kind."""
 
 
+@dataclass(frozen=True)
+class Otherwise:
+    """What a message says to do about a value that does not fit."""
+
+    do: str
+
+
 Count = Annotated[int, Range(1)]
 Draws = Annotated[int, Range(1, 1_000_000)]
-"""How many random draws; a million is where memory, not precision, becomes the limit."""
+"""How many of what takes memory or time for each: random draws, rows, examples."""
+Parts = Annotated[int, Range(2, 10_000)]
+"""How many parts documents are split into."""
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
 Fraction = Annotated[float, Range(0, 1, above=True)]
@@ -81,17 +90,20 @@ def index(number: Any) -> int:
 
 
 def is_whole(given: Any) -> bool:
-    """Whether a value is a whole number: an int, a numpy integer, an integer tensor without dims."""
+    """Whether a value is a whole number of 64 bits: an int, a numpy integer, an integer tensor without dims."""
     try:
-        index(given)
+        if not -(2**63) <= index(given) < 2**63:
+            return False
     except (TypeError, RuntimeError, ValueError):
         return False
-    return getattr(given, "ndim", 0) == 0
+    return not (isinstance(given, torch.Tensor | np.ndarray) and given.ndim)
 
 
 def is_finite(given: Any) -> bool:
     """Whether a value is a finite real number."""
-    if isinstance(given, bool | np.bool_ | str | bytes | complex) or getattr(given, "ndim", 0):
+    if isinstance(given, bool | np.bool_ | str | bytes | complex):
+        return False
+    if isinstance(given, torch.Tensor | np.ndarray) and given.ndim:
         return False
     if isinstance(given, torch.Tensor) and (given.dtype == torch.bool or given.is_complex()):
         return False
@@ -99,6 +111,19 @@ def is_finite(given: Any) -> bool:
         return math.isfinite(float(given))
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return False
+
+
+def takes(given: Any, count: int) -> bool:
+    """Whether a value can be called with so many arguments, as far as its signature says."""
+    if not callable(given):
+        return False
+    try:
+        inspect.signature(given).bind(*[None] * count)
+    except ValueError:  # some builtins have no signature
+        return True
+    except TypeError:
+        return False
+    return True
 
 
 def check_flag(name: str, given: Any) -> bool:
@@ -214,6 +239,8 @@ def _annotated(annotation: Any, *marks: Any) -> Kind:
     for mark in marks:
         if isinstance(mark, Range):
             kind = _within(kind, mark)
+        elif isinstance(mark, Otherwise):
+            kind = replace(kind, instead=lambda given, do=mark.do: do)  # type: ignore[misc]
     return kind
 
 
@@ -240,27 +267,14 @@ def _choice(*options: Any) -> Kind:
     def accepts(given: Any) -> bool:
         return isinstance(given, str | int) and any(type(given) is type(one) and given == one for one in options)
 
-    return Kind(accepts, f"one of {', '.join(map(repr, options))}")
+    return Kind(accepts, "one of " * (len(options) > 1) + ", ".join(map(repr, options)))
 
 
 def _function(parameters: Any = ..., result: Any = Any) -> Kind:
     if not isinstance(parameters, list):
         return Kind(callable, "a function")
     count = len(parameters)
-    many = f"a function of {count} argument{'s' * (count != 1)}"
-
-    def accepts(given: Any) -> bool:
-        if not callable(given):
-            return False
-        try:
-            inspect.signature(given).bind(*[None] * count)
-        except ValueError:  # some builtins have no signature
-            return True
-        except TypeError:
-            return False
-        return True
-
-    return Kind(accepts, many)
+    return Kind(lambda given: takes(given, count), f"a function of {count} argument{'s' * (count != 1)}")
 
 
 def _members(given: Any) -> Iterable[Any]:
@@ -320,10 +334,14 @@ def _array(annotation: Any) -> Kind:
             return False
         number = str(given.dtype).removeprefix("torch.")
         fits = given.ndim >= len(fixed) if open_ended else given.ndim == len(fixed)
-        return fits and (number in annotation.dtypes or "numpy" in number)
+        return fits and (not isinstance(annotation.dtypes, tuple) or number in annotation.dtypes)
 
-    told = f"{annotation.array_type.__name__} of {annotation.__name__.partition('[')[0].lower()} values"
-    return Kind(accepts, f"a {told}, [{', '.join(annotation.dim_str.split())}]")
+    name = {torch.Tensor: "a tensor", np.ndarray: "an array"}.get(annotation.array_type, "an array")
+    number = _NUMBERS.get(annotation.__name__.partition("[")[0], "values")
+    return Kind(accepts, f"{name} of {number}, [{', '.join(annotation.dim_str.split())}]")
+
+
+_NUMBERS = {"Float": "floats", "Int": "whole numbers", "Bool": "booleans", "Num": "numbers"}
 
 
 _GENERIC: tuple[tuple[tuple[Any, ...], Callable[..., Kind]], ...] = (
@@ -354,7 +372,7 @@ def checked(function: F) -> F:
         own = inspect.unwrap(function)
         given = {name: one.annotation for name, one in signature.parameters.items() if one.annotation is not one.empty}
         holder = SimpleNamespace(__annotations__=given)
-        hints = get_type_hints(holder, globalns=own.__globals__, include_extras=True)  # type: ignore[arg-type]
+        hints = get_type_hints(holder, globalns=own.__globals__, include_extras=True)
         found = {name: kind_of(hint) for name, hint in hints.items()}
         return {name: kind for name, kind in found.items() if kind.told}
 
@@ -382,5 +400,5 @@ def _refuse(function: Callable[..., Any], name: str, given: Any, kind: Kind) -> 
 
 def checked_fields(cls: C) -> C:
     """A dataclass, which holds its fields to their annotations when it is made."""
-    cls.__init__ = checked(cls.__init__)
+    cls.__init__ = checked(cls.__init__)  # type: ignore[misc]
     return cls

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from os import PathLike
-from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import torch
@@ -17,12 +17,10 @@ import torch
 from moe_interp.arguments import Count, checked, described
 from moe_interp.encode import GIVE_TOKENIZER, pad, padding_of, token_ids
 from moe_interp.errors import BadInput
+from moe_interp.interventions import Intervention
 from moe_interp.interventions.values import ByToken
+from moe_interp.model import MoEModel
 from moe_interp.paths import lone_surrogate
-
-if TYPE_CHECKING:
-    from moe_interp.interventions import Intervention
-    from moe_interp.model import MoEModel
 
 
 @dataclass(frozen=True)
@@ -304,7 +302,7 @@ class Batch:
 
 @checked
 def batches(
-    model: "MoEModel", corpus: Corpus, *, max_tokens: Count | None = None, batch_tokens: Count = 4096
+    model: MoEModel, corpus: Corpus, *, max_tokens: Count | None = None, batch_tokens: Count = 4096
 ) -> list[Batch]:
     """The documents of a corpus in right-padded batches of similar length.
 
@@ -333,7 +331,7 @@ def batches(
     return [_batch([ids[number] for number in group], group, limit, padding) for group in groups]
 
 
-def _tokens(model: "MoEModel", document: Document) -> list[int]:
+def _tokens(model: MoEModel, document: Document) -> list[int]:
     """Token ids of a document, as the model takes them."""
     if document.ids is None and model.tokenizer is None:
         raise BadInput(
@@ -354,7 +352,7 @@ def _tokens(model: "MoEModel", document: Document) -> list[int]:
     return found
 
 
-def _check_for_corpora(edit: "Intervention") -> None:
+def _check_for_corpora(edit: Intervention) -> None:
     """Refuse values and marks that go by the number of a text in a batch, where documents come in another order.
 
     Raises:

@@ -208,8 +208,10 @@ def _check_keys(found: Mapping[str, Any], spec: ModelSpec) -> None:
 
 
 def _check_values(found: Mapping[str, Any]) -> None:
-    """Refuse NaN, and infinity but for masks, whose minus infinity keeps tokens apart."""
+    """Refuse tensors without values, NaN, and infinity but for masks, whose minus infinity keeps tokens apart."""
     for key, value in found.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise BadInput(f"{key!r} has no values", expected="a tensor in memory", got="one on the meta device")
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         wrong = value.isnan() if "mask" in key else ~value.isfinite()

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
-from moe_interp.arguments import Count, checked
+from moe_interp.arguments import Count, Otherwise, checked
 from moe_interp.data import Corpus, Document
 from moe_interp.errors import BadData, BadInput
 from moe_interp.paths import check_readable, lone_surrogate, looks_like_path, without_credentials
@@ -51,7 +51,7 @@ def sample() -> Corpus:
 
 @checked
 def read_corpus(
-    path: str | Path,
+    path: Annotated[str | Path, Otherwise("moe.Corpus.from_texts({domain: texts}) makes a corpus of texts in memory.")],
     *,
     text: str = "text",
     domain: str | None = None,

@@ -7,16 +7,19 @@
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Annotated, Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_interp.arguments import Count, checked, described, index
+from moe_interp.arguments import Count, Otherwise, checked, described, index
 from moe_interp.errors import BadInput, UnknownName
 
-Indices = SupportsIndex | Iterable[SupportsIndex] | None
+Indices = Annotated[
+    SupportsIndex | Iterable[SupportsIndex] | None,
+    Otherwise("Marks of tokens, which are True or False, are given as tokens=."),
+]
 """Layers or positions as they may be given: one, several, or None for all."""
 
 

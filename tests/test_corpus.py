@@ -93,13 +93,13 @@ def test_texts_that_are_not_lists_by_domain_are_refused(given):
 def test_numbers_of_documents_that_cannot_be_taken(count, tmp_path):
     (tmp_path / "some.txt").write_text("one\n\ntwo\n")
     for take in (moe.sample().take, lambda given: moe.read_corpus(tmp_path / "some.txt", limit=given)):
-        with pytest.raises(BadInput, match=f"expected a whole number from 1 on, got {count!r}"):
+        with pytest.raises(BadInput, match=f"expected a whole number of at least 1.*, got {count!r}"):
             take(count)
 
 
 @pytest.mark.parametrize("given", [["a text"], None, b"some.txt"])
 def test_what_is_no_path_is_not_read(given):
-    with pytest.raises(BadInput, match="not a path: .*from_texts"):
+    with pytest.raises(BadInput, match="invalid path for read_corpus: .*from_texts"):
         moe.read_corpus(given)
 
 
@@ -129,7 +129,10 @@ def test_a_corpus_and_a_model_that_changed_places():
         calls = {name: getattr(moe, name) for name in names}
         calls |= {"collect": partial(moe.collect, sums={}), "saturation": moe.router_saturation}
         for name, call in calls.items():
-            with pytest.raises(BadInput, match=r"not a corpus: .*, got \[?MoEModel"):
+            with pytest.raises(
+                BadInput,
+                match=r"invalid (model|checkpoints) for .*: expected .*, got Corpus of",
+            ):
                 call(corpus, [model] if name == "saturation" else model)
 
 
@@ -354,11 +357,11 @@ def test_corpora_are_added_indexed_sliced_and_filtered():
     assert (first + first).source == "a" and both[-1].text == "b 1" and both[np.int64(1)].text == "a 1"
     assert both[1:3].texts == ["a 1", "b 0"] and both[::-1].domains == ("b", "a")
     assert both.filter(lambda d: d.text.endswith("1")).texts == ["a 1", "b 1"]
-    with pytest.raises(BadInput, match="not a corpus"):
+    with pytest.raises(BadInput, match="invalid other for Corpus.__add__: expected a corpus, got 'a'"):
         _ = first + "a"
     with pytest.raises(BadInput, match="the filter keeps no document: expected at least one of 4, got none"):
         both.filter(lambda d: False)
-    with pytest.raises(BadInput, match="not a filter"):
+    with pytest.raises(BadInput, match="invalid keep for Corpus.filter: expected a function of 1 argument, got 'a'"):
         both.filter("a")
     with pytest.raises(BadInput, match="not a document's number: expected a whole number or a slice, got 'a'"):
         both["a"]

@@ -218,7 +218,7 @@ def test_only_what_a_change_can_reach_is_run(monkeypatch):
 
 def test_refusals():
     with moe.wrap(build("mixtral")) as model:
-        with pytest.raises(BadInput, match="unknown ablation"):
+        with pytest.raises(BadInput, match="invalid how for expert_effects: expected one of 'zero'"):
             moe.expert_effects(model, IDS, how="gently")
         with pytest.raises(BadInput, match="unknown metric"):
             moe.expert_effects(model, IDS, "loss")

@@ -6,7 +6,7 @@ has its exact share of the logit, and the shares (with the bias of norm and unem
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +23,12 @@ from moe_interp.analyses.plain import (
     final_modules,
     tolerance,
 )
-from moe_interp.arguments import checked
+from moe_interp.arguments import checked, is_whole
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.measured import inputs_told
 from moe_interp.model import MoEModel
+from moe_interp.paths import lone_surrogate
 from moe_interp.results import Variable, labelled
 from moe_interp.run import Run
 
@@ -210,7 +211,8 @@ def token_ids(model: MoEModel, tokens: int | str | Sequence[int | str]) -> Int[T
     Raises:
         BadInput: none, an id out of the vocabulary, or a text that is not exactly one token.
     """
-    listed = [tokens] if isinstance(tokens, int | str) else list(tokens)
+    one = isinstance(tokens, str) or is_whole(tokens)
+    listed: list[Any] = [tokens] if one else list(tokens)  # type: ignore[arg-type]
     ids = [_token_id(model, token) if isinstance(token, str) else int(token) for token in listed]
     if not ids or min(ids) < 0 or max(ids) >= model.spec.vocab_size:
         raise BadInput("no such tokens", expected=f"one id or more, 0 to {model.spec.vocab_size - 1}", got=str(ids))
@@ -220,6 +222,8 @@ def token_ids(model: MoEModel, tokens: int | str | Sequence[int | str]) -> Int[T
 def _token_id(model: MoEModel, text: str) -> int:
     if model.tokenizer is None:
         raise BadInput("text needs a tokenizer", expected="token ids", got=repr(text))
+    if lone_surrogate(text):
+        raise BadInput(f"{text!r} is no Unicode text", expected="the text of one token", got="half of a surrogate pair")
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise BadInput(f"{text!r} is not one token", expected="the text of one token", got=f"token ids {ids}")

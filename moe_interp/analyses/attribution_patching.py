@@ -94,8 +94,6 @@ def attribution_patching(
         UnsupportedModel: a metric that the model has no logits for, or neurons of experts whose outputs do not follow
             from them by a matrix alone.
     """
-    if steps < 1 or (sample is not None and sample < 1):
-        raise BadInput("too few", expected="steps and sample of 1 or more", got=f"{steps} and {sample}")
     chosen = moe_layers(model, layers)
     found = estimates(model, inputs, corrupted, metric, chosen, steps, neurons)
     sweep = Sweep(model, inputs, metric)

@@ -127,7 +127,7 @@ def _checked(model: MoEModel, experts: Sequence[Expert], size: int) -> list[Expe
         raise BadInput("not a set of experts", expected="(layer, expert) of each, once", got=str(listed))
     for one in listed:
         model.spec.check_runs(*one)
-    if not 1 <= size <= len(listed):
+    if size > len(listed):
         raise BadInput("no sets of that size", expected=f"1 to {len(listed)}, the experts given", got=str(size))
     count = sum(math.comb(len(listed), one) for one in range(1, size + 1))
     if count > MOST:

@@ -27,7 +27,7 @@ from moe_interp.analyses.plain import is_plain
 from moe_interp.arguments import Count, Seed, checked
 from moe_interp.encode import Inputs
 from moe_interp.interventions import Intervention, ablate, apply, patch
-from moe_interp.interventions.named import Ablation, mean_of
+from moe_interp.interventions.named import Ablation, check_used, mean_of
 from moe_interp.measured import inputs_told, metric_told
 from moe_interp.model import MoEModel
 from moe_interp.restart import Outcome, Restart, Variant
@@ -73,7 +73,8 @@ def expert_effects(
         both NaN where a layer has no such expert. ``tokens`` that used it. ``base`` (text): the metric of the run.
 
     Raises:
-        BadInput: inputs that cannot be right, an unknown metric, ``mean`` beside another ``how``, or texts that the metric cannot measure.
+        BadInput: inputs that cannot be right, an unknown metric, ``mean`` beside another ``how``, or texts that
+            the metric cannot measure.
         UnknownName: a layer that is no MoE layer.
         UnsupportedModel: a metric that the model has no logits for, or a router that cannot forbid an expert.
     """

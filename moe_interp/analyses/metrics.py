@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from moe_interp.analyses.distributions import check_logits, divergence, log_probabilities
 from moe_interp.analyses.plain import check_writes_text
+from moe_interp.arguments import shown, takes
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
 from moe_interp.run import Run
@@ -301,6 +302,6 @@ def as_metric(given: AnyMetric, model: MoEModel | None = None) -> Metric:
         _check_head(given, model)
     if hasattr(given, "bind"):
         return given  # type: ignore[return-value]
-    if callable(given):
+    if takes(given, 1):
         return OfLogits(given)
-    raise BadInput("not a metric", expected="a name, a metric, or a function of logits", got=repr(given))
+    raise BadInput("not a metric", expected="a name, a metric, or a function of logits", got=shown(given))

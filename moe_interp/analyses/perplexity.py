@@ -13,7 +13,7 @@ the same as dropping the lightest slots; on one that does, it is what ``renormal
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from moe_interp.analyses.collect import top_ks
 from moe_interp.analyses.distributions import check_logits
 from moe_interp.analyses.exact import told_top_k
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.arguments import Count, Draws, Seed, checked, is_whole
 from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, apply, top_k
@@ -253,12 +253,10 @@ def _grid(model: MoEModel, ks: int | Iterable[int] | None, renormalise: bool | s
     own, experts = _own(model, per_layer), min(model.spec.moe(layer).num_experts for layer in model.layers)
     # Of a model that a standing edit widens, those of the model alone and the wider one: others would contradict it.
     every = sorted({*range(1, model.spec.top_k + 1), *own.values()})
-    chosen = list(every) if ks is None else [ks] if isinstance(ks, int | np.integer) else list(ks)
-    whole = all(isinstance(k, int | np.integer) and not isinstance(k, bool) for k in chosen)
+    chosen: list[Any] = list(every) if ks is None else list(ks) if isinstance(ks, Iterable) else [ks]
+    whole = all(map(is_whole, chosen))
     if not chosen or not whole or not 1 <= min(chosen) <= max(chosen) <= experts:
         raise BadInput("ks cannot be right", expected=f"whole numbers from 1 to {experts}", got=str(chosen))
-    if renormalise not in (True, False, "both"):
-        raise BadInput("unknown renormalise", expected="True, False or 'both'", got=repr(renormalise))
     settings = (False, True) if renormalise == "both" else (bool(renormalise),)
     distinct = tuple(sorted({int(k) for k in chosen}))
     for k in distinct:

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 import moe_interp.stats as stats
 from moe_interp.analyses.coactivation import PairCounts, uniform
 from moe_interp.analyses.collect import Options, Pass, collect, sizes
+from moe_interp.analyses.decoding import check_top
 from moe_interp.analyses.exact import UNIT, told_top_k
 from moe_interp.analyses.examples import Examples
 from moe_interp.analyses.norms import OutputSums, collect_outputs, document_means
@@ -42,8 +43,8 @@ def expert_profiles(
     corpus: Corpus,
     *,
     top: Count = 8,
-    examples: Count = 4,
-    partners: Count = 3,
+    examples: Draws = 4,
+    partners: Draws = 3,
     special_tokens: bool = False,
     resamples: Draws = 1000,
     seed: Seed = 0,
@@ -72,9 +73,10 @@ def expert_profiles(
         rank of the last three in the layer, 1 the largest.
 
     Raises:
-        BadInput: no tokenizer.
+        BadInput: no tokenizer, or more tokens asked for than the vocabulary has.
         UnsupportedModel: layers with different numbers of experts.
     """
+    check_top(top, model.spec.vocab_size)
     options, (layers, experts, top_k) = Options(special_tokens, max_tokens, batch_tokens), sizes(model)
     sums: dict[str, Any] = {
         "routing": RoutingCounts.empty(len(corpus), layers, experts, top_k),

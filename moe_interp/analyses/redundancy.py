@@ -42,7 +42,7 @@ def expert_similarity(
     *,
     layers: Indices = None,
     weights: bool = True,
-    tokens: Count = 256,
+    tokens: Draws = 256,
     null_pairs: Draws = 64,
     special_tokens: bool = False,
     seed: Seed = 0,

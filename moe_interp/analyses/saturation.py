@@ -67,7 +67,7 @@ def saturation_of_ids(
         ``saturation_baseline``, K/E.
 
     Raises:
-        BadInput: fewer than two checkpoints, or sizes that do not fit.
+        BadInput: fewer than two checkpoints, ``options`` for opened models, or sizes that do not fit.
     """
     sizes = (len(steps), len(documents), len(layers))
     if ids.shape[:3] != sizes or len(ids) < 2:
@@ -151,6 +151,8 @@ def router_saturation(
     )
     if len(wanted) < 2:
         raise BadInput("too few checkpoints", expected="at least two, the final one last", got=str(len(wanted)))
+    if options and all(isinstance(one, MoEModel) for one in given):
+        raise BadInput("options for moe.load are not used", expected="checkpoints to load", got="opened models")
     _check_names(names, len(wanted))
     found = []
     for source, more in wanted:
@@ -167,7 +169,11 @@ def router_saturation(
                 "checkpoints of different models", expected=f"{first.shape}, same tokens", got=str(one.shape)
             )
     weights = ", ".join(str(one.provenance.get("weights")) for one in found)
-    told = names or revisions or _apart([one.name if isinstance(one, MoEModel) else Path(one).name for one in given])
+    told = (
+        names
+        if names is not None
+        else revisions or _apart([one.name if isinstance(one, MoEModel) else Path(one).name for one in given])
+    )
     return saturation_of_ids(
         np.stack([one.ids for one in found]),
         first.documents,

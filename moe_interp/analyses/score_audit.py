@@ -17,7 +17,7 @@ adds the noise of the documents anew, so that all of its correlations are too lo
 """
 
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -31,7 +31,7 @@ from moe_interp.analyses.effects import Sweep, removals
 from moe_interp.analyses.exact import UNIT
 from moe_interp.analyses.norms import OutputSums, collect_outputs
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.arguments import Count, Draws, Range, Seed, checked
+from moe_interp.arguments import Count, Draws, Parts, Seed, checked
 from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadInput
 from moe_interp.interventions import randomize
@@ -59,7 +59,7 @@ def score_audit(
     corpus: Corpus,
     *,
     random_routers: Draws = 3,
-    blocks: Annotated[int, Range(2)] = 20,
+    blocks: Parts = 20,
     resamples: Draws = 1000,
     seed: Seed = 0,
     max_tokens: Count | None = None,

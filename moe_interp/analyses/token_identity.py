@@ -12,7 +12,7 @@
 Intervals of the gain are over documents; p flips the sign of each document's difference, as in `labels`.
 """
 
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -23,7 +23,7 @@ from moe_interp.analyses.collect import Options, Pass, sizes
 from moe_interp.analyses.exact import blocks_of, told_top_k
 from moe_interp.analyses.labels import LabelCounts
 from moe_interp.analyses.token_counts import FOLDS, TokenCounts
-from moe_interp.arguments import Count, Draws, Range, Seed, checked
+from moe_interp.arguments import Count, Draws, Parts, Seed, checked
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
@@ -36,7 +36,7 @@ def token_identity(
     corpus: Corpus,
     *,
     at_least: Count = 5,
-    folds: Annotated[int, Range(2)] = FOLDS,
+    folds: Parts = FOLDS,
     special_tokens: bool = False,
     resamples: Draws = 1000,
     seed: Seed = 0,

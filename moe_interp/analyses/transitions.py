@@ -12,7 +12,7 @@ Permutations depend on the seed, the document and the layer alone, so that batch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ import moe_interp.stats as stats
 from moe_interp.analyses.coactivation import BLOCKS
 from moe_interp.analyses.collect import Options, collect, sizes
 from moe_interp.analyses.exact import Exact, Provenance, blocks_of, flat_counts, of_each, told_top_k
-from moe_interp.arguments import Count, Range, Seed, checked
+from moe_interp.arguments import Count, Parts, Seed, checked
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
@@ -152,7 +152,7 @@ def transitions(
     model: MoEModel,
     corpus: Corpus,
     *,
-    blocks: Annotated[int, Range(2)] = BLOCKS,
+    blocks: Parts = BLOCKS,
     special_tokens: bool = False,
     seed: Seed = 0,
     max_tokens: Count | None = None,

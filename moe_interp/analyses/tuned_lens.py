@@ -34,7 +34,7 @@ from torch import Tensor
 from moe_interp.analyses.collect import Options, Pass
 from moe_interp.analyses.distributions import expected_log, log_probabilities
 from moe_interp.analyses.plain import check_decodes_stream
-from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.arguments import Count, Draws, Seed, checked, described
 from moe_interp.checkpoint import REFERENCE
 from moe_interp.data import Batch, Corpus
 from moe_interp.errors import BadData, BadInput, UnknownName
@@ -75,6 +75,7 @@ class Translator(NamedTuple):
         return (exact + exact @ weight.T + bias).to(hidden.dtype)
 
 
+@described("a tuned lens", lambda given: "Get one: moe.tuned_lens(name) or moe.train_tuned_lens(model, corpus).")
 @dataclass(frozen=True, eq=False)
 class TunedLens:
     """Translators for the residual stream of one model.

@@ -9,7 +9,7 @@
 """
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -20,7 +20,7 @@ import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, collect, sizes
 from moe_interp.analyses.exact import Provenance, told_top_k
 from moe_interp.analyses.token_counts import FOLDS, TokenCounts
-from moe_interp.arguments import Count, Range, Seed, checked
+from moe_interp.arguments import Count, Parts, Seed, checked
 from moe_interp.data import Corpus
 from moe_interp.encode import token_text
 from moe_interp.errors import BadInput
@@ -34,7 +34,7 @@ def vocabulary_specialization(
     corpus: Corpus,
     *,
     at_least: Count = 10,
-    folds: Annotated[int, Range(2)] = FOLDS,
+    folds: Parts = FOLDS,
     special_tokens: bool = False,
     seed: Seed = 0,
     max_tokens: Count | None = None,

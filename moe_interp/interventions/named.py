@@ -7,7 +7,7 @@ from typing import Any, Literal, SupportsIndex
 import torch
 from torch import Tensor
 
-from moe_interp.arguments import Fraction, checked, shown
+from moe_interp.arguments import Fraction, checked, is_finite, shown
 from moe_interp.errors import BadInput
 from moe_interp.interventions.arguments import Marks, layers_of, some, where, whole
 from moe_interp.interventions.base import Intervention
@@ -306,9 +306,9 @@ def force(
     if isinstance(weights, Tensor) and weights.dim() > 1:
         weights = ByToken.of(weights if weights.dim() > 2 else weights[None])
     elif not isinstance(weights, str | ByToken):
-        if not isinstance(weights, int | float | Iterable):
-            raise BadInput("weights to force", expected="'own', 'kept' or numbers", got=repr(weights))
-        weights = (weights,) if isinstance(weights, int | float) else tuple(weights)
+        if not is_finite(weights) and (not isinstance(weights, Iterable) or getattr(weights, "ndim", 1) == 0):
+            raise BadInput("weights to force", expected="'own', 'kept' or numbers", got=shown(weights))
+        weights = (weights,) if is_finite(weights) else tuple(weights)
     return Force(experts=ids, weights=weights, **where(layer, positions, tokens))
 
 
