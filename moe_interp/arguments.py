@@ -5,9 +5,12 @@
 2. Every call holds the arguments it was given to their kinds. The first one that does not fit raises `BadInput` with
    the names of the argument and the function, before the function does anything.
 
-A check does not convert or copy an argument, nor does it consume an iterator. It looks at the elements of lists,
-tuples, sets, arrays and dicts. Marks such as `Range` narrow an annotation: ``resamples: Annotated[int, Range(1)]``.
-What depends on the model (does the layer exist, is ``top`` within the vocabulary) is checked where the model is known.
+A check does not copy an argument, nor does it consume an iterator. It looks at the elements of lists, tuples, sets,
+arrays and dicts. It changes one thing: a single number of numpy or torch is handed on as Python's own, because a dict
+does not find such a number and JSON does not hold it.
+
+Marks such as `Range` narrow an annotation: ``resamples: Annotated[int, Range(1)]``. What depends on the model (does the
+layer exist, is ``top`` within the vocabulary) is checked where the model is known.
 """
 
 import functools
@@ -70,6 +73,7 @@ Draws = Annotated[int, Range(1, 1_000_000)]
 """How many of what takes memory or time for each: random draws, rows, examples."""
 Parts = Annotated[int, Range(2, 10_000)]
 """How many parts documents are split into."""
+Number = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Positive = Annotated[float, Range(0, above=True)]
 Fraction = Annotated[float, Range(0, 1, above=True)]
@@ -157,6 +161,18 @@ def _nothing(given: Any) -> str | None:
     return None
 
 
+def _same(given: Any) -> Any:
+    return given
+
+
+def _own_int(given: Any) -> Any:
+    return given if isinstance(given, int) else index(given)
+
+
+def _own_float(given: Any) -> Any:
+    return given if isinstance(given, int | float) else float(given)
+
+
 @dataclass(frozen=True)
 class Kind:
     """What an annotation accepts.
@@ -166,12 +182,14 @@ class Kind:
         told: what fits, for a message; empty: anything.
         instead: what to do about a value that does not fit.
         several: ``told`` in the plural.
+        own: a value that fits, as Python's own number if it is a number.
     """
 
     accepts: Callable[[Any], bool]
     told: str
     instead: Callable[[Any], str | None] = _nothing
     several: str = ""
+    own: Callable[[Any], Any] = _same
 
     @property
     def plural(self) -> str:
@@ -180,7 +198,7 @@ class Kind:
 
 
 _ANYTHING = Kind(lambda given: True, "")
-_WHOLE = Kind(is_whole, "a whole number", several="whole numbers")
+_WHOLE = Kind(is_whole, "a whole number", several="whole numbers", own=_own_int)
 _PLAIN: dict[Any, Kind] = {
     Any: _ANYTHING,
     object: _ANYTHING,
@@ -190,7 +208,7 @@ _PLAIN: dict[Any, Kind] = {
     bool: Kind(lambda given: isinstance(given, bool), "True or False"),
     int: _WHOLE,
     SupportsIndex: _WHOLE,
-    float: Kind(is_finite, "a finite number", several="finite numbers"),
+    float: Kind(is_finite, "a finite number", several="finite numbers", own=_own_float),
     str: Kind(lambda given: isinstance(given, str), "a string", several="strings"),
     Path: Kind(lambda given: isinstance(given, PathLike), "a path", several="paths"),
     torch.Tensor: Kind(lambda given: isinstance(given, torch.Tensor), "a tensor", several="tensors"),
@@ -245,9 +263,10 @@ def _annotated(annotation: Any, *marks: Any) -> Kind:
 
 
 def _within(kind: Kind, mark: Range) -> Kind:
-    return Kind(
-        lambda given: kind.accepts(given) and mark.holds(given), f"{kind.told} {mark}", several=f"{kind.plural} {mark}"
-    )
+    def accepts(given: Any) -> bool:
+        return kind.accepts(given) and mark.holds(given)
+
+    return replace(kind, accepts=accepts, told=f"{kind.told} {mark}", several=f"{kind.plural} {mark}")
 
 
 def _either(*annotations: Any) -> Kind:
@@ -259,8 +278,11 @@ def _either(*annotations: Any) -> Kind:
     def instead(given: Any) -> str | None:
         return next(filter(None, (kind.instead(given) for kind in kinds)), None)
 
+    def own(given: Any) -> Any:
+        return next(kind.own(given) for kind in kinds if kind.accepts(given))
+
     listed = f"{', '.join(told[:-1])} or {told[-1]}" if len(told) > 1 else told[0]
-    return Kind(lambda given: any(kind.accepts(given) for kind in kinds), listed, instead)
+    return Kind(lambda given: any(kind.accepts(given) for kind in kinds), listed, instead, own=own)
 
 
 def _choice(*options: Any) -> Kind:
@@ -293,8 +315,11 @@ def _is_group(given: Any, sized: bool) -> bool:
 
 def _group(element: Any, sized: bool) -> Kind:
     kind = kind_of(element)
+    numbers = kind.accepts(0) or not kind.told
 
     def accepts(given: Any) -> bool:
+        if isinstance(given, torch.Tensor) and (given.is_meta or not numbers):
+            return False
         return _is_group(given, sized) and all(map(kind.accepts, _members(given)))
 
     return Kind(accepts, f"a list of {kind.plural if kind.told else 'values'}", kind.instead)
@@ -379,16 +404,17 @@ def checked(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            bound = signature.bind(*args, **kwargs).arguments
+            bound = signature.bind(*args, **kwargs)
         except TypeError:
             return function(*args, **kwargs)
-        for name, kind in kinds().items():
-            if name in bound:
-                several = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
-                for given in bound[name] if several else (bound[name],):
-                    if not kind.accepts(given):
-                        _refuse(function, name, given, kind)
-        return function(*args, **kwargs)
+        for name in filter(kinds().__contains__, [*bound.arguments]):
+            kind, given = kinds()[name], bound.arguments[name]
+            several = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+            for one in given if several else (given,):
+                if not kind.accepts(one):
+                    _refuse(function, name, one, kind)
+            bound.arguments[name] = given if several else kind.own(given)
+        return function(*bound.args, **bound.kwargs)
 
     return call  # type: ignore[return-value]
 

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 import torch
 
-from moe_interp.arguments import Count, checked, described
+from moe_interp.arguments import Count, checked, described, is_whole, shown
 from moe_interp.encode import GIVE_TOKENIZER, pad, padding_of, token_ids
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention
@@ -74,6 +74,7 @@ class Corpus:
             raise BadInput("not documents", expected=_MADE_BY, got=repr(self.documents)[:80])
         if not isinstance(self.source, str):
             raise BadInput("not a source", expected="the name of where documents are from", got=repr(self.source)[:80])
+        _check_signs(self.source, "the source")
         if not self.documents:
             raise BadInput(f"a corpus without documents from {self.source}", expected="at least one", got="none")
         object.__setattr__(self, "documents", tuple(map(_checked, self.documents)))
@@ -236,9 +237,9 @@ def _checked(document: Document) -> Document:
 
 
 def _as_name(value: Any, what: str) -> str:
-    if not isinstance(value, str | SupportsIndex):
-        raise BadInput(f"a document's {what} is no name", expected="text or a whole number", got=repr(value)[:80])
-    text = value if isinstance(value, str) else str(value)
+    if not isinstance(value, str | bool) and not is_whole(value):
+        raise BadInput(f"a document's {what} is no name", expected="text or a whole number", got=shown(value))
+    text = str(value) if isinstance(value, str | bool) else str(operator.index(value))
     _check_signs(text, f"the {what} {text!r}")
     return text
 
@@ -274,7 +275,8 @@ def _rows(rows: Any) -> Any:
 
 def _ids_of(row: Any, where: int | str) -> tuple[int, ...]:
     """Token ids as whole numbers from 0 on."""
-    values = row.tolist() if isinstance(row, np.ndarray | torch.Tensor) else row
+    here = isinstance(row, np.ndarray) or (isinstance(row, torch.Tensor) and not row.is_meta)
+    values = row.tolist() if here else row
     whole = isinstance(values, list | tuple) and all(
         isinstance(one, SupportsIndex) and not isinstance(one, bool) and operator.index(one) >= 0 for one in values
     )

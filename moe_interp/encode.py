@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_interp.adapters import ModelSpec
-from moe_interp.arguments import CheckedLater
+from moe_interp.arguments import CheckedLater, is_whole, shown
 from moe_interp.errors import BadInput
 
 GIVE_TOKENIZER = "Pass one to moe.wrap(model, tokenizer), or put its files into the folder of the checkpoint."
@@ -313,7 +313,7 @@ def check_room(given: Mapping[str, Any], spec: ModelSpec, config: Any, options: 
         options: of ``generate``: ``max_new_tokens`` or ``max_length`` come before those of the config.
 
     Raises:
-        BadInput: prompt and new tokens together are more than the context length.
+        BadInput: prompt and new tokens together are more than the context length, or no number of tokens.
     """
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     crossed = spec.kind == "encoder-decoder"  # whose decoder starts anew, from one token
@@ -321,6 +321,9 @@ def check_room(given: Mapping[str, Any], spec: ModelSpec, config: Any, options: 
     prompt = 1 if crossed or embedded is None else embedded.shape[1]
     if mask is not None and mask.dim() == 2 and not crossed:
         prompt = int(mask.sum(dim=1).max())
+    for name in ("max_new_tokens", "max_length"):
+        if options.get(name) is not None and not (is_whole(options[name]) and options[name] >= 1):
+            raise BadInput(f"invalid {name}", expected="a whole number of at least 1", got=shown(options[name]))
     new, whole = (options.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length"))
     if options.get("max_length") is not None and options.get("max_new_tokens") is None:
         new = None  # a length that is given comes before a number of the config

@@ -21,7 +21,7 @@ from moe_interp.adapters.experts import Experts, ExpertWeights
 from moe_interp.adapters.formats import check_weights, rounding_without_gradient
 from moe_interp.adapters.formulas import logits_of, out_of_range, output_of, watched
 from moe_interp.adapters.sums import follow
-from moe_interp.arguments import checked, described
+from moe_interp.arguments import checked, described, shown
 from moe_interp.encode import Inputs, check_room, encode
 from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
 from moe_interp.generation import check_steps, continued, count_of
@@ -322,7 +322,7 @@ class MoEModel:
 
         Raises:
             UnsupportedModel: more than the residual goes into the logits.
-            BadInput: the model is closed.
+            BadInput: the model is closed, or ``hidden`` is no residual stream of it.
         """
         self._check_not_closed()
         spec = self.spec
@@ -332,7 +332,12 @@ class MoEModel:
                 expected="logits that follow from the last residual alone",
                 got="an architecture that uses earlier ones too",
             )
-        normed = follow(self.hf, spec.final, hidden)
+        try:
+            normed = follow(self.hf, spec.final, hidden)
+        except RuntimeError as error:
+            if hidden.shape[-1] == spec.d_model and not hidden.is_meta:
+                raise
+            raise BadInput("not a residual stream", expected=f"[..., {spec.d_model}]", got=shown(hidden)) from error
         if spec.unembed is None:
             return normed
         # As rows, which no run takes for the hidden states of its own batch.

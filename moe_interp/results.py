@@ -92,14 +92,8 @@ def labelled(
 
 def _as_json(provenance: Mapping[str, str | int | float]) -> str:
     """One JSON string that UTF-8 can hold: half of a surrogate pair, as in names of files, is written as its code."""
-    told = json.dumps(dict(provenance), ensure_ascii=False, sort_keys=True, default=_as_number)
+    told = json.dumps(dict(provenance), ensure_ascii=False, sort_keys=True)
     return told.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _as_number(value: Any) -> int | float:
-    """A number of numpy or torch as Python's own, which JSON has."""
-    found: int | float = value.item()
-    return found
 
 
 def _data_array(name: str, variable: Variable) -> tuple[tuple[str, ...], np.ndarray, dict[str, str]]:

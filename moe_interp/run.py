@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moe_interp.arguments import Count, Otherwise, checked, described, index
+from moe_interp.arguments import Count, Number, Otherwise, checked, described, index
 from moe_interp.errors import BadInput, UnknownName
 
 Indices = Annotated[
@@ -227,12 +227,12 @@ class Routing:
     added: Mapping[int, Float[Tensor, "B S D"]] = field(default_factory=dict)
 
     @checked
-    def slots_of(self, expert: int) -> Bool[Tensor, "B S K"]:
+    def slots_of(self, expert: Number) -> Bool[Tensor, "B S K"]:
         """[B, S, K], the slots that hold an expert."""
         return (self.ids == expert) & self.mask[..., None]
 
     @checked
-    def uses(self, expert: int) -> Bool[Tensor, "B S"]:
+    def uses(self, expert: Number) -> Bool[Tensor, "B S"]:
         """[B, S], tokens at which an expert has a slot, or was given a contribution without one."""
         used = self.slots_of(expert).any(dim=-1)
         return used | (self.added[expert] != 0).any(dim=-1) if expert in self.added else used

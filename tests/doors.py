@@ -60,7 +60,8 @@ def things(folder: Path) -> Things:
 def bad_values(on: Things) -> dict[str, Any]:
     """Values by what they are."""
     return {
-        "None": None, "True": True, "-1": -1, "0": 0, "huge": 2**70, "large": 2**40, "1.5": 1.5, "numpy 2": np.int64(2), "tensor 2": torch.tensor(2), "nan": float("nan"),
+        "None": None, "True": True, "-1": -1, "0": 0, "huge": 2**70, "large": 2**40, "1.5": 1.5,
+        "numpy 2": np.int64(2), "tensor 2": torch.tensor(2), "nan": float("nan"),
         "-inf": -float("inf"), "complex": 1j, "word": "no", "empty text": "", "surrogate": "\ud800", "NUL": "a\0b",
         "bytes": b"x", "empty list": [], "empty dict": {}, "empty tuple": (), "object": object(), "class": dict,
         "uneven rows": [[1, 2], [3]], "list of None": [None], "list of words": ["x", "y"], "dict": {"a": 1},
@@ -164,7 +165,7 @@ def _analyses(on: Things) -> dict[str, Call]:
             lambda **given: moe.collect(**{"sums": {"n": RoutingCounts.empty(4, *sizes(on.model))}, **given}),
             dict(model=on.model, corpus=on.corpus, options=None, resume=None, every=1),
         ),
-        "collect into": (moe.collect, dict(model=on.model, corpus=on.corpus, sums={}, options=None)),
+        "collect into": (moe.collect, dict(model=on.model, corpus=on.corpus, sums={"routing": counts}, options=None)),
         "router_saturation": (
             moe.router_saturation,
             dict(

@@ -197,7 +197,7 @@ def collect(
 
 
 def _check_sums(sums: Any, model: MoEModel, documents: int) -> None:
-    if not isinstance(sums, Mapping) or not all(isinstance(one, Exact) for one in sums.values()):
+    if not isinstance(sums, Mapping) or not sums or not all(isinstance(one, Exact) for one in sums.values()):
         raise BadInput(
             "not accumulators",
             expected='a mapping such as {"pairs": PairCounts.empty(*sizes(model))}',

@@ -27,7 +27,7 @@ from moe_interp.analyses.collect import sizes
 from moe_interp.analyses.exact import UNIT
 from moe_interp.analyses.routing import RoutingCounts, balances, loss_as_coded
 from moe_interp.analyses.routing_values import LOAD, by_name, from_counts, switch_loss, taken
-from moe_interp.arguments import Count, checked
+from moe_interp.arguments import Count, checked, shown
 from moe_interp.errors import BadInput
 from moe_interp.hosts import Standing
 from moe_interp.hosts.program import Program, seen_by
@@ -381,7 +381,13 @@ class RoutingCallback(TrainerCallback):
 
 @checked
 def to_tensorboard(writer: Any) -> Tell:
-    """Tells a ``SummaryWriter``, or whatever else has ``add_scalar(name, value, step)``."""
+    """Tells a ``SummaryWriter``, or whatever else has ``add_scalar(name, value, step)``.
+
+    Raises:
+        BadInput: it has no ``add_scalar``.
+    """
+    if not callable(getattr(writer, "add_scalar", None)):
+        raise BadInput("not a writer", expected="a SummaryWriter, or what else has add_scalar", got=shown(writer))
 
     def tell(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
