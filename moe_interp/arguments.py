@@ -194,7 +194,7 @@ class Kind:
     @property
     def plural(self) -> str:
         """What fits, in the plural."""
-        return self.several or f"values that are each {self.told}"
+        return self.several or (f"values that are each {self.told}" if self.told else "values")
 
 
 _ANYTHING = Kind(lambda given: True, "")
@@ -322,7 +322,7 @@ def _group(element: Any, sized: bool) -> Kind:
             return False
         return _is_group(given, sized) and all(map(kind.accepts, _members(given)))
 
-    return Kind(accepts, f"a list of {kind.plural if kind.told else 'values'}", kind.instead)
+    return Kind(accepts, f"a list of {kind.plural}", kind.instead, several=f"lists of {kind.plural}")
 
 
 def _row(element: Any = Any, *others: Any) -> Kind:
@@ -346,7 +346,7 @@ def _table(key: Any = Any, value: Any = Any) -> Kind:
             return isinstance(given, Mapping)
         return all(map(keys.accepts, given)) and all(map(values.accepts, given.values()))
 
-    return Kind(accepts, f"a mapping from {keys.told or 'names'} to {values.told or 'values'}")
+    return Kind(accepts, f"a mapping from {keys.plural if keys.told else 'names'} to {values.plural}")
 
 
 def _array(annotation: Any) -> Kind:

@@ -142,7 +142,7 @@ class Corpus:
             BadInput: rows that hold something else than ids, no row, an empty one, or as many domains as there are
                 no documents.
         """
-        found = [_ids_of(row, number) for number, row in enumerate(_rows(rows))]
+        found = [_ids_of(row, number) for number, row in enumerate(rows)]
         named = ["all"] * len(found) if domains is None else list(domains)
         if len(named) != len(found):
             raise BadInput(
@@ -265,12 +265,6 @@ def _by_domain(given: Any, expected: str, make: Callable[[str, Any, str], Docume
     for domain, members in given.items():
         for number, member in enumerate(members):
             yield make(member, domain, f"{domain}/{number}")
-
-
-def _rows(rows: Any) -> Any:
-    if not isinstance(rows, Iterable) or isinstance(rows, str | bytes | Mapping):
-        raise BadInput("not rows of token ids", expected="[[1, 2, 3], [4, 5], ...]", got=repr(rows)[:80])
-    return rows
 
 
 def _ids_of(row: Any, where: int | str) -> tuple[int, ...]:

@@ -85,7 +85,7 @@ def test_what_is_no_document_is_refused_when_the_corpus_is_made():
 
 @pytest.mark.parametrize("given", [{"a": "hello"}, {"a": ["one"], "b": 3}, ["x", "y"], "text", None])
 def test_texts_that_are_not_lists_by_domain_are_refused(given):
-    with pytest.raises(BadInput, match=r"not texts by domain: expected \{domain: \[text, text, ...\]\}, got"):
+    with pytest.raises(BadInput, match="invalid texts for .*: expected a mapping from names to lists of strings, got"):
         moe.Corpus.from_texts(given)
 
 
@@ -170,12 +170,16 @@ def test_texts_and_names_of_files_are_told_from_corpora(tmp_path):
     made_by = "a corpus: moe.read_corpus(path), or moe.Corpus.from_texts({domain: texts}), got "
     for number, (name, kind, message) in enumerate(rows):
         got = "'text'" if number % 2 else "['a text']"
+        make = 'Make one: moe.Corpus.from_texts({"all": texts}), or moe.Corpus.from_token_ids(rows).'
+        do = "Read a file: moe.read_corpus(path)." if number % 2 else make
         expected = {
             "documents": f"not documents: expected {made_by}{got}",
             "inputs": "not model inputs: expected text, texts or token ids, got None",
             "rows": "not model inputs: expected text, texts or token ids, got [[1, 2], [3.5]]",
         }
-        assert (kind, message) == ("BadInput", expected.get(name, f"not a corpus: expected {made_by}{got}"))
+        assert kind == "BadInput"
+        assert message == expected[name] if name in expected else message.startswith("invalid ")
+        assert name in expected or (message.endswith(f", got {got}. {do}") and "expected a corpus" in message)
 
 
 def document(text="a text", domain="a", name="a/0", ids=None):
@@ -414,7 +418,7 @@ def test_token_ids_give_what_their_text_gives():
         ([[1.5]], None, "row 0 holds no token ids"),
         ([[True]], None, "row 0 holds no token ids"),
         ([1, 2], None, "row 0 holds no token ids"),
-        ("12", None, "not rows of token ids"),
+        ("12", None, "invalid rows for Corpus.from_token_ids: expected a list"),
         ([[1], [2]], ["a"], "domains do not fit the rows: expected one for each of 2 documents, got 1"),
         ([], None, "a corpus without documents"),
         ([[1]], [None], "a document's domain is no name"),
@@ -429,7 +433,7 @@ def test_what_are_no_token_ids_are_refused(rows, domains, said):
 @pytest.mark.parametrize("value", [0, -1, 1.5, "3", True])
 def test_numbers_of_tokens_that_are_none(name, value):
     corpus = moe.Corpus.from_texts({"a": ["a text"]})
-    says = f"{name} is no number of tokens: expected a whole number from 1 on, got"
+    says = f"invalid {name} for batches: expected a whole number of at least 1"
     with moe.wrap(build("olmoe"), StubTokenizer()) as model, pytest.raises(BadInput, match=says):
         batches(model, corpus, **{name: value})
 

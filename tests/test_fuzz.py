@@ -1,6 +1,6 @@
 """Wrong values for every argument of every public function: an error of ours, at once, and nothing left behind.
 
-`tests/doors.py` has the functions and the values. A value that is accepted must be in `FINE`, by the name of the
+`tests/public_calls.py` has the functions and the values. A value that is accepted must be in `FINE`, by the name of the
 argument, or in `ALSO_FINE`, by function and argument: none is accepted in silence.
 """
 
@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import moe_interp as moe
-from tests.doors import IDS, Call, Things, bad_values, calls, things
+from tests.public_calls import IDS, Call, Things, bad_values, calls, things
 
 LONGEST = 10.0  # seconds for one call
 SLOW = ("load", "report", "reference_saturation", "expert_similarity", "MoEModel.audit", "activation_patching")

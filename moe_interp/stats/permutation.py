@@ -65,6 +65,7 @@ def permutation_p(observed: float, permuted: Float[np.ndarray, " M"]) -> float:
     return float((1 + reached) / (1 + len(permuted))) if np.isfinite(observed) else np.nan
 
 
+@checked
 def max_statistic_p(permuted: Float[np.ndarray, "R *family M"]) -> Float[np.ndarray, "*family M"]:
     """Single-step adjusted p of M tests; row 0 of R has the observed labels, the others are permutations.
 
@@ -83,6 +84,7 @@ def max_statistic_p(permuted: Float[np.ndarray, "R *family M"]) -> Float[np.ndar
     return np.where(np.isnan(z[0]), np.nan, p)
 
 
+@checked
 def share_difference(inside: Num[np.ndarray, "R E"], outside: Num[np.ndarray, "R E"]) -> Float[np.ndarray, "R E"]:
     """Each expert's share of the decisions inside a group minus that outside, -1 ... 1; 0 under the null."""
     return shares(inside) - shares(outside)

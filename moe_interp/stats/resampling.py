@@ -314,6 +314,7 @@ def bootstrap_debias(
     return corrected
 
 
+@checked
 def group_totals(
     counts: Num[np.ndarray, "N *rest"], groups: Int[np.ndarray, " N"], num_groups: int
 ) -> Num[np.ndarray, "G *rest"]:
