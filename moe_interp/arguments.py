@@ -17,6 +17,7 @@ import functools
 import inspect
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -422,6 +423,15 @@ def checked(function: F) -> F:
 def _refuse(function: Callable[..., Any], name: str, given: Any, kind: Kind) -> None:
     where = function.__qualname__.removesuffix(".__init__")
     raise BadInput(f"invalid {name} for {where}", expected=kind.told, got=shown(given), do=kind.instead(given))
+
+
+def frames_up(count: int) -> int:
+    """A ``stacklevel`` for `warnings.warn` that leaves out the frames of `checked`: 1 is who asks."""
+    frame, level = sys._getframe(1), 1
+    while count > 1 and frame.f_back is not None:
+        frame, level = frame.f_back, level + 1
+        count -= frame.f_code.co_filename != __file__
+    return level
 
 
 def checked_fields(cls: C) -> C:

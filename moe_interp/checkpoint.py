@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moe_interp.adapters.formats import check_weights
-from moe_interp.arguments import checked
+from moe_interp.arguments import checked, frames_up
 from moe_interp.errors import BadCheckpoint, BadInput, MoEError
 from moe_interp.model import MoEModel
 from moe_interp.opening import wrap
@@ -247,5 +247,5 @@ def _check_report(source: str, report: Mapping[str, Any]) -> None:
         warnings.warn(
             f"{len(unexpected)} weights of {source} have no place in the model and were left out, such as "
             f"{unexpected[:3]}",
-            stacklevel=3,
+            stacklevel=frames_up(3),
         )

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
-from moe_interp.arguments import Count, Otherwise, checked
+from moe_interp.arguments import Count, Otherwise, checked, frames_up
 from moe_interp.data import Corpus, Document
 from moe_interp.errors import BadData, BadInput
 from moe_interp.paths import check_readable, lone_surrogate, looks_like_path, without_credentials
@@ -82,7 +82,7 @@ def read_corpus(
     blank: list[int] = []
     documents = [one for file in files for one in islice(_documents(file, fields, blank), limit)]
     if blank:
-        warnings.warn(f"{len(blank)} empty texts of {source} were left out", stacklevel=2)
+        warnings.warn(f"{len(blank)} empty texts of {source} were left out", stacklevel=frames_up(2))
     if not documents:
         raise BadData(f"no documents in {source}", expected="at least one", got="none")
     return Corpus(tuple(documents), source)

@@ -1,6 +1,7 @@
 """Arguments are held to the annotations: what is accepted, what a refusal says, and what stays as it was."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor
 import moe_interp as moe
 from moe_interp import stats
 from moe_interp.analyses.collect import Options
-from moe_interp.arguments import CheckedLater, Count, Otherwise, Range, checked, checked_fields
+from moe_interp.arguments import CheckedLater, Count, Otherwise, Range, checked, checked_fields, frames_up
 from moe_interp.errors import BadInput
 from moe_interp.run import Indices
 from tests.stub_tokenizer import StubTokenizer
@@ -163,6 +164,17 @@ def test_numbers_of_numpy_and_torch_are_handed_on_as_pythons_own():
     for whole, real in ((np.int64(3), np.float32(0.5)), (torch.tensor(3), torch.tensor(0.5)), (3, 0.5)):
         found = function(whole, real)
         assert found == (3, 0.5) and [type(one) for one in found] == [int, float]
+
+
+def test_a_warning_points_at_who_called():
+    @checked
+    def function(value: int):
+        warnings.warn(f"{value}", stacklevel=frames_up(2))
+
+    with pytest.warns(UserWarning, match="3") as told:
+        function(3)
+    assert told[0].filename == __file__
+    assert told[0].lineno == inspect.currentframe().f_lineno - 2
 
 
 def test_an_annotation_that_is_not_understood_is_an_error_of_the_author():

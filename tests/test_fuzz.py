@@ -55,7 +55,7 @@ FINE: dict[str, tuple[str, ...]] = {
     "seed": ("0", *COUNT), "resamples": WHOLE, "max_tokens": ("None", *COUNT), "batch_tokens": COUNT,
     "tokens_per_document": COUNT, "top": WHOLE, "examples": WHOLE, "partners": WHOLE, "at_least": WHOLE,
     "folds": WHOLE, "blocks": WHOLE, "every": COUNT, "patience": COUNT, "steps": WHOLE, "sample": ("None", *COUNT),
-    "samples": WHOLE, "size": WHOLE, "most": COUNT, "chunk": WHOLE, "null_directions": WHOLE, "null_pairs": WHOLE,
+    "samples": WHOLE, "size": WHOLE, "most": COUNT, "chunk": WHOLE, "null_directions": WHOLE, "null_pairs": ("0", *WHOLE),
     "random_routers": WHOLE, "limit": ("None", *COUNT), "scored": ("None", *COUNT), "per_domain": COUNT,
     "max_new_tokens": ("None", *WHOLE), "k": WHOLE, "ks": ("None", *WHOLE), "values": (),
     "everywhere": SWITCH, "grad": SWITCH, "incl_embeds": SWITCH, "incl_remainder": SWITCH, "mlp_input": SWITCH,

@@ -12,7 +12,7 @@
 Intervals leave out blocks of documents in turn.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ import moe_interp.stats as stats
 from moe_interp.adapters.experts import ExpertWeights
 from moe_interp.analyses.collect import Options, experts_of
 from moe_interp.analyses.inputs import Inputs, every_expert, moe_layers, sample_inputs
-from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.arguments import Count, Draws, Range, Seed, checked
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
@@ -43,7 +43,7 @@ def expert_similarity(
     layers: Indices = None,
     weights: bool = True,
     tokens: Draws = 256,
-    null_pairs: Draws = 64,
+    null_pairs: Annotated[int, Range(0, 1_000_000)] = 64,
     special_tokens: bool = False,
     seed: Seed = 0,
     max_tokens: Count | None = None,

@@ -27,7 +27,7 @@ from moe_interp.analyses.collect import sizes
 from moe_interp.analyses.exact import UNIT
 from moe_interp.analyses.routing import RoutingCounts, balances, loss_as_coded
 from moe_interp.analyses.routing_values import LOAD, by_name, from_counts, switch_loss, taken
-from moe_interp.arguments import Count, checked, shown
+from moe_interp.arguments import Count, checked, frames_up, shown
 from moe_interp.errors import BadInput
 from moe_interp.hosts import Standing
 from moe_interp.hosts.program import Program, seen_by
@@ -221,7 +221,9 @@ class RoutingWatch:
         self.raised += raised
         for alarm in raised:
             if self.on_alarm is None:
-                warnings.warn(RoutingAlarm(str(alarm)), stacklevel=3)  # of who calls `end`, or leaves the `with`
+                warnings.warn(
+                    RoutingAlarm(str(alarm)), stacklevel=frames_up(3)
+                )  # of who calls `end`, or leaves the `with`
             else:
                 self.on_alarm(alarm)
         return raised
