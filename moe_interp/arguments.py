@@ -76,6 +76,7 @@ Parts = Annotated[int, Range(2, 10_000)]
 """How many parts documents are split into."""
 Number = Annotated[int, Range(0)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
+_LEAST, _MOST = -(2**63), 2**63 - 1
 Positive = Annotated[float, Range(0, above=True)]
 Fraction = Annotated[float, Range(0, 1, above=True)]
 
@@ -97,7 +98,7 @@ def index(number: Any) -> int:
 def is_whole(given: Any) -> bool:
     """Whether a value is a whole number of 64 bits: an int, a numpy integer, an integer tensor without dims."""
     try:
-        if not -(2**63) <= index(given) < 2**63:
+        if not _LEAST <= index(given) <= _MOST:
             return False
     except (TypeError, RuntimeError, ValueError):
         return False
@@ -162,6 +163,11 @@ def _nothing(given: Any) -> str | None:
     return None
 
 
+def _too_long(given: Any) -> str | None:
+    long = isinstance(given, int) and not _LEAST <= given <= _MOST
+    return "Whole numbers have 64 bits here." if long else None
+
+
 def _same(given: Any) -> Any:
     return given
 
@@ -199,7 +205,7 @@ class Kind:
 
 
 _ANYTHING = Kind(lambda given: True, "")
-_WHOLE = Kind(is_whole, "a whole number", several="whole numbers", own=_own_int)
+_WHOLE = Kind(is_whole, "a whole number", _too_long, several="whole numbers", own=_own_int)
 _PLAIN: dict[Any, Kind] = {
     Any: _ANYTHING,
     object: _ANYTHING,

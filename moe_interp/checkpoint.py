@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_interp.adapters.formats import check_weights
 from moe_interp.arguments import checked, frames_up
-from moe_interp.errors import BadCheckpoint, BadInput, MoEError
+from moe_interp.errors import BadCheckpoint, MoEError
 from moe_interp.model import MoEModel
 from moe_interp.opening import wrap
 from moe_interp.options import check_options, has_secrets, told, without_secrets
@@ -110,8 +110,6 @@ def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **o
             finite.
         BadInput: no name or path, or an option that must be True or False and is another value.
     """
-    if name is not None and not isinstance(name, str | Path):
-        raise BadInput("not a checkpoint", expected="a hub id or a folder", got=repr(name)[:80])
     check_options(options)
     options = {key: value for key, value in options.items() if key not in _OWN}
     source = str(REFERENCE if name is None else name)

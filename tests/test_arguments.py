@@ -76,7 +76,7 @@ DO_NOT_FIT: list[tuple[Any, Any, str]] = [
     (int, True, "a whole number, got True"),
     (int, 1.0, "a whole number, got 1.0"),
     (int, "5", "a whole number, got '5'"),
-    (int, 2**63, "a whole number, got 9223372036854775808"),
+    (int, 2**63, "a whole number, got 9223372036854775808. Whole numbers have 64 bits here."),
     (int, torch.tensor(True), "a whole number, got torch.bool values of shape ()"),
     (int, torch.tensor([5]), "a whole number, got torch.int64 values of shape (1,)"),
     (float, float("nan"), "a finite number, got nan"),
