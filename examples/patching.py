@@ -4,21 +4,14 @@ Run it with `python examples/patching.py` (under a minute on one core); it print
 """
 
 import moe_interp as moe
-from moe_interp.analyses.metrics import LogitDifference
 
 VERBS = ("said", "knew", "thought", "wrote", "told them", "believed", "saw", "learned")
 CLEAN, CORRUPTED = ([f"{who} {verb} that" for verb in VERBS] for who in ("He", "She"))
 
 
-def token(model: moe.MoEModel, text: str) -> int:
-    """The id of a text of one token."""
-    (found,) = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return found
-
-
 def main() -> None:
     model = moe.load()
-    metric = LogitDifference((token(model, " he"),), (token(model, " she"),))
+    metric = moe.LogitDifference(" he", " she")
 
     def patched(**options):
         return moe.activation_patching(model, CLEAN, CORRUPTED, metric, **options)

@@ -86,6 +86,7 @@ _HOMES = {
     "analyses.attribution_patching": ("attribution_patching",),
     "analyses.score_audit": ("score_audit",),
     "analyses.effects": ("expert_effects",),
+    "analyses.metrics": ("KL", "NLL", "LogProbability", "LogitDifference", "Probability"),
     "errors": ("EditsElsewhere", "MoEError"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     from moe_interp.analyses.labels import routing_by_label, spans
     from moe_interp.analyses.lens import expert_lens
     from moe_interp.analyses.means import mean_contributions
+    from moe_interp.analyses.metrics import KL, NLL, LogitDifference, LogProbability, Probability
     from moe_interp.analyses.neurons import neuron_lens
     from moe_interp.analyses.norms import norm_and_weight
     from moe_interp.analyses.patching import activation_patching
@@ -165,14 +167,19 @@ if TYPE_CHECKING:
     from moe_interp.views.report import report
 
 __all__ = [
+    "KL",
+    "NLL",
     "POINTS",
     "ByToken",
     "Corpus",
     "EditsElsewhere",
     "Family",
     "Intervention",
+    "LogProbability",
+    "LogitDifference",
     "MoEError",
     "MoEModel",
+    "Probability",
     "Routing",
     "RoutingCallback",
     "RoutingWatch",

@@ -9,21 +9,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from os import PathLike
-from typing import Any, SupportsIndex, overload
+from typing import Annotated, Any, SupportsIndex, overload
 
 import numpy as np
 import torch
 
-from moe_interp.arguments import Count, checked, described, is_whole, shown
+from moe_interp.arguments import Count, Otherwise, checked, described, is_whole, shown
 from moe_interp.encode import GIVE_TOKENIZER, pad, padding_of, token_ids
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention
 from moe_interp.interventions.values import ByToken
+from moe_interp.measured import inputs_told
 from moe_interp.model import MoEModel
 from moe_interp.paths import lone_surrogate
+from moe_interp.run import counted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Document:
     """One text, or the token ids of one, and the group it is counted in.
 
@@ -39,7 +41,14 @@ class Document:
     name: str
     ids: tuple[int, ...] | None = None
 
+    def __repr__(self) -> str:
+        size = f"{len(self.text)} characters" if self.ids is None else f"{len(self.ids)} token ids"
+        begin = repr(self.text[:_BEGIN] + "…" * (len(self.text) > _BEGIN)) if self.ids is None else ""
+        return f"Document {self.name!r} of domain {self.domain!r}, {size}" + (f": {begin}" if begin else "")
 
+
+_BEGIN = 60  # how many characters of a text a document shows
+_DOMAINS = 12  # and how many domains a corpus
 _MADE_BY = "a corpus: moe.read_corpus(path), or moe.Corpus.from_texts({domain: texts})"
 
 
@@ -81,8 +90,10 @@ class Corpus:
 
     def __repr__(self) -> str:
         counts = Counter(document.domain for document in self.documents)
-        told = ", ".join(f"{domain} {count}" for domain, count in counts.items())
-        return f"Corpus of {len(self)} documents from {self.source}: {told}"
+        some = [f"{domain} {count}" for domain, count in islice(counts.items(), _DOMAINS)]
+        more = len(counts) - len(some)
+        told = ", ".join(some) + (f" and {counted(more, 'other domain')}" if more else "")
+        return f"Corpus of {counted(len(self), 'document')} from {self.source}: {told}"
 
     def __iter__(self) -> Iterator[Document]:
         return iter(self.documents)
@@ -103,7 +114,12 @@ class Corpus:
         if isinstance(which, slice):
             return Corpus(self.documents[which], self.source)
         if not isinstance(which, SupportsIndex) or isinstance(which, bool):
-            raise BadInput("not a document's number", expected="a whole number or a slice", got=repr(which)[:80])
+            do = (
+                f"corpus.filter(lambda d: d.domain == {which!r}) takes a domain."
+                if isinstance(which, str) and which in self.domains
+                else None
+            )
+            raise BadInput("not a document's number", expected="a whole number or a slice", got=repr(which)[:80], do=do)
         return self.documents[which]
 
     @checked
@@ -129,7 +145,12 @@ class Corpus:
     @classmethod
     @checked
     def from_token_ids(
-        cls, rows: Iterable[Any], domains: Sequence[Any] | None = None, source: str = "memory"
+        cls,
+        rows: Iterable[Any],
+        domains: Annotated[
+            Sequence[Any] | None, Otherwise("domains=[name] * len(rows) gives all documents the same.")
+        ] = None,
+        source: str = "memory",
     ) -> "Corpus":
         """Make a corpus of token ids, for a model without a tokenizer or for ids that are made already.
 
@@ -186,13 +207,21 @@ class Corpus:
         return [document.ids or document.text for document in self.documents]
 
     @property
+    def told(self) -> dict[str, str | int]:
+        """Source, number and texts of the documents, with their domains, as a result's provenance has them."""
+        documents = [[one.domain, one.ids or one.text] for one in self.documents]
+        return {"data": self.source, "documents": len(self), **inputs_told(texts=documents)}
+
+    @property
     def labels(self) -> np.ndarray:
         """[N], the number of each document's domain in `domains`."""
         number = {domain: index for index, domain in enumerate(self.domains)}
         return np.array([number[document.domain] for document in self.documents])
 
     @checked
-    def filter(self, keep: Callable[[Document], bool]) -> "Corpus":
+    def filter(
+        self, keep: Annotated[Callable[[Document], bool], Otherwise('Such as lambda d: d.domain == "math".')]
+    ) -> "Corpus":
         """The documents of which a function says that they are to be kept, in order.
 
         Raises:
@@ -276,7 +305,10 @@ def _ids_of(row: Any, where: int | str) -> tuple[int, ...]:
     )
     if not whole or not values:
         raise BadInput(
-            f"row {where} holds no token ids", expected="one whole number or more, from 0 on", got=repr(row)[:80]
+            f"row {where} holds no token ids",
+            expected="a list of one whole number or more, from 0 on",
+            got=repr(row)[:80],
+            do="One document alone is [[1, 2, 3]]." if isinstance(row, SupportsIndex) else None,
         )
     return tuple(operator.index(one) for one in values)
 

@@ -12,6 +12,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,9 +22,12 @@ from moe_interp.arguments import Count, Otherwise, checked, frames_up
 from moe_interp.data import Corpus, Document
 from moe_interp.errors import BadData, BadInput
 from moe_interp.paths import check_readable, lone_surrogate, looks_like_path, without_credentials
+from moe_interp.untrusted import frames
 
 SAMPLE = Path(__file__).parent / "zoo" / "sample.jsonl"
 LONGEST = 2**26  # characters of a line, and bytes of a .json file: what is longer is no text
+EXPANSION = 100  # characters for each byte of a compressed file, besides LONGEST
+_RECORD = 64  # characters that a line or row counts as, besides its own: it takes memory however short it is
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # in a folder that datasets wrote
 
 Record = dict[str, Any]
@@ -200,9 +204,33 @@ def _jsonl(file: Path, fields: _Fields) -> Iterator[Record]:
             yield _json_object(line, f"line {number} of {_told(file)}")
 
 
+class _Room:
+    """How many characters a compressed file has left: few bytes can stand for more than any memory holds."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.most = self.left = LONGEST + EXPANSION * file.stat().st_size
+
+    def take(self, characters: int) -> None:
+        """Count a line or record.
+
+        Raises:
+            BadData: there is no room left.
+        """
+        self.left -= characters + _RECORD
+        if self.left < 0:
+            raise BadData(
+                f"{_told(self.file)} expands to more than a file of its size has reason to",
+                expected=f"at most {self.most} characters, {_RECORD} for each line or row among them",
+                got="more",
+                do="If that is what it holds, write its records to a .jsonl file and read that.",
+            )
+
+
 def _lines(file: Path) -> Iterator[str]:
     """The lines of a text file, compressed or not, each of bounded length."""
     try:
+        room = _Room(file) if file.suffix == ".gz" else None
         with _opened(file) as lines:
             while line := lines.readline(LONGEST + 1):
                 if len(line) > LONGEST:
@@ -211,6 +239,8 @@ def _lines(file: Path) -> Iterator[str]:
                         expected=f"lines of at most {LONGEST} characters",
                         got="a longer one",
                     )
+                if room is not None:
+                    room.take(len(line))
                 yield line
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise BadData(f"cannot read {_told(file)}", expected="UTF-8 text", got=str(error)) from error
@@ -291,20 +321,18 @@ def _text(file: Path, fields: _Fields) -> Iterator[Record]:
 
 
 def _parquet(file: Path, fields: _Fields) -> Iterator[Record]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(file)
-        there = table.schema_arrow.names
+    """Read by a child process: damage can end the library that reads, and few bytes can stand for endless rows."""
+    answers = frames("parquet", file, *fields.wanted, expected="a parquet file")
+    with closing(answers):
+        there = next(answers)
         for name, what in ((fields.text, "text"), (fields.domain, "domain")):
             if name is not None and name not in there:
                 raise _no_field(_told(file), name, what, there)
-        for batch in table.iter_batches(batch_size=1024, columns=[name for name in fields.wanted if name in there]):
-            yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException, ValueError, OverflowError, MemoryError) as error:
-        got = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadData(f"cannot read {_told(file)}", expected="a parquet file", got=got) from error
+        room = _Room(file)
+        for records in answers:
+            for record in records:
+                room.take(sum(len(value) for value in record.values() if isinstance(value, str)))
+                yield record
 
 
 def _dataset(source: Path) -> Iterator[Record]:

@@ -7,35 +7,12 @@ from torch import Tensor
 
 from moe_interp.adapters import ModelSpec
 from moe_interp.encode import Inputs
-from moe_interp.errors import BadInput
-from moe_interp.interventions import Intervention
 
 
 def count_of(model_inputs: Mapping[str, Any]) -> int | None:
     """How many texts model inputs have, as far as they say."""
     given = next((model_inputs[name] for name in ("input_ids", "inputs_embeds") if name in model_inputs), None)
     return None if given is None else len(given)
-
-
-# Options of `generate` by which a step has several new tokens, of which some may be taken back.
-_SEVERAL_AT_ONCE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "prefill_chunk_size")
-
-
-def check_steps(edits: Sequence[Intervention], options: Mapping[str, Any]) -> None:
-    """Refuse edits at the newest token of a step where steps are not single tokens.
-
-    Raises:
-        BadInput: there are such edits.
-    """
-    given = [name for name in _SEVERAL_AT_ONCE if options.get(name) is not None]
-    last = [one for one in edits if any(position < 0 for position in getattr(one, "positions", None) or ())]
-    if given and last:
-        raise BadInput(
-            "the newest token of a step is not known",
-            expected="positions from the start of the text, or a token at each step",
-            got=f"positions {last[0].positions} with {', '.join(given)}",  # type: ignore[attr-defined]
-            do="Name positions from the start, mark tokens, or leave the option out.",
-        )
 
 
 def continued(

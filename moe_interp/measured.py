@@ -10,11 +10,13 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
+from types import CellType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from moe_interp.adapters import ModelSpec
 
 LONGEST = 2000  # characters of inputs that a result holds as they are
 _SAMPLED = 16
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def fingerprint(hf: nn.Module, spec: ModelSpec) -> str:
@@ -49,11 +52,12 @@ def _within(hf: nn.Module, path: str) -> list[str]:
 def _bytes(tensor: Tensor, whole: bool) -> bytes:
     if tensor.is_meta or not tensor.numel():
         return b""
+    if hasattr(tensor, "__tensor_flatten__"):  # packed: of a subclass that holds plain tensors
+        names, _ = tensor.__tensor_flatten__()
+        return b"".join(_bytes(getattr(tensor, name), whole) for name in names)
     flat = tensor.reshape(-1)
     if not whole and len(flat) > _SAMPLED:
         flat = flat[torch.linspace(0, len(flat) - 1, _SAMPLED, dtype=torch.float64, device=flat.device).long()]
-    if type(flat) is not Tensor and hasattr(flat, "dequantize"):  # packed by torchao
-        flat = flat.dequantize()
     return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
@@ -96,15 +100,71 @@ def _plain(given: Any) -> Any:
 def metric_told(metric: Any) -> str:
     """A metric with its answers, positions and function, as a provenance has it."""
     function = getattr(metric, "fn", None)
-    told = re.sub(r" at 0x[0-9a-f]+", "", repr(metric))
+    told = _ADDRESS.sub("", repr(metric))
     return told if function is None else f"{told} of {function_told(function)}"
 
 
 def function_told(function: Any) -> str:
-    """Where a function is from, and a hash of its source (of its code where the source is not known)."""
+    """Where a function is from, and a hash of its source and of what it was made with.
+
+    The source is the function's code where it is not known. A function inside another counts with the values that it
+    takes from there, `functools.partial` with its arguments, an object that can be called with its attributes.
+    """
     name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+    return f"{name}, sha256 {hashlib.sha256(chr(0).join(_made_of(function)).encode('utf-8')).hexdigest()[:16]}"
+
+
+def _made_of(value: Any, deep: int = 4) -> Iterator[str]:
+    """What a value is made of, to some depth: numbers, texts, values of tensors, sources; of others the type."""
+    if isinstance(value, str | bytes | int | float | None):
+        yield repr(value)
+        return
+    if isinstance(value, Tensor | np.ndarray):
+        yield values_told(value)
+        return
+    yield type(value).__qualname__
+    for part in _parts(value) if deep else ():
+        yield from _made_of(part, deep - 1)
+
+
+def _parts(value: Any) -> list[Any]:
+    """What a container holds, or a function or an object that can be called is made with."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if not callable(value) or isinstance(value, nn.Module):
+        return []
+    if not inspect.isroutine(value) and not inspect.isclass(value):
+        return [type(value).__call__, getattr(value, "__dict__", {})]
+    cells = getattr(getattr(value, "__func__", value), "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells if cell != CellType()]  # a cell may be empty yet
+    return [_source(value), getattr(value, "__defaults__", None), getattr(value, "__kwdefaults__", None), *held]
+
+
+def _source(function: Any) -> str:
     try:
-        source = inspect.getsource(function).encode()
+        return inspect.getsource(function)
     except (OSError, TypeError):
-        source = getattr(getattr(function, "__code__", None), "co_code", b"")
-    return f"{name}, sha256 {hashlib.sha256(source).hexdigest()[:16]}"
+        code = getattr(function, "__code__", None)
+        return "" if code is None else f"{code.co_code.hex()} {_ADDRESS.sub('', repr(code.co_consts))}"
+
+
+def edits_told(edits: Iterable[Any]) -> str:
+    """Interventions as a result names them: with hashes of their tensors and functions."""
+    told = []
+    for one in edits:
+        functions = [function_told(value) for value in vars(one).values() if callable(value)]
+        told.append(_ADDRESS.sub("", " of ".join([repr(one), *functions])))
+    return "; ".join(told)
+
+
+def values_told(*values: Tensor | np.ndarray) -> str:
+    """A hash of the values, shapes and dtypes of tensors and arrays, 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for one in values:
+        found.update(f"{tuple(one.shape)} {one.dtype};".encode())
+        found.update(_bytes(one.detach(), whole=True) if isinstance(one, Tensor) else one.tobytes())
+    return found.hexdigest()[:16]

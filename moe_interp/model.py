@@ -1,9 +1,8 @@
 """A mixture-of-experts model whose inside can be read and edited."""
 
 import importlib.metadata
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from os import PathLike
@@ -24,11 +23,12 @@ from moe_interp.adapters.sums import follow
 from moe_interp.arguments import checked, described, shown
 from moe_interp.encode import Inputs, check_room, encode
 from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
-from moe_interp.generation import check_steps, continued, count_of
+from moe_interp.generation import continued, count_of
 from moe_interp.hosts import Session, Standing, Standings, open_host
 from moe_interp.hosts.program import Program
+from moe_interp.hosts.steps import check_unguided
 from moe_interp.interventions import Intervention
-from moe_interp.measured import code_version, fingerprint
+from moe_interp.measured import code_version, edits_told, fingerprint
 from moe_interp.run import Read, Run, positions_of
 
 if TYPE_CHECKING:
@@ -233,7 +233,8 @@ class MoEModel:
 
         Raises:
             UnsupportedModel: a model that does not write text, or has no ``generate``.
-            BadInput: more tokens than the context length, or edits at a step's newest token where a step has several.
+            BadInput: more tokens than the context length, edits at a step's newest token where a step has several, or
+                edits given here of a generation with ``guidance_scale``.
             BadCheckpoint: the weights, or logits that no edit has changed, are not finite.
         """
         self._check_open()
@@ -255,18 +256,19 @@ class MoEModel:
                 do="Use run, a token at a time.",
             )
         edits = [*self._standing, *listed(edit, Intervention)]
-        check_steps(edits, options)
+        check_unguided(listed(edit, Intervention), options, entry.generation_config)
         given = encode(inputs, self.tokenizer, self.spec, self.device, padding_side="left")
         check_room(given, self.spec, options.get("generation_config") or entry.generation_config, options)
         checked = watched(partial(self._not_finite, edited=bool(edits)))
         options["logits_processor"] = LogitsProcessorList([checked, *(options.get("logits_processor") or ())])
-        session = Session(self._host, edits, whole=False, routing=False, texts=count_of(given))
+        session = Session(self._host, edits, whole=False, routing=False, texts=count_of(given), steps=True)
         ids = session(lambda: entry.generate(**given, **options))
         return continued(inputs, ids, given.get("attention_mask"), self.spec, self.tokenizer)
 
     @checked
-    @contextmanager
-    def edit(self, *edits: Intervention | Sequence[Intervention], everywhere: bool = False) -> Iterator[Standing]:
+    def edit(
+        self, *edits: Intervention | Sequence[Intervention], everywhere: bool = False
+    ) -> AbstractContextManager[Standing]:
         """Edits that stand inside the ``with``.
 
         They act in `run` and `generate`, before those given there, so in every analysis (those that call `experts`
@@ -293,12 +295,13 @@ class MoEModel:
         self._check_edits([*self._standing, *given])
         standing = Standing(given, everywhere=everywhere)
         self._began.add(standing)
-        with self._standings.stand(standing):
-            yield standing
+        return self._standings.stand(standing)
 
     def _check_edits(self, edits: Sequence[Intervention]) -> None:
         """Refuse what the model cannot have."""
-        Program(self.spec, edits)
+        program = Program(self.spec, edits)
+        if self.here:
+            self._host.check_in_place({layer for _, layer in program.edits})
 
     @property
     def _standings(self) -> Standings:
@@ -460,7 +463,8 @@ class MoEModel:
                 got=f"{rounding}, which rounds it to 8 bits first",
                 do="Load with weights that are quantised alone, such as torchao's Int8WeightOnlyConfig.",
             )
-        if self.hf.training and getattr(self.hf, "is_gradient_checkpointing", False):
+        anew = [module for module in self._host.recomputed if module.training and module.gradient_checkpointing]
+        if anew:
             raise BadInput(
                 "gradients would be wrong",
                 expected="activations that are kept: a layer that is computed anew does not go on with what was read",
@@ -488,8 +492,8 @@ def _transformers() -> str:
 
 
 def _told(edits: Sequence[Intervention]) -> dict[str, str]:
-    """Edits as a result names them: functions without their addresses, which are others in every process."""
-    return {"edits": re.sub(r" at 0x[0-9a-f]+", "", "; ".join(map(repr, edits)))} if edits else {}
+    """Edits as a result names them."""
+    return {"edits": edits_told(edits)} if edits else {}
 
 
 def as_read(one: str | Read) -> Read:

@@ -4,6 +4,7 @@ Every supported model has the same points under the same names with the same sha
 does not have (no shared expert, say) is absent from ``model.points``.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -63,6 +64,34 @@ POINTS: dict[str, Point] = {
         Point("resid_post", "B S D", "residual stream out of the decoder layer", Scope.LAYER),
     )
 }
+
+
+def in_order(names: Iterable[str], moved: Mapping[str, str]) -> tuple[str, ...]:
+    """Names of points in the order in which a forward pass comes to them; names of other places last.
+
+    Args:
+        names: the points that a layer has, and other places in it.
+        moved: where that is not the order of the table: the point that each of these comes right before.
+    """
+    given = list(names)
+    found = [name for name in POINTS if name in given]
+    for name, before in moved.items():
+        if name in found and before in found:
+            found.remove(name)
+            found.insert(found.index(before), name)
+    return (*found, *(name for name in given if name not in POINTS))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Ascending numbers, such as layers, in short: "0, 2 to 5, 9"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+
 
 SELECTION = ("selection_scores", "selected_ids")
 """Places inside a router, [B, S, E] and [B, S, K], at which interventions change its choice: what its top-k looks at

@@ -46,8 +46,8 @@ class Outcome:
     Attributes:
         number: of the variant, in the order given.
         texts: [n], the text of each row of logits.
-        columns: [n], its column in the batch.
-        logits: [n, V].
+        columns: [n], its column in the batch; the text's last real token where a head gives a row for a whole text.
+        logits: [n, V], what the model gives: scores of labels from a classifier, hidden states without a head.
         touched: how many values each of its edits changed.
     """
 
@@ -162,6 +162,7 @@ class Restart:
                 for (_, variant), some in zip(chunk, texts, strict=True)
             ]
         )
+        at = self._given(at, rows)
         blocks, begin = [], 0
         for (_, variant), some in zip(chunk, texts, strict=True):
             rows_of = slice(begin, begin + len(some))
@@ -189,14 +190,32 @@ class Restart:
         gathered: list[bool] = []  # not empty if the unembedding saw the wanted tokens alone
 
         def gather(hidden: Tensor) -> Tensor:
-            if hidden.shape[:2] != at.shape:
+            # A head that pools takes its token by the number that it has in the whole text.
+            if hidden.shape[:2] != at.shape or self._pooled:
                 return hidden
             gathered.append(True)
             return hidden[at][None]
 
         session = Session(self.model._host, blocks, routing=False, unembed=gather, **self._from(first, rows))
         logits = session(lambda: self.model.forward(inputs))
-        return (logits.flatten(0, -2) if gathered else logits[at]), session.program.touched
+        return (logits.flatten(0, -2) if gathered else self._at(logits, at)), session.program.touched
+
+    @property
+    def _pooled(self) -> bool:
+        """Whether the model gives one row of logits for a text, not for a token."""
+        return self.model.spec.head == "pooled"
+
+    def _given(self, at: Bool[Tensor, "R S"], rows: Int[Tensor, " R"]) -> Bool[Tensor, "R S"]:
+        """Where there are logits, of the places where they are wanted: pooled ones stand at the last real token."""
+        if not self._pooled:
+            return at
+        mask = self.tokens.mask[rows]
+        last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+        return last & at.any(dim=1, keepdim=True)
+
+    def _at(self, logits: Tensor, at: Bool[Tensor, "R S"]) -> Float[Tensor, "n V"]:
+        """Logits at some places of a batch."""
+        return logits[at.any(dim=1)] if self._pooled else logits[at]
 
     def _from(self, first: int, rows: Int[Tensor, " R"]) -> dict[str, Any]:
         """Layers before ``first`` do nothing, and it is given what the base run gave it."""
@@ -223,8 +242,8 @@ class Restart:
             return False
         count = 1 if len(self.tokens.mask) > 1 else 2
         text = torch.zeros(count, dtype=torch.long, device=self.tokens.mask.device)
-        at = self.tokens.mask[text]
-        expected = self.base.output[text][at]
+        at = self._given(self.tokens.mask[text], text)
+        expected = self._at(self.base.output[text], at)
         blocks = [Block(self.edits, slice(0, count), text, base=len(self.edits))]
         return all(_alike(self._logits(text, blocks, first, at)[0], expected) for first in starts)
 

@@ -3,12 +3,13 @@
 1. An analysis states its numbers as `Variable`s: dimension names, values, units, meaning.
 2. `labelled` checks that each dtype lives through netCDF-4, puts units, meaning and provenance into attrs, and makes
    ``bound`` the first dim of every interval.
-3. `save` and `load` name the engine (h5netcdf), write whole files or none, and trust no file.
+3. `save` and `load` name the engine (h5netcdf), write whole files or none, and trust no file: a child process reads.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -19,10 +20,12 @@ from numpy.typing import ArrayLike
 from moe_interp import __version__
 from moe_interp.errors import BadData, BadInput, BadOutput
 from moe_interp.paths import check_readable, lone_surrogate, real_file, write_whole
+from moe_interp.untrusted import frames
 
 ENGINE: Final = "h5netcdf"
 SUFFIX: Final = ".nc"
-COMPRESSION: Final = 1032  # no deflated byte stands for more
+_SEAL: Final = b"moe_interp sha256 "
+_A_RESULT: Final = "a result saved as netCDF-4"
 _DTYPES = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64")
 
 
@@ -158,57 +161,87 @@ def save(dataset: xr.Dataset, path: str | os.PathLike[str]) -> Path:
         written = dataset.to_netcdf(engine=ENGINE)
     except (TypeError, ValueError, UnicodeError) as error:
         raise BadInput("this Dataset cannot be stored", expected="a result of moe_interp", got=str(error)) from error
-    return write_whole(path, written)
+    return write_whole(path, b"".join([written, _SEAL, hashlib.sha256(written).hexdigest().encode("ascii")]))
 
 
-def load(path: str | os.PathLike[str]) -> xr.Dataset:
+def _check_seal(path: str | os.PathLike[str]) -> None:
+    """Refuse a file that ends in a hash of other bytes than it holds. Files that others wrote end in none.
+
+    HDF5 reads no further than the length that its first block states, so that other readers do not see the hash.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size - len(_SEAL) - 64
+        file.seek(max(size, 0))
+        seal, told = file.read(len(_SEAL)), file.read()
+        if seal != _SEAL:
+            return
+        file.seek(0)
+        found, left = hashlib.sha256(), size
+        while left and (part := file.read(min(left, 2**20))):
+            found.update(part)
+            left -= len(part)
+    if found.hexdigest().encode("ascii") != told:
+        raise BadData(f"{path} is damaged", expected="the bytes that save wrote", got="others")
+
+
+def load(path: str | os.PathLike[str], *, trusted: bool = False) -> xr.Dataset:
     """Read a result written by `save`, wholly into memory.
 
-    Damage in a file's lists of dimensions can keep the HDF5 library in a loop without end (H5DSget_num_scales).
+    A child process reads the file: damage can crash the HDF5 library or keep it in a loop without end. Damage ends the
+    child, after a few seconds at most, and never this process. What `save` wrote ends in a hash, by which any damage to
+    its values is seen.
+
+    Args:
+        path: the file.
+        trusted: read it in this process, without limits of time and memory. Saves the start of a child.
 
     Raises:
-        BadData: no such file, not a netCDF-4 file, a damaged one, one that refers to other files, or one whose
-            arrays are larger than its bytes can hold.
+        BadData: no such file, not a netCDF-4 file, a damaged one, one that refers to other files, or one whose values
+            take more memory or time than a file of its size has reason to.
     """
-    check_readable(path, "a result saved as netCDF-4")
+    check_readable(path, _A_RESULT)
     try:
-        _check_self_contained(path)
-        return xr.load_dataset(Path(path), engine=ENGINE)
+        _check_seal(path)
+        if trusted:
+            return xr.load_dataset(Path(path), engine=ENGINE)
+        return xr.decode_cf(_stored(frames("netcdf", path, expected=_A_RESULT))).load()
     except BadData:
         raise
-    except Exception as error:  # damaged files set off errors of every kind in HDF5 and its readers
+    except Exception as error:  # damaged files set off errors of every kind in xarray and below it
         got = f"{type(error).__name__}: {error}"
-        raise BadData(f"cannot read {path}", expected="a result saved as netCDF-4", got=got) from error
+        raise BadData(f"cannot read {path}", expected=_A_RESULT, got=got) from error
 
 
-def _check_self_contained(path: str | os.PathLike[str]) -> None:
-    """Refuse a file that takes values from other files, and sizes that no file of so many bytes holds."""
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        names: list[str] = []
-        file.visititems_links(lambda name, link: names.append(name) if isinstance(link, h5py.ExternalLink) else None)
-        tables: list[Any] = [file] if isinstance(file, h5py.Dataset) else []
-        file.visititems(lambda _, one: tables.append(one) if isinstance(one, h5py.Dataset) else None)
-        names += [one.name for one in tables if one.external or one.is_virtual]
-        if names:
-            raise BadData(
-                f"{path} refers to other files",
-                expected="a file that holds its own values",
-                got=f"links at {names[:3]}",
-            )
-        stated = sum(one.size * one.dtype.itemsize for one in tables if one.shape is not None)
-        _check_size(path, stated)
+def _stored(answers: Iterator[Any]) -> xr.Dataset:
+    """The variables of a file as they are stored, not yet decoded."""
+    told = next(answers)
+    variables = {one["name"]: _variable(one, next(answers)) for one in told["variables"]}
+    if next(answers, None) is not None:
+        raise ValueError("more values than variables")
+    return xr.Dataset(variables, attrs=_attrs(told["attrs"]))
 
 
-def _check_size(path: str | os.PathLike[str], stated: int) -> None:
-    most = COMPRESSION * os.path.getsize(path)
-    if stated > most:
-        raise BadData(
-            f"{path} states sizes that it cannot hold",
-            expected=f"at most {most} bytes of values, {COMPRESSION} times the file",
-            got=f"{stated} bytes",
-        )
+def _variable(told: Mapping[str, Any], content: Any) -> xr.Variable:
+    if told["dtype"] == "text":
+        values, encoding = np.array(content, object), {"dtype": str}
+    else:
+        values, encoding = np.frombuffer(content, told["dtype"]), {}
+    return xr.Variable(told["dims"], values.reshape(told["shape"]), _attrs(told["attrs"]), encoding)
+
+
+def _attrs(told: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _attribute(value) for name, value in told.items()}
+
+
+def _attribute(told: Any) -> Any:
+    """Undo what the child did to send a value as JSON."""
+    if not isinstance(told, dict):
+        return told
+    if "bytes" in told:
+        values = np.array([one.encode("latin-1") for one in told["bytes"]]).reshape(told["shape"])
+    else:
+        values = np.array(told["values"], told["dtype"]).reshape(told["shape"])
+    return values if told["shape"] else values[()]
 
 
 def provenance_of(dataset: xr.Dataset) -> dict[str, str | int | float]:

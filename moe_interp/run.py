@@ -15,12 +15,18 @@ from torch import Tensor
 
 from moe_interp.arguments import Count, Number, Otherwise, checked, described, index
 from moe_interp.errors import BadInput, UnknownName
+from moe_interp.points import ranges
 
 Indices = Annotated[
     SupportsIndex | Iterable[SupportsIndex] | None,
     Otherwise("Marks of tokens, which are True or False, are given as tokens=."),
 ]
 """Layers or positions as they may be given: one, several, or None for all."""
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things, in words."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def positions_of(positions: Indices) -> tuple[int, ...] | None:
@@ -41,7 +47,7 @@ def positions_of(positions: Indices) -> tuple[int, ...] | None:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tokens:
     """Which entries of a padded batch are real tokens, and how they are numbered.
 
@@ -58,6 +64,12 @@ class Tokens:
     numbers: Int[Tensor, " B"] | None = None
     prefixes: Int[Tensor, "B S"] | None = None
     beginning_known: bool = True
+
+    def __repr__(self) -> str:
+        texts, longest = self.mask.shape
+        lengths = self.mask.sum(dim=1).tolist()
+        real = f"{min(lengths)} to {max(lengths)}" if len(set(lengths)) > 1 else str(lengths[0])
+        return f"Tokens of {counted(texts, 'text')}, {counted(longest, 'position')}: {real} real ones in each"
 
     @classmethod
     def from_mask(cls, attention_mask: Tensor, length: int) -> "Tokens":
@@ -123,7 +135,7 @@ class Tokens:
         return hit.int().argmax(dim=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Read:
     """Which values of a point to keep: at these layers and positions (None: all).
 
@@ -134,6 +146,14 @@ class Read:
     layers: tuple[int, ...] | None = None
     positions: tuple[int, ...] | None = None
     top: int | None = None
+
+    def __repr__(self) -> str:
+        layers, places = self.layers, self.positions
+        where = "all its layers" if layers is None else f"layer{'s' * (len(layers) > 1)} {ranges(layers)}"
+        some = () if places is None else places
+        when = f"position{'s' * (len(some) > 1)} {', '.join(map(str, some))}" if some else "all positions"
+        told = f"Read({self.point} at {where}, {when}"
+        return told + (f", as the {self.top} most likely tokens)" if self.top else ")")
 
 
 class TopTokens(NamedTuple):
@@ -146,6 +166,10 @@ class TopTokens(NamedTuple):
 
     ids: Tensor
     logprobs: Tensor
+
+    def __repr__(self) -> str:
+        rows, top = self.ids.shape[:-1], self.ids.shape[-1]
+        return f"TopTokens: ids and logprobs of the {top} most likely at each of {list(rows)}"
 
 
 @checked
@@ -205,7 +229,7 @@ class Context:
         return torch.isin(self.ids, torch.tensor(experts, device=self.ids.device)) & self.seen[..., None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Routing:
     """Who was routed where at one layer.
 
@@ -225,6 +249,14 @@ class Routing:
     scores: Float[Tensor, "B S E"] | None = None
     weighs_output: bool = True
     added: Mapping[int, Float[Tensor, "B S D"]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        texts, longest, slots = self.ids.shape
+        sizes = f"{counted(texts, 'text')}, {counted(longest, 'position')}, {counted(slots, 'slot')}"
+        scores = self.logits if self.scores is None else self.scores
+        too = [name for name in ("logits", "scores") if getattr(self, name) is not None]
+        more = "" if scores is None else f"; {', '.join(too)} [{texts}, {longest}, {scores.shape[-1]}]"
+        return f"Routing of {sizes}: ids, weights {[texts, longest, slots]}, mask {[texts, longest]}{more}"
 
     @checked
     def slots_of(self, expert: Number) -> Bool[Tensor, "B S K"]:
@@ -255,6 +287,21 @@ class Routing:
     def by_rank(self) -> Int[Tensor, "B S K"]:
         """[B, S, K], the slots from the heaviest to the lightest."""
         return self.weights.argsort(dim=-1, descending=True, stable=True)
+
+
+class Routings(dict[int, Routing]):
+    """The routing of every MoE layer, by its number."""
+
+    def __missing__(self, layer: Any) -> Routing:
+        raise UnknownName(f"no routing of layer {layer}", expected=f"an MoE layer of {list(self)}", got=repr(layer))
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no routing"
+        kinds: dict[str, list[int]] = {}
+        for layer, routing in self.items():
+            kinds.setdefault(repr(routing), []).append(layer)
+        return "\n".join(f"layer{'s' * (len(layers) > 1)} {ranges(layers)}: {kind}" for kind, layers in kinds.items())
 
 
 def _run_instead(given: Any) -> str | None:
@@ -290,13 +337,16 @@ class Run:
     tops: Mapping[tuple[str, int | None], TopTokens] = field(default_factory=dict)
     places: Mapping[tuple[str, int | None], tuple[int, ...]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.routing = Routings(self.routing)
+
     def __repr__(self) -> str:
         texts, longest = self.mask.shape
-        layers: dict[str, list[int | None]] = {}
+        layers: dict[str, list[int]] = {}
         for name, layer in (*self.values, *self.tops):
-            layers.setdefault(name, []).append(layer)
-        read = [name if at == [None] else f"{name} at layers {at}" for name, at in layers.items()]
-        told = f"Run of {texts} texts, {longest} positions, read: {', '.join(read) or 'nothing'}"
+            layers.setdefault(name, []).extend([] if layer is None else [layer])
+        read = [f"{name} at layers {ranges(sorted(at))}" if at else name for name, at in layers.items()]
+        told = f"Run of {counted(texts, 'text')}, {counted(longest, 'position')}, read: {', '.join(read) or 'nothing'}"
         return told + (f", touched: {self.touched}" if self.touched else "")
 
     @property

@@ -1,9 +1,11 @@
 """The TransformerLens door: the same values, edits and gradients as through the local host, and its traps."""
 
+import pickle
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch.nn import functional
 from transformer_lens import patching
 
 import moe_interp as moe
+from moe_interp.errors import UnknownName
 from moe_interp.points import POINTS
 from tests import tiny_types
 from tests.bridges import bridge, bridged, plain
@@ -250,6 +253,56 @@ def test_generic_activation_patch_finds_points_and_puts_in_clean_values():
 
             expected = metric(model.run(corrupted, edit=moe.apply("expert_out", put, layers=LAYER)).logits)
             assert found[LAYER, position].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_generic_activation_patch_over_a_model_with_a_dense_layer():
+    """Points of every layer work as they are; those of mixtures say which layers have them."""
+    lens, corrupted, metric = tiny("deepseek_v3"), IDS.flip(1), lambda logits: logits[:, -1, 7].sum()
+    setter = lambda value, index, clean: patching.layer_pos_patch_setter(value, [int(one) for one in index], clean)  # noqa: E731
+
+    def patched(name, **options):
+        return patching.generic_activation_patch(lens, corrupted, clean, metric, setter, name, **options)
+
+    with moe.attach(lens) as door, moe.wrap(plain("deepseek_v3")) as model:
+        _, clean = lens.run_with_cache(IDS)
+        last = IDS.shape[1] - 1
+        for point in ("resid_pre", "resid_mid", "mlp_out"):
+            got = patched(point, index_axis_names=("layer", "pos"))
+            assert got.shape == (4, IDS.shape[1])
+            if point != "mlp_out":
+                value = clean[point, 0][:, last]
+                put = moe.replace(value[:, None].expand(-1, IDS.shape[1], -1), point=point, layer=0, positions=last)
+                expected = metric(model.run(corrupted, edit=put).logits)
+                assert got[0, last].item() == pytest.approx(float(expected), rel=1e-4)
+        for point in ("routed_out", "moe_in", "expert_out"):
+            with pytest.raises(UnknownName) as caught:
+                patched(point, index_axis_names=("layer", "pos"))
+            told = str(caught.value)
+            assert told.startswith(f"layer 0 has no experts and no {point!r}: expected one of layers [1, 2, 3], got")
+            assert "index_df=pandas.DataFrame([(layer, pos) for layer in those layers" in told
+        places = [(layer, position) for layer in door.model.layers for position in (0, last)]
+        got = patched("moe_out", index_df=pandas.DataFrame(places, columns=["layer", "pos"]))
+        assert len(got) == 6 and got.isfinite().all() and len(set(got.tolist())) > 3
+
+
+def test_a_cache_explains_what_a_layer_lacks_and_nothing_else():
+    lens = tiny("deepseek_v3")
+    with moe.attach(lens):
+        _, cached = lens.run_with_cache(IDS)
+        _, values = lens.run_with_cache(IDS, return_cache_object=False)
+        for one in (cached.cache_dict, values):
+            for name in ("blocks.0.mlp.hook_expert_out", "blocks.0.hook_expert_out"):
+                with pytest.raises(UnknownName, match="layer 0 has no experts and no 'expert_out'"):
+                    one[name]
+                assert name not in one and one.get(name) is None
+            with pytest.raises(KeyError, match="hook_nothing"):
+                one["blocks.0.hook_nothing"]
+            copied = pickle.loads(pickle.dumps(one))
+            assert type(copied) is dict and copied.keys() == one.keys()
+        _, some = lens.run_with_cache(IDS, names_filter="blocks.1.hook_routed_out")
+        with pytest.raises(KeyError, match="blocks.1.hook_expert_out"):
+            some["expert_out", 1]
+    assert type(lens.run_with_cache(IDS)[1].cache_dict) is dict
 
 
 def test_interventions_act_in_calls_of_the_bridge():

@@ -130,6 +130,10 @@ def test_what_cannot_be_right_is_refused():
 
         refused("not a set of experts: expected \\(layer, expert\\) of each, once, got \\[\\]", experts=[])
         refused("not a set of experts", experts=[(1, 2), (1, 2)])
+        for wrong in ([5, 3], (5, 3), [(1, 2, 3)], [(1, "2")]):
+            refused(
+                "not a set of experts: expected \\(layer, expert\\) of each, got.*Write \\[\\(5, 3\\)", experts=wrong
+            )
         refused("no sets of that size: expected 1 to 2, the experts given, got 3", size=3)
         refused("invalid size", size=0)
         refused(

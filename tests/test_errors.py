@@ -196,9 +196,9 @@ def test_names_in_place_of_models_and_lenses(model):
 
 def test_models_and_runs_are_short_to_print(model):
     run = model.run(IDS, read=["moe_in", "embed", moe.select("resid_post", layers=3, top=2)])
-    assert repr(run) == "Run of 2 texts, 8 positions, read: embed, moe_in at layers [0, 2, 3], resid_post at layers [3]"
+    assert repr(run) == "Run of 2 texts, 8 positions, read: embed, moe_in at layers 0, 2, 3, resid_post at layers 3"
     run = model.run(IDS[:1, :3], edit=[moe.ablate(layer=2, expert=range(8)), moe.top_k(3)])
-    assert repr(run) == "Run of 1 texts, 3 positions, read: nothing, touched: (9, 0)"
+    assert repr(run) == "Run of 1 text, 3 positions, read: nothing, touched: (9, 0)"
     assert repr(model) == "MoEModel('qwen3_moe', qwen3_moe: 4 layers, 3 of them MoE, of 8 experts, top_k 3)"
 
 

@@ -176,6 +176,9 @@ def test_patching_every_expert_is_activation_patching(family):
         assert np.abs(got.numpy() - base - expected).max() < 1e-5 * abs(base)
         some = moe.get_act_patch_expert_out(lens, corrupted, clean, metric, layers=2)
         assert torch.equal(some[0], got[model.layers.index(2)])
+        again, (rows, columns) = moe.get_act_patch_expert_out(lens, corrupted, clean, metric, return_labels=True)
+        assert torch.equal(again, got) and columns == [f"E{expert}" for expert in range(8)]
+        assert torch.equal(got[rows.index("L2")], some[0]) and rows == [f"L{layer}" for layer in model.layers]
 
 
 def test_what_cannot_be_stacked_is_refused():

@@ -17,6 +17,7 @@ from moe_interp.adapters.families import FAMILIES
 from moe_interp.analyses.metrics import LogProbability
 from moe_interp.encode import encode, pad, padding_of, special_token_ids
 from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.restart import Restart, Variant
 from tests.tiny_types import TYPES, build, inputs
 
 LONG, SHORT = list(range(10, 19)), list(range(30, 35))
@@ -346,6 +347,31 @@ def test_what_needs_next_tokens_asks_for_a_language_model_head(name, fields):
             with pytest.raises(UnsupportedModel, match=r"no next token|generates nothing|has no logits"):
                 call(model)
                 pytest.fail(what)
+
+
+@pytest.mark.parametrize("name, fields", HEADS)
+def test_a_restart_gives_what_any_head_gives(name, fields):
+    """At each token, or once for a text: what a whole run under the same edit gives, of texts of different lengths."""
+    hf = tiny(name, **fields)
+    padding = hf.config.pad_token_id
+    ids = torch.tensor([LONG, [*LONG[:-2], padding, padding]])
+    batch = {"input_ids": ids, "attention_mask": (ids != padding).long()}
+    with moe.wrap(hf) as model:
+        edits = [moe.scale(layer=1, expert=expert, by=3.0) for expert in range(3)]
+        expected = [model.run(batch, edit=edit).output for edit in edits]
+        restart = Restart(model, batch)
+        at = restart.tokens.mask.clone()
+        at[0, :2] = False
+        found = list(restart.run([Variant([edit]) for edit in edits], at))
+        assert restart.exact and restart.separable and sorted(one.number for one in found) == [0, 1, 2]
+        pooled = model.spec.head == "pooled"
+        for one in found:
+            whole = expected[one.number]
+            right = whole[one.texts] if pooled else whole[one.texts, one.columns]
+            torch.testing.assert_close(one.logits, right, atol=1e-5, rtol=1e-5)
+            places = [(0, len(LONG) - 1), (1, len(LONG) - 3)] if pooled else at.nonzero().tolist()
+            assert list(zip(one.texts.tolist(), one.columns.tolist(), strict=True)) == [tuple(p) for p in places]
+        assert not torch.equal(expected[0], expected[1])
 
 
 def test_answers_in_a_text_are_starts_and_ends():

@@ -244,7 +244,7 @@ ONE = {"layer": LAYER, "expert": 1}
         (lambda run: moe.force([0], layer=2, weights=[0.5, 0.5]), "expected 1 weights"),
         (lambda run: moe.force([0], layer=2, weights="mine"), "unknown weights: expected one of 'own', 'kept'"),
         (
-            lambda run: moe.force(torch.zeros(2, 7, 2, dtype=torch.long), layer=2, weights="kept"),
+            lambda run: moe.force(torch.arange(2).expand(2, 7, 2), layer=2, weights="kept"),
             "3 slots a token, got 2",
         ),
         (lambda run: moe.swap(layer=2, experts=(1, 1)), "not two experts to swap"),
@@ -464,9 +464,7 @@ def test_truth_values_are_no_positions_and_no_layers(given):
         lambda: moe.scale(layer=0, expert=given, by=2.0),
         lambda: moe.select("moe_out", positions=given),
     ):
-        with pytest.raises(
-            BadInput, match="expected a whole number, a list of whole numbers or None, got .*tokens="
-        ):
+        with pytest.raises(BadInput, match="expected a whole number, a list of whole numbers or None, got .*tokens="):
             make()
     with pytest.raises(BadInput, match="expected a whole number"):
         moe.top_k(True)

@@ -111,7 +111,10 @@ def test_one_experts_matrices_do_not_keep_the_whole_layer(tmp_path):
 
 
 def test_a_model_without_weights_is_told_so():
-    with moe.wrap(tiny.build("olmoe").to("meta")) as model:
+    with pytest.raises(errors.BadInput, match="a model without weights.*on the meta device, such as model.emb"):
+        moe.wrap(tiny.build("olmoe").to("meta"))
+    with moe.wrap(tiny.build("olmoe")) as model:
+        model.hf.to("meta")
         for use in (lambda: model.weights(LAYER, 1), model.audit, lambda: check_weights(model.hf)):
             with pytest.raises(errors.UnsupportedModel, match="parameters are not in memory.*no hook that brings them"):
                 use()

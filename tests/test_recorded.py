@@ -102,7 +102,7 @@ def test_tokens_may_be_one_number_and_layers_are_numbered_as_told(tmp_path):
     found = routing_from_counts(counts, tokens=30, domains=DOMAINS, top_k=2, layers=(2, 5, 7), model="m")
     assert found.tokens.values.tolist() == [30, 30]
     assert found.layer.values.tolist() == [2, 5, 7]
-    assert results.provenance_of(found) == {"model": "m", "top_k": 2, "tokens": 60}
+    assert {"model": "m", "top_k": 2, "tokens": 60}.items() <= results.provenance_of(found).items()
     np.testing.assert_array_equal(found.counts.sel(domain="code", layer=7), counts[1, 2])
     xr.testing.assert_identical(results.load(results.save(found, tmp_path / "counts.nc")), found)
 

@@ -26,7 +26,7 @@ FLOORS = (
     ("interventions",),
     ("adapters", "run"),
     ("points",),
-    ("options", "paths"),
+    ("options", "paths", "untrusted", "untrusted_reader"),
     ("arguments",),
     ("dims", "errors"),
 )
@@ -102,6 +102,7 @@ def test_opening_a_model_loads_no_other_host_and_no_plotting():
 
 
 PUBLIC = """
+    KL LogProbability LogitDifference NLL Probability
     POINTS ByToken Corpus EditsElsewhere Family Intervention MoEError MoEModel Routing RoutingCallback RoutingWatch Run
     TunedLens ablate activation_patching apply attach attribution_patching bias causal_trace coactivation
     coalitions collect decompose_resid ensemble_similarity expert_effects expert_lens expert_profiles

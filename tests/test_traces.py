@@ -4,19 +4,24 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
+import nnsight
 import pytest
 import torch
 from nnsight import NNsight, TransformersModel
+from nnsight.intervention.interleaver import OutOfOrderError
 
 import moe_interp as moe
 from moe_interp.adapters import describe
+from moe_interp.adapters.spec import GatedOutput
 from moe_interp.errors import BadInput, UnknownName
 from moe_interp.hosts.hooked import trace_points
 from moe_interp.hosts.stock import reached, stock_points
-from moe_interp.points import POINTS
+from moe_interp.points import POINTS, in_order, ranges
 from tests import tiny
 from tests.edits import change
 from tests.served import saved, tokenizer, unloaded
+from tests.tiny_types import TYPES
+from tests.tiny_types import build as build_type
 
 IDS = torch.randint(3, 92, (2, 9), generator=torch.Generator().manual_seed(0))
 TEXTS = ("hello there", "a text of another length")
@@ -349,6 +354,78 @@ def test_neurons_are_met_in_every_implementation_of_experts(family, implementati
     assert (logits - edited).abs().max() <= 1e-5 * edited.abs().max()
 
 
+@both_doors
+@each_family
+def test_points_can_be_read_in_the_order_in_which_a_layer_prints_them(door, family):
+    lm, options = door(family)
+    points = trace_points(lm)
+    spec = describe(lm._module)
+    layer = spec.moe_layers[-1]
+    names = points.layers[layer].names
+    assert set(names) == {name for name in spec.layers[layer].sites if name in POINTS}
+    if options and isinstance(spec.layers[layer].sites.get("shared_out"), GatedOutput):
+        names = tuple(name for name in names if name != "shared_out")  # on a server it is asked for before the experts
+    with lm.trace(TEXTS[0], use_cache=False, **options):
+        found = nnsight.save([getattr(points.layers[layer], name).clone() for name in names])
+    with moe.wrap(tiny.build(family), tokenizer()) as model:
+        run = model.run(TEXTS[0], read=[moe.select(name, layers=layer) for name in names])
+    for name, value in zip(names, found, strict=True):
+        expected = run[name, layer]
+        assert (value - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+
+
+# Where the order is not that of the table of points, and some where it is.
+ORDERS = ["afmoe", "diffusion_gemma", "ernie4_5_moe", "gemma4_text", "granitemoeshared", "hunyuan_v1_moe", "laguna"]
+ORDERS += ["longcat_flash", "minimax_m3_vl_text", "cohere2_moe", "llama4_text", "nemotron_h", "zaya"]
+
+
+@pytest.mark.parametrize(
+    "model_type", [*ORDERS, *(pytest.param(one, marks=pytest.mark.slow) for one in TYPES if one not in ORDERS)]
+)
+def test_the_order_of_a_layer_is_that_of_its_forward_pass(model_type):
+    hf = build_type(model_type)
+    with moe.wrap(hf) as model:
+        met: list[tuple[int, str]] = []
+        for layer in model.spec.layers:
+            for name in layer.sites:
+                if name in POINTS:
+                    point = model._host.point(name, layer.index)
+                    point.register_forward_hook(lambda *_, at=(layer.index, name): met.append(at))
+        crossed = {"decoder_input_ids": IDS} if model.spec.kind == "encoder-decoder" else {}
+        model.run({"input_ids": IDS, **crossed})
+        passed = {layer for layer, _ in met}
+        assert passed >= set(model.layers)
+        lm = NNsight(hf)
+        for layer in passed:
+            own = [name for index, name in met if index == layer]
+            assert tuple(own) == trace_points(lm).layers[layer].names
+
+
+def test_layers_and_errors_tell_points_and_their_order():
+    lm = TransformersModel(tiny.build("deepseek_v3"), tokenizer=tokenizer())
+    points = trace_points(lm)
+    order = "resid_pre, attn_out, resid_mid, moe_in, router_logits, router_scores, expert_ids, gate_weights, expert_act"
+    order += ", expert_out, routed_out, shared_out, moe_out, resid_post"
+    assert repr(points.layers[0]) == "layer 0 (dense): resid_pre, attn_out, resid_mid, mlp_out, resid_post"
+    assert repr(points.layers[2]) == f"layer 2 (8 experts, top 3): {order}"
+    assert repr(points.layers) == "4 layers, of them with experts: 1 to 3"
+    assert repr(points).split("\n") == [
+        "points of deepseek_v3: .embed and .layers[0] to .layers[3], with experts at 1 to 3",
+        "print(points.layers[1]) lists the points of a layer in the order to read them in",
+    ]
+    assert repr(points.layers[2].expert(3)) == "expert(3) of layer 2: out, act, weight, used"
+    for late in (
+        lambda: points.layers[2].moe_in,
+        lambda: points.layers[2].expert(0).out,
+        lambda: setattr(points.layers[2], "moe_in", 0),
+        lambda: setattr(points.layers[2].expert(0), "act", 0),
+    ):
+        told = f"already ran past it. Points come in this order, layer 2 .*: {order}"
+        with pytest.raises(OutOfOrderError, match=told), lm.trace(TEXTS[0]):
+            points.layers[2].resid_post.save()
+            late()
+
+
 @each_family
 def test_traces_show_what_standing_edits_made_of_every_point(family):
     lm = TransformersModel(tiny.build(family), tokenizer=tokenizer())
@@ -432,7 +509,10 @@ def test_a_block_that_is_replaced_is_seen_by_nnsight():
         (lambda points: points.layers[1].expert(1), UnknownName, "layer 1 has no experts"),
         (lambda points: points.layers[2].expert(8), UnknownName, "unknown expert 8 at layer 2: expected an expert"),
         (lambda points: points.layers[2].heaviest(3), BadInput, "no such rank: expected one from 0 to 2"),
-        (lambda points: points.layers[2].expert_outs, UnknownName, "no point 'expert_outs' of a layer"),
+        (lambda points: points.layers[2].expert_outs, UnknownName, "no point 'expert_outs' of a layer.*of layer 2"),
+        (lambda points: points.layers[1].moe_ins, UnknownName, "no point 'moe_ins' of a layer.*of layer 1, .*mlp_out"),
+        (lambda points: points.layers[2].expert(1).output, UnknownName, "no 'output' of an expert: expected out, act"),
+        (lambda points: setattr(points.layers[2].expert(1), "outs", 0), UnknownName, "no 'outs' of an expert"),
         (lambda points: points.layers[2].embed, UnknownName, "no point 'embed' of a layer"),
         (lambda points: setattr(points.layers[2], "gate_weight", 0), UnknownName, "no point 'gate_weight'"),
         (lambda points: setattr(points.layers[2], "router_scores", IDS), BadInput, "cannot be edited"),
@@ -452,3 +532,12 @@ def test_only_whole_nnsight_models_have_points():
     lm = NNsight(hf)
     with pytest.raises(moe.MoEError, match="points of a part of a model"):
         trace_points(lm.model)
+
+
+def test_names_in_order_and_numbers_in_short():
+    names = ("selected_ids", "moe_out", "shared_out", "router_logits", "moe_in")
+    assert in_order(names, {}) == ("moe_in", "router_logits", "shared_out", "moe_out", "selected_ids")
+    assert in_order(names, {"shared_out": "router_logits"})[:3] == ("moe_in", "shared_out", "router_logits")
+    assert in_order(("moe_in", "moe_out"), {"shared_out": "moe_in", "moe_in": "expert_ids"}) == ("moe_in", "moe_out")
+    assert ranges([]) == "" and ranges([3]) == "3" and ranges([0, 1]) == "0, 1"
+    assert ranges([0, 2, 3, 4, 7, 8]) == "0, 2 to 4, 7, 8"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import moe_interp as moe
 from moe_interp.adapters import FAMILIES, Family
+from moe_interp.adapters.reading import padding_id
 from moe_interp.points import POINTS
 from tests.edits import change, one_of_each_point
 from tests.module_sites import cacheless, output_of
@@ -224,6 +225,8 @@ def test_padding_counts_nowhere(model_type):
     hf = tiny(model_type)
     padded = inputs(hf)
     padded["attention_mask"][1, :3] = 0
+    if (padding := padding_id(hf)) is not None:
+        padded["input_ids"][1, :3] = padding
     with torch.no_grad():
         reference = forward(hf, padded)
     with moe.wrap(hf) as model:

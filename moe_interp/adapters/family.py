@@ -5,7 +5,7 @@ block holds a submodule under the row's ``experts`` name.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -46,7 +46,7 @@ from moe_interp.adapters.spec import (
 )
 from moe_interp.adapters.sums import Gate, Join, Step, Streams, Sum, Through
 from moe_interp.errors import UnsupportedModel
-from moe_interp.points import SELECTION
+from moe_interp.points import SELECTION, in_order
 
 EXPERTS_POINTS = ("expert_ids", "gate_weights", "expert_act", "expert_out", "routed_out")
 BODIES = ("model.language_model", "model", "", "language_model.model", "thinker.model.language_model", "transformer")
@@ -136,6 +136,8 @@ class Family:
         balance: what the model's own load-balance loss counts by, given the router, as in `Balance`; None where that
             loss leaves the layer out.
         sites: sites that differ, given a layer.
+        moved: points that a layer comes to at another time than the table of points says, each with the point that it
+            comes right before, such as ``{"shared_out": "router_logits"}`` where shared experts run first.
         embedding, final: as in `ModelSpec`, given the body; a ``final`` that returns None says that the output does not
             follow from the last residual alone.
         sizes: ``d_model``, ``vocab_size`` and ``context_length`` where neither config nor weights say, given the model.
@@ -182,6 +184,7 @@ class Family:
     skips: bool = False
     balance: Callable[[Any], Literal["token", "decision"] | None] = lambda router: "token"
     sites: Callable[[At, bool], Mapping[str, Site]] = lambda layer, mixture: {}
+    moved: Mapping[str, str] = field(default_factory=dict)
     embedding: Callable[[At], tuple[Step, ...] | None] = none
     final: Callable[[At], tuple[Step, ...] | None] | None = None
     sizes: Callable[[nn.Module], Mapping[str, int]] = lambda hf: {}
@@ -279,7 +282,7 @@ class Family:
         return LayerSpec(
             index=index,
             path=layer.path,
-            sites=sites,
+            sites={name: sites[name] for name in in_order(sites, self.moved)},
             moe=moe,
             mid=self._mid(layer),
             post=None if how is None else Join(base, tuple(branch for branch in branches if branch in sites), how),

@@ -4,6 +4,8 @@ The router reads the residual through its own norm, the experts through another:
 re-route. The dense MLP is the shared expert; it and the sum over slots are normed, added and normed once more.
 """
 
+from dataclasses import replace
+
 from torch import nn
 
 from moe_interp.adapters.family import At, Described, Family, never
@@ -45,6 +47,7 @@ FAMILY = Family(
     renormalises=True,
     proportional=False,
     sites=_sites,
+    moved={"shared_out": "router_logits", "moe_in": "expert_ids"},
     logits=lambda config: {"logit_softcap": config.final_logit_softcapping},
     notes=(
         "Router and experts read the residual through norms of their own: an edit of moe_in does not re-route.",
@@ -56,12 +59,15 @@ FAMILY = Family(
 _DIFFUSION_NOTES = (*FAMILY.notes, "Layers are numbered through encoder (prompt) and decoder (canvas).")
 
 
+_DIFFUSION = replace(FAMILY, moved={"shared_out": "moe_in"})
+
+
 def describe_diffusion(hf: nn.Module) -> ModelSpec:
     """What a DiffusionGemma model computes: an encoder of the prompt, a decoder of the canvas."""
     encoder, decoder = At(hf, "model.encoder.language_model"), At(hf, "model.decoder")
-    layers = FAMILY.stack(encoder.sub("layers"), "encoder", 0)
-    layers += FAMILY.stack(decoder.sub("layers"), "decoder", len(layers))
-    return FAMILY.model_spec(
+    layers = _DIFFUSION.stack(encoder.sub("layers"), "encoder", 0)
+    layers += _DIFFUSION.stack(decoder.sub("layers"), "decoder", len(layers))
+    return _DIFFUSION.model_spec(
         hf,
         decoder,
         layers,

@@ -17,6 +17,7 @@ from moe_interp.adapters.family import At, Described, Family
 from moe_interp.adapters.spec import Input, LayerSpec, ModelSpec, Output, ResidualInput, Site
 from moe_interp.adapters.sums import Join
 from moe_interp.errors import BadInput
+from moe_interp.points import in_order
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def _half(layer: At, index: int, half: int) -> LayerSpec:
     if not half:
         return LayerSpec(index, layer.path, sites, None, mid, Join("resid_mid", ("mlp_out",)))
     moe = FAMILY.moe(layer)
-    sites |= FAMILY.moe_sites(layer, moe)
+    mixture = FAMILY.moe_sites(layer, moe)
+    sites = {name: mixture[name] for name in in_order(mixture, {})} | sites  # the mixture runs in the first half
     return LayerSpec(index, layer.path, sites, moe, mid, Join("resid_mid", ("mlp_out", "moe_out")), part=1)
 
 

@@ -13,7 +13,10 @@ from moe_interp.errors import UnsupportedModel
 DEEPSEEK3 = Family(shared="mlp.shared_experts", scoring=sigmoid)
 _SIGMOID = Family(scoring=sigmoid, renormalises=True)
 _MINIMAX3 = replace(
-    _SIGMOID, shared="mlp.shared_experts", routed_steps=lambda block: (Times(block.module.routed_scaling_factor),)
+    _SIGMOID,
+    shared="mlp.shared_experts",
+    routed_steps=lambda block: (Times(block.module.routed_scaling_factor),),
+    moved={"shared_out": "router_logits"},
 )
 _CONNECTED = replace(
     DEEPSEEK3,
@@ -99,6 +102,7 @@ FAMILIES: dict[str, Family] = {
         _SIGMOID,
         router="router",
         shared="mlp.shared_experts",
+        moved={"shared_out": "expert_ids"},
         mid="pre_mlp_layernorm",
         mid_join=branch_through("post_attention_layernorm"),
         post_join=branch_through("post_mlp_layernorm"),

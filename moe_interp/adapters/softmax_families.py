@@ -26,8 +26,10 @@ _GRANITE = Family(
     post_join=_GRANITE_MULTIPLIER,
     embedding=lambda body: (Times(body.module.embedding_multiplier),),
     logits=lambda config: {"logit_scale": 1 / config.logits_scaling},
+    moved={"shared_out": "resid_post"},
 )
-ERNIE = Family(shared="mlp.shared_experts", renormalises=True)
+SHARED_FIRST = {"shared_out": "router_logits"}
+ERNIE = Family(shared="mlp.shared_experts", renormalises=True, moved=SHARED_FIRST)
 
 
 def _minimax(layer: At) -> dict[str, Any]:
@@ -78,7 +80,9 @@ FAMILIES: dict[str, Family] = {
         options={},
     ),
     "aria_text": Family(router="router", shared="mlp.shared_experts", renormalises=True),
-    "hunyuan_v1_moe": Family(shared="mlp.shared_mlp", renormalises=True, padding_reaches="positions"),
+    "hunyuan_v1_moe": Family(
+        shared="mlp.shared_mlp", renormalises=True, padding_reaches="positions", moved=SHARED_FIRST
+    ),
     "ernie4_5_moe": ERNIE,
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,

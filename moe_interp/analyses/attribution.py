@@ -6,7 +6,7 @@ has its exact share of the logit, and the shares (with the bias of norm and unem
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moe_interp.adapters.reading import bare
+from moe_interp.analyses.answers import answer_ids
 from moe_interp.analyses.one_text import At, by_rank, expert_terms, run_text, token_texts
 from moe_interp.analyses.plain import (
     check_adds_up,
@@ -23,12 +24,11 @@ from moe_interp.analyses.plain import (
     final_modules,
     tolerance,
 )
-from moe_interp.arguments import checked, is_whole
+from moe_interp.arguments import checked
 from moe_interp.encode import Inputs
-from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.errors import UnsupportedModel
 from moe_interp.measured import inputs_told
 from moe_interp.model import MoEModel
-from moe_interp.paths import lone_surrogate
 from moe_interp.results import Variable, labelled
 from moe_interp.run import Run
 
@@ -63,7 +63,7 @@ def logit_attribution(
     """
     check_writes_text(model)
     check_plain_model(model)
-    ids = token_ids(model, tokens)
+    ids = answer_ids(model, tokens)
     points = ["embed", "attn_out", "mlp_out", "expert_out", "shared_out", "resid_post"]
     run, at = run_text(model, text, [point for point in points if point in model.points], None, (position,))
     parts = _residual_parts(model, run, at)
@@ -87,7 +87,7 @@ def logit_attribution(
         variables | _attributed_variables(listed),
         {"part": [part.name for part in listed], "token": ids.tolist()},
         analysis="logit_attribution",
-        provenance={**model.provenance(), **inputs_told(inputs=text), "position": int(at.numbers)},
+        provenance={**model.provenance(), **inputs_told(inputs=text, tokens=ids), "position": int(at.numbers)},
     )
 
 
@@ -203,31 +203,6 @@ def freeze(norm: nn.Module, residual: Float[Tensor, "*rows D"]) -> Frozen:
         expected="a root-mean-square or layer norm",
         got=type(norm).__name__,
     )
-
-
-def token_ids(model: MoEModel, tokens: int | str | Sequence[int | str]) -> Int[Tensor, " N"]:
-    """Ids of tokens given by their ids or texts.
-
-    Raises:
-        BadInput: none, an id out of the vocabulary, or a text that is not exactly one token.
-    """
-    one = isinstance(tokens, str) or is_whole(tokens)
-    listed: list[Any] = [tokens] if one else list(tokens)  # type: ignore[arg-type]
-    ids = [_token_id(model, token) if isinstance(token, str) else int(token) for token in listed]
-    if not ids or min(ids) < 0 or max(ids) >= model.spec.vocab_size:
-        raise BadInput("no such tokens", expected=f"one id or more, 0 to {model.spec.vocab_size - 1}", got=str(ids))
-    return torch.tensor(ids, device=model.device)
-
-
-def _token_id(model: MoEModel, text: str) -> int:
-    if model.tokenizer is None:
-        raise BadInput("text needs a tokenizer", expected="token ids", got=repr(text))
-    if lone_surrogate(text):
-        raise BadInput(f"{text!r} is no Unicode text", expected="the text of one token", got="half of a surrogate pair")
-    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise BadInput(f"{text!r} is not one token", expected="the text of one token", got=f"token ids {ids}")
-    return int(ids[0])
 
 
 def _attributed_variables(parts: Sequence[_ResidualPart]) -> dict[str, Variable]:

@@ -35,6 +35,7 @@ from moe_interp.analyses.effects import Sweep, patches, removals, tokens_of, use
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.metrics import KL, AnyMetric, Metric, as_metric
 from moe_interp.analyses.plain import check_not_edited, check_sets_no_contribution
+from moe_interp.analyses.side_by_side import real_ids, side_by_side
 from moe_interp.arguments import Count, Range, Seed, checked
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, UnsupportedModel
@@ -126,6 +127,7 @@ def attribution_patching(
         "metric_told": metric_told(sweep.metric),
         "towards": "nothing" if corrupted is None else "corrupted inputs",
         "steps": steps,
+        "sample": "all" if sample is None else sample,
         "seed": seed,
     }
     units = sweep.metric.units
@@ -395,12 +397,15 @@ def _put(value: Tensor, put: Tensor) -> Tensor:
 def _check(model: MoEModel, inputs: Inputs, corrupted: Inputs | None, with_neurons: Sequence[int]) -> None:
     """Refuse texts that do not fit token by token, and neurons whose columns do not add up to the output."""
     if corrupted is not None:
-        own, other = (_real(model, side) for side in (inputs, corrupted))
+        (ids, own), (others, other) = (_tokens(model, side) for side in (inputs, corrupted))
+        lengths, of_other = own.sum(dim=1).tolist(), other.sum(dim=1).tolist()
         if own.shape != other.shape or not torch.equal(own, other):
+            shown = ids is not None and others is not None and len(own) == len(other) and lengths != of_other
             raise BadInput(
                 "texts of other lengths",
-                expected=f"corrupted texts of {own.sum(dim=1).tolist()} tokens, padded alike",
-                got=f"{other.sum(dim=1).tolist()}",
+                expected=f"corrupted texts of {lengths} tokens, padded alike",
+                got=str(of_other),
+                do=_apart(model, real_ids(ids, own), real_ids(others, other)) if shown else None,  # type: ignore[arg-type]
             )
     for layer in with_neurons:
         moe = model.spec.moe(layer)
@@ -413,9 +418,15 @@ def _check(model: MoEModel, inputs: Inputs, corrupted: Inputs | None, with_neuro
             )
 
 
-def _real(model: MoEModel, inputs: Inputs) -> Bool[Tensor, "B S"]:
-    """Which entries of a batch are tokens."""
+def _apart(model: MoEModel, own: list[list[int]], other: list[list[int]]) -> str:
+    names = ("inputs", "corrupted")
+    return "Change words into others of as many tokens. " + side_by_side(own, other, model.tokenizer, names)
+
+
+def _tokens(model: MoEModel, inputs: Inputs) -> tuple[Int[Tensor, "B S"] | None, Bool[Tensor, "B S"]]:
+    """Token ids of a batch, None for embeddings, and which of its entries are tokens."""
     found = model.encode(inputs)
     ids = next(found[key] for key in ("decoder_input_ids", "input_ids", "inputs_embeds") if key in found)
     mask = None if "decoder_input_ids" in found else found.get("attention_mask")
-    return torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
+    real = torch.ones(ids.shape[:2], dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
+    return None if ids.is_floating_point() else ids, real

@@ -24,12 +24,12 @@ from torch import Tensor
 from moe_interp.analyses.metrics import as_metric
 from moe_interp.analyses.plain import check_writes_text
 from moe_interp.analyses.trials import BOUNDS, Trial, effects, summary
-from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.arguments import Count, Draws, Seed, checked, index
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, ablate
 from moe_interp.interventions.named import Ablation
-from moe_interp.measured import inputs_told, metric_told
+from moe_interp.measured import edits_told, inputs_told, metric_told
 from moe_interp.model import MoEModel
 from moe_interp.restart import Restart
 from moe_interp.results import Variable, labelled
@@ -62,7 +62,8 @@ def coalitions(
         model: a causal language model.
         text: one or several.
         experts: (layer, expert) of each.
-        metric: "nll", "kl", one of `moe_interp.analyses.metrics`, or a function of a text's logits [s, V].
+        metric: "nll", "kl", a metric such as ``moe.LogitDifference(" he", " she")``, or a function of a text's logits
+            [s, V].
         how, mean, run: as in `moe.ablate`.
         size: of the largest sets; 2: every pair. That of all experts gives Shapley values.
         resamples: of the intervals over texts.
@@ -89,7 +90,7 @@ def coalitions(
     listed = _checked(model, experts, size)
     sets = [one for count in range(1, size + 1) for one in combinations(range(len(listed)), count)]
     edits = [ablate(layer=one[0], expert=one[1], how=how, mean=mean, run=run, seed=seed) for one in listed]
-    restart, bindable = Restart(model, text), as_metric(metric)
+    bindable, restart = as_metric(metric, model), Restart(model, text)
     bound = bindable.bind(restart.base)
     base = bound.of(restart.base)
     trials = _trials(restart, listed, sets, edits)
@@ -116,13 +117,18 @@ def coalitions(
         analysis="coalitions",
         provenance={
             **model.provenance(), **inputs_told(inputs=text), "metric": bindable.name,
-            "metric_told": metric_told(bindable), "how": how, "resamples": resamples, "seed": seed,
+            "metric_told": metric_told(bindable), "how": how, "size": size,
+            **inputs_told(ablations=edits_told(edits)), "resamples": resamples, "seed": seed,
         },
     )  # fmt: skip
 
 
 def _checked(model: MoEModel, experts: Sequence[Expert], size: int) -> list[Expert]:
-    listed = [(int(layer), int(expert)) for layer, expert in experts]
+    try:
+        listed = [(index(layer), index(expert)) for layer, expert in experts]
+    except (TypeError, ValueError):
+        do = "Write [(5, 3), (5, 7)] for experts 3 and 7 of layer 5."
+        raise BadInput("not a set of experts", expected="(layer, expert) of each", got=repr(experts), do=do) from None
     if not listed or len(set(listed)) < len(listed):
         raise BadInput("not a set of experts", expected="(layer, expert) of each, once", got=str(listed))
     for one in listed:

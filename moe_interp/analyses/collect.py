@@ -9,12 +9,13 @@ import copy
 import hashlib
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -76,8 +77,8 @@ class Pass:
         """What a result must say about the pass."""
         return {
             **self.model.provenance(),
-            "data": self.corpus.source,
-            "documents": len(self.corpus),
+            **self.corpus.told,
+            "max_tokens": self.options.max_tokens or "context length",
             "truncated": sum(batch.truncated for batch in self.batches),
             "special_tokens": "counted" if self.options.special_tokens else "left out",
         }
@@ -272,6 +273,9 @@ def _take_up(path: Path, sums: Mapping[str, Exact], mark: str) -> int:
     """Put what a file holds in place of the accumulators' values, and say how many batches it is of."""
     check_readable(path, "states that collect wrote")
     try:
+        with ZipFile(path) as archive:  # written uncompressed: what unpacks to more is not ours
+            if sum(one.file_size for one in archive.infolist()) > os.path.getsize(path):
+                raise ValueError("arrays that are larger than the file")
         with np.load(path, allow_pickle=False) as stored:
             same = str(stored["mark"]) == mark
             arrays = {name: stored[name] for name in stored.files} if same else {}

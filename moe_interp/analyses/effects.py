@@ -28,7 +28,7 @@ from moe_interp.arguments import Count, Seed, checked
 from moe_interp.encode import Inputs
 from moe_interp.interventions import Intervention, ablate, apply, patch
 from moe_interp.interventions.named import Ablation, check_used, mean_of
-from moe_interp.measured import inputs_told, metric_told
+from moe_interp.measured import inputs_told, metric_told, values_told
 from moe_interp.model import MoEModel
 from moe_interp.restart import Outcome, Restart, Variant
 from moe_interp.results import Description, described, labelled
@@ -58,8 +58,8 @@ def expert_effects(
     Args:
         model: any opened model.
         inputs: texts, as `MoEModel.run` takes them, in one batch.
-        metric: "nll", "kl", a metric of `moe_interp.analyses.metrics`, or a function from the logits [s, V] of one
-            text's real tokens to a number.
+        metric: "nll", "kl", a metric such as ``moe.LogitDifference(" he", " she")``, or a function from the logits
+            [s, V] of one text's real tokens to a number.
         how: what takes the expert's place, as in `moe_interp.ablate`. "resample" draws from these same texts.
         layers: MoE layers (None: all).
         mean: for "mean", the mean contribution [D] by (layer, expert); None: over the tokens of these texts that use
@@ -105,6 +105,7 @@ def expert_effects(
     about = {
         **model.provenance(), **inputs_told(inputs=inputs), "metric": sweep.metric.name,
         "metric_told": metric_told(sweep.metric), "how": how, "seed": seed,
+        **({} if mean is None else {"mean": values_told(*(mean[one] for one in sorted(mean)))}),
     }  # fmt: skip
     return labelled(
         described(values, _variables(sweep.metric.units)), coords, analysis="expert_effects", provenance=about

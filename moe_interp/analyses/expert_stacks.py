@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_interp.analyses.attribution import freeze, linear_head, token_ids
+from moe_interp.analyses.answers import answer_ids
+from moe_interp.analyses.attribution import freeze, linear_head
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.plain import check_plain, check_plain_model, check_writes_text
 from moe_interp.arguments import checked, is_whole, kind_of, shown
@@ -292,8 +293,8 @@ def logit_directions(
 def _rows(cached: _Cached, weight: Tensor, tokens: Tokens, residual: Tensor) -> Tensor:
     """Rows of the unembedding, which go over the residual's dims."""
     if not isinstance(tokens, Tensor) or not tokens.dim():
-        return weight[token_ids(cached.door.model, int(tokens) if isinstance(tokens, Tensor) else tokens)[0]].float()
-    token_ids(cached.door.model, tokens.flatten().tolist())  # refuses what is no token
+        return weight[answer_ids(cached.door.model, int(tokens) if isinstance(tokens, Tensor) else tokens)[0]].float()
+    answer_ids(cached.door.model, tokens.flatten().tolist())  # refuses what is no token
     rows = weight[tokens.to(weight.device)].float()
     one_a_text = tokens.dim() == 1 and residual.dim() == 3 and len(tokens) == len(residual)
     rows = rows[:, None] if one_a_text else rows
@@ -345,7 +346,8 @@ def get_act_patch_expert_out(
     patching_metric: Callable[[Tensor], Any],
     *,
     layers: Indices = None,
-) -> Float[Tensor, "layer expert"]:
+    return_labels: bool = False,
+) -> Float[Tensor, "layer expert"] | tuple[Float[Tensor, "layer expert"], tuple[list[str], list[str]]]:
     """Activation patching of every expert: its contribution in the corrupted run replaced by that in the clean one.
 
     A contribution is weight times output at every position, 0 where the expert was not chosen; the corrupted run keeps
@@ -357,9 +359,11 @@ def get_act_patch_expert_out(
         clean_cache: of as many texts and positions, with expert_out, expert_ids and gate_weights.
         patching_metric: from logits [batch, pos, vocab] to a number.
         layers: MoE layers, as the checkpoint numbers them (None: all).
+        return_labels: also the names of the rows, "L1", "L2", ..., and of the columns, "E0", "E1", ...
 
     Returns:
         The metric of the patched run, for every layer and expert. NaN where a layer has fewer experts than another.
+        Dense layers have no row: with a first dense layer, row 0 is layer 1.
 
     Raises:
         BadInput: the bridge is not attached, or runs of other shapes.
@@ -384,7 +388,9 @@ def get_act_patch_expert_out(
                     corrupted_tokens, fwd_hooks=[(door.hook_names["routed_out", layer], _adding(change))]
                 )
                 patched[row, expert] = float(patching_metric(logits))
-    return patched
+    if not return_labels:
+        return patched
+    return patched, ([f"L{layer}" for layer in chosen], [f"E{expert}" for expert in range(patched.shape[1])])
 
 
 class _Contributions:

@@ -29,6 +29,7 @@ from moe_interp.arguments import Count, Draws, Seed, checked
 from moe_interp.data import Corpus
 from moe_interp.encode import GIVE_TOKENIZER
 from moe_interp.errors import BadInput
+from moe_interp.measured import function_told
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 from moe_interp.run import Run
@@ -360,5 +361,6 @@ def routing_by_label(
     names, numbers = label_tokens(model, corpus, label)
     sums = LabelCounts.empty(len(corpus), len(names), *sizes(model), numbers)
     where = collect(model, corpus, {"labels": sums}, Options(special_tokens, max_tokens, batch_tokens))
-    where["label"] = label if isinstance(label, str) else getattr(label, "__name__", "function")
+    where["label"] = label if isinstance(label, str) else function_told(label)
+    where["labelling"] = f"{sums.labelling:x}"  # a hash of every token's label
     return sums.result(names, provenance=where, resamples=resamples, seed=seed)

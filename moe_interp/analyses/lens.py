@@ -36,7 +36,7 @@ from moe_interp.analyses.tuned_lens import TunedLens
 from moe_interp.arguments import Count, Draws, checked
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput
-from moe_interp.measured import inputs_told
+from moe_interp.measured import inputs_told, values_told
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
 from moe_interp.run import Indices, Run, positions_of
@@ -130,7 +130,8 @@ def expert_lens(
             **model.provenance(),
             **inputs_told(inputs=text),
             "definition": definition,
-            "lens": "plain" if lens is None else "tuned",
+            "lens": "plain" if lens is None else f"tuned, {values_told(lens.weight, lens.bias)}",
+            "top": top,
         },
     )
 

@@ -1,11 +1,12 @@
 """What a change of a model is measured by: one number for each text, from logits at some of its tokens.
 
 A metric is bound to a base run, which says which tokens it looks at and what it compares with. Where it looks at
-several, a text's number is the mean over them.
+several, a text's number is the mean over them. Answers that are given as text become ids before that, when `as_metric`
+is told the model: its tokenizer says which.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,9 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from moe_interp.analyses.answers import Answers, answer_ids, as_answers
 from moe_interp.analyses.distributions import check_logits, divergence, log_probabilities
+from moe_interp.analyses.functions import check_arguments, kind, number_of
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.arguments import shown, takes
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
 from moe_interp.run import Run
@@ -106,16 +108,28 @@ class NLL:
 class LogitDifference:
     """Logit of an answer less that of a wrong one, at one token (Wang et al. 2022, arXiv 2211.00593).
 
+    ``LogitDifference(" he", " she")``, or ``LogitDifference((" he", " it"), (" she", " they"))`` for two texts.
+
     Attributes:
-        answers, wrong: ids, one for all texts or one a text.
+        answers, wrong: one token for all texts, or a tuple of one a text: texts of exactly one token, or ids.
         position: of a real token, negative ones from the end; the logits are those that follow it.
+        given: answers and wrong ones as they were given, once texts among them have become ids.
+
+    Raises:
+        BadInput: something else than tokens, or no wrong ones.
     """
 
-    answers: tuple[int, ...]
-    wrong: tuple[int, ...]
+    answers: Answers = ()
+    wrong: Answers = ()
     position: int = -1
     name: str = "logit_difference"
     units: str = "logits"
+    given: tuple[Answers, ...] = ()
+
+    def __post_init__(self) -> None:
+        form = 'Write moe.LogitDifference(" he", " she"): the answer, then the wrong one.'
+        object.__setattr__(self, "answers", as_answers(self.answers, "the answer of a logit difference", form))
+        object.__setattr__(self, "wrong", as_answers(self.wrong, "the wrong answer of a logit difference", form))
 
     def bind(self, base: Run) -> Bound:
         """The difference for the batch's texts.
@@ -125,7 +139,7 @@ class LogitDifference:
         """
         count, size = len(base.mask), base.logits.shape[-1]
         ids = [
-            torch.tensor(_for_each(given, count, size), device=base.mask.device) for given in (self.answers, self.wrong)
+            torch.tensor(_for_each(some, count, size), device=base.mask.device) for some in (self.answers, self.wrong)
         ]
         at = _at(base, self.position)
         for one in ids:
@@ -162,7 +176,15 @@ def _at(base: Run, position: int) -> Bool[Tensor, "B S"]:
     return base.tokens.at((position,))
 
 
-def _for_each(given: Sequence[int], count: int, size: int) -> list[int]:
+def _for_each(answers: Answers, count: int, size: int) -> list[int]:
+    given: Any = answers
+    if any(isinstance(one, str) for one in given):
+        raise BadInput(
+            "answers are text",
+            expected="ids, where a metric is bound to a run by hand",
+            got=repr(given),
+            do="moe_interp.analyses.metrics.as_metric(metric, model) looks them up; analyses do so themselves.",
+        )
     listed = list(given) * count if len(given) == 1 else list(given)
     if len(listed) != count or min(listed) < 0 or max(listed) >= size:
         raise BadInput(
@@ -173,12 +195,21 @@ def _for_each(given: Sequence[int], count: int, size: int) -> list[int]:
 
 @dataclass(frozen=True)
 class LogProbability:
-    """Log-probability of an answer at one token: as `LogitDifference`."""
+    """Log-probability of an answer at one token: as `LogitDifference`.
 
-    answers: tuple[int, ...]
+    Raises:
+        BadInput: something else than tokens.
+    """
+
+    answers: Answers = ()
     position: int = -1
     name: str = "log_probability"
     units: str = "nats"
+    given: tuple[Answers, ...] = ()
+
+    def __post_init__(self) -> None:
+        form = 'Write moe.LogProbability(" he").'
+        object.__setattr__(self, "answers", as_answers(self.answers, "a log-probability", form))
 
     def bind(self, base: Run) -> Bound:
         """The log-probability for the batch's texts.
@@ -198,12 +229,21 @@ class LogProbability:
 
 @dataclass(frozen=True)
 class Probability:
-    """Probability of an answer at one token: as `LogitDifference`."""
+    """Probability of an answer at one token: as `LogitDifference`.
 
-    answers: tuple[int, ...]
+    Raises:
+        BadInput: something else than tokens.
+    """
+
+    answers: Answers = ()
     position: int = -1
     name: str = "probability"
     units: str = "1"
+    given: tuple[Answers, ...] = ()
+
+    def __post_init__(self) -> None:
+        form = 'Write moe.Probability(" he").'
+        object.__setattr__(self, "answers", as_answers(self.answers, "a probability", form))
 
     def bind(self, base: Run) -> Bound:
         """The probability for the batch's texts.
@@ -257,7 +297,7 @@ class OfLogits:
         def values(logits: Tensor, texts: Tensor, columns: Tensor) -> Tensor:
             found = logits.new_zeros(len(texts), dtype=torch.float64)
             for text in texts.unique():
-                found = torch.where(texts == text, torch.as_tensor(self.fn(logits[texts == text])).double(), found)
+                found = torch.where(texts == text, number_of(self.fn, logits[texts == text]), found)
             return found
 
         return Bound(base.mask, values, by_token=False)
@@ -286,22 +326,63 @@ def _check_head(metric: Any, model: MoEModel) -> None:
         )
 
 
+def _of_ids(metric: Any, model: MoEModel) -> Any:
+    """A metric with ids in place of texts.
+
+    Raises:
+        BadInput: a text that is not exactly one token of the model's.
+    """
+    if not isinstance(metric, LogitDifference | LogProbability | Probability):
+        return metric
+    given = {name: getattr(metric, name) for name in ("answers", "wrong") if hasattr(metric, name)}
+    if not any(isinstance(one, str) for some in given.values() for one in some):
+        return metric
+    ids: dict[str, Any] = {name: tuple(answer_ids(model, some).tolist()) for name, some in given.items()}
+    return replace(metric, **ids, given=tuple(given.values()))
+
+
+_FORMS = (
+    "'nll', 'kl', a metric such as moe.LogitDifference(\" he\", \" she\"), or a function from the logits [pos, vocab] "
+    "of one text to a number"
+)
+
+
 def as_metric(given: AnyMetric, model: MoEModel | None = None) -> Metric:
     """A metric by name ("nll", "kl"), as it is, or of a function of a text's logits.
 
+    With a model, texts of answers become its ids.
+
     Raises:
-        BadInput: neither.
+        BadInput: neither, or an answer that is not one token.
         UnsupportedModel: ``model`` has no logits for it.
     """
-    named: dict[str, Metric] = {"nll": NLL(), "kl": KL()}
-    if isinstance(given, str):
-        if given not in named:
-            raise BadInput("unknown metric", expected=f"one of {', '.join(named)}, a metric, or a function", got=given)
-        given = named[given]
+    named: dict[Any, Metric] = {"nll": NLL(), "kl": KL()}
+    metric: Any = named.get(given, given) if isinstance(given, str) else given
+    _check_form(metric)
     if model is not None:
-        _check_head(given, model)
+        _check_head(metric, model)
+        metric = _of_ids(metric, model)
+    return metric if hasattr(metric, "bind") else OfLogits(metric)
+
+
+def _check_form(given: Any) -> None:
+    """Refuse what is no metric.
+
+    Raises:
+        BadInput: it is none.
+    """
+    if isinstance(given, str):
+        raise BadInput("unknown metric", expected=_FORMS, got=repr(given))
+    if isinstance(given, type):
+        do = f"Make one: moe.{given.__name__}(...)." if hasattr(given, "bind") else None
+        raise BadInput("not a metric", expected="a metric, not its class", got=f"the class {given.__name__}", do=do)
     if hasattr(given, "bind"):
-        return given  # type: ignore[return-value]
-    if takes(given, 1):
-        return OfLogits(given)
-    raise BadInput("not a metric", expected="a name, a metric, or a function of logits", got=shown(given))
+        lacking = [name for name in ("name", "units") if not hasattr(given, name)]
+        if lacking:
+            raise BadInput(
+                "not a metric", expected="bind, name and units", got=f"a {type(given).__name__} without {lacking[0]}"
+            )
+    elif callable(given):
+        check_arguments(given)
+    else:
+        raise BadInput("not a metric", expected=_FORMS, got=kind(given))

@@ -19,6 +19,7 @@ from moe_interp.analyses.distributions import check_logits
 from moe_interp.analyses.one_text import token_texts
 from moe_interp.analyses.plain import check_plain, check_writes_text
 from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.measured import values_told
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 
@@ -76,8 +77,8 @@ def neuron_lens(
         "top": np.arange(1, top + 1),
         "null": ["mean", "q95"],
     }
-    where = {"layer": layer, "expert": expert, "null_directions": null_directions, "seed": seed}
-    about = {**model.provenance(), **where}
+    where = {"layer": layer, "expert": expert, "top": top, "null_directions": null_directions, "seed": seed}
+    about = {**model.provenance(), **where, "expert_weights": values_told(down)}
     return labelled(described(values, _VARIABLES), coords, analysis="neuron_lens", provenance=about)
 
 

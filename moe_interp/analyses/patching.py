@@ -69,9 +69,9 @@ def activation_patching(
     Args:
         model: a causal language model.
         clean, corrupted: a text each, or as many; the two of a pair have as many tokens.
-        metric: "nll", "kl", one of `moe_interp.analyses.metrics`, or a function of a text's logits [s, V]. It is bound
-            to the clean run, whichever is the base: "nll" is that of the clean text's tokens, "kl" the divergence from
-            the clean run.
+        metric: "nll", "kl", a metric such as ``moe.LogitDifference(" he", " she")``, or a function of a text's logits
+            [s, V]. It is bound to the clean run, whichever is the base: "nll" is that of the clean text's tokens, "kl"
+            the divergence from the clean run.
         over: "experts": an expert's contribution to each token (weight times output, 0 where it was not chosen) in
             place of the same expert's, routes as they are. "ranks": the contribution of the other run's j-th heaviest
             slot of each token in place of that of the base's. "routes": all ids and weights of a layer, whose outputs

@@ -88,8 +88,8 @@ def perplexity(
     nll, counted = _measure(model, corpus, grid, work, seed)
     provenance = {
         **model.provenance(),
-        "data": corpus.source,
-        "documents": len(corpus),
+        **corpus.told,
+        "max_tokens": max_tokens or "context length",
         "truncated": sum(batch.truncated for batch in work),
         "top_k": told_top_k(tuple(grid.top_k.values())),
         "renormalise": str(renormalise),

@@ -105,7 +105,8 @@ def expert_profiles(
         "example": np.arange(1, examples + 1),
         "partner_rank": np.arange(1, min(partners, experts - 1) + 1),
     }
-    about = {**where, "top_k": told_top_k(top_k), "resamples": resamples, "seed": seed}
+    how = {"top": top, "examples": examples, "partners": partners, "resamples": resamples, "seed": seed}
+    about = {**where, **how, "top_k": told_top_k(top_k)}
     return labelled(described(values, _VARIABLES), coords, analysis="expert_profiles", provenance=about)
 
 

@@ -26,6 +26,7 @@ from moe_interp.analyses.exact import Provenance
 from moe_interp.analyses.routing_values import dataset, from_counts
 from moe_interp.arguments import CheckedLater, Count, checked, is_finite
 from moe_interp.errors import BadData, BadInput
+from moe_interp.measured import code_version, values_told
 from moe_interp.results import Variable, labelled
 from moe_interp.stats import bootstrap_mean
 
@@ -77,7 +78,8 @@ def routing_from_counts(
     _check_recorded(whole, per_domain, domains, numbers, top_k)
     values = from_counts(whole, per_domain, [top_k] * whole.shape[1])
     values["documents"] = np.zeros(len(domains), np.int64)
-    how: Provenance = {"model": model, "top_k": top_k, "tokens": int(per_domain.sum())}
+    how: Provenance = {"model": model, "top_k": top_k, "tokens": int(per_domain.sum()), "code": code_version()}
+    how = {**how, "counts": values_told(whole, per_domain)}
     return dataset(values, domains, numbers, how).assign_attrs(
         missing="recorded counts have no documents, weights or scores: what takes those is NaN"
     )

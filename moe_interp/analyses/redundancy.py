@@ -91,7 +91,12 @@ def expert_similarity(
         "expert": experts,
         "other": experts,
     }
-    how = {"tokens": got, "null_pairs": null_pairs, "seed": seed}
+    how: dict[str, str | int] = {
+        "tokens": got,
+        "weights_compared": str(weights),
+        "null_pairs": null_pairs,
+        "seed": seed,
+    }
     return labelled(described(values, _VARIABLES), coords, analysis="expert_similarity", provenance={**where, **how})
 
 

@@ -31,6 +31,7 @@ from moe_interp.arguments import Count, Draws, Seed, checked
 from moe_interp.checkpoint import REFERENCE, load
 from moe_interp.data import Corpus
 from moe_interp.errors import BadCheckpoint, BadInput
+from moe_interp.measured import code_version
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 from moe_interp.run import Routing
@@ -180,7 +181,12 @@ def router_saturation(
         steps=told,
         layers=last.layers,
         experts=last.experts,
-        provenance={**last.provenance, "checkpoint_weights": weights},
+        provenance={
+            **last.provenance,
+            "checkpoint_weights": weights,
+            "checkpoints": ", ".join(map(str, told)),
+            "tokens_per_document": tokens_per_document,
+        },
         resamples=resamples,
         seed=seed,
     )
@@ -257,7 +263,7 @@ def reference_saturation(*, resamples: Draws = 1000, seed: Seed = 0) -> xr.Datas
         steps=kept["steps"].tolist(),
         layers=layers,
         experts=config["n_routed_experts"],
-        provenance={"model": "reference", "data": "validation documents of its training"},
+        provenance={"model": "reference", "data": "validation documents of its training", "code": code_version()},
         resamples=resamples,
         seed=seed,
     )

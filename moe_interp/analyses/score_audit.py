@@ -119,6 +119,7 @@ def score_audit(
         "seed": seed,
         "resamples": resamples,
         "blocks": blocks,
+        "random_routers": random_routers,
         "max_tokens": max_tokens or model.spec.context_length,
     }
     return labelled(described(values, _VARIABLES), coords, analysis="score_audit", provenance={**where, **how})

@@ -96,8 +96,8 @@ def ensemble_similarity(
             progress.update(len(batch.documents))
     provenance = {
         **model.provenance(),
-        "data": corpus.source,
-        "documents": len(corpus),
+        **corpus.told,
+        "max_tokens": max_tokens or "context length",
         "truncated": truncated,
         "definition": definition,
         "resamples": resamples,

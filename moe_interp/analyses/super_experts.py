@@ -86,7 +86,8 @@ def super_experts(
         "expert": np.arange(model.spec.num_experts),
         "rank": np.arange(1, len(ranked) + 1),
     }
-    how = {"percentile": percentile, "share_of_largest": share_of_largest, "resamples": resamples, "seed": seed}
+    how = {"most": most, "percentile": percentile, "share_of_largest": share_of_largest}
+    how |= {"resamples": resamples, "seed": seed}
     return labelled(described(values, _VARIABLES), coords, analysis="super_experts", provenance={**where, **how})
 
 

@@ -20,7 +20,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moe_interp.analyses.attribution import token_ids
+from moe_interp.analyses.answers import answer_ids
 from moe_interp.analyses.effects import contribution
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.metrics import Bound, Probability
@@ -90,7 +90,7 @@ def causal_trace(
         UnsupportedModel: a model that does not predict the next token, or without a token embedding.
     """
     check_writes_text(model)
-    chosen, ids = moe_layers(model, layers), tuple(token_ids(model, answer).tolist())
+    chosen, ids = moe_layers(model, layers), tuple(answer_ids(model, answer).tolist())
     inputs = _one_prompt(model, prompt)
     where, std = _positions(model, prompt, subject, inputs), _std(model, noise)
     trace = _traced(model, inputs, partial(noises, std, where, samples, seed), samples, ids, at)

@@ -31,6 +31,7 @@ from moe_interp.arguments import Count, checked, frames_up, shown
 from moe_interp.errors import BadInput
 from moe_interp.hosts import Standing
 from moe_interp.hosts.program import Program, seen_by
+from moe_interp.measured import code_version, values_told
 from moe_interp.model import MoEModel
 from moe_interp.opening import wrap
 from moe_interp.results import Description, described, labelled
@@ -98,7 +99,8 @@ def routing_health(sums: RoutingCounts) -> xr.Dataset:
     means = stats.ratio(sums.per_token.sum(axis=0) / UNIT, seen)
     values |= by_name(means, sums.top_k, counts.shape[-1])
     coords: dict[str, ArrayLike] = {"layer": np.array(sums.layers), "expert": np.arange(counts.shape[-1])}
-    return labelled(described(values, _VARIABLES), coords, analysis="routing_health", provenance={})
+    about = {"counts": values_told(*sums.state().values()), "code": code_version()}
+    return labelled(described(values, _VARIABLES), coords, analysis="routing_health", provenance=about)
 
 
 _L = ("layer",)

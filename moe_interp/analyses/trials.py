@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from moe_interp.analyses.metrics import Bound, Metric, as_metric
 from moe_interp.analyses.plain import check_writes_text
+from moe_interp.analyses.side_by_side import real_ids, side_by_side
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention
@@ -177,19 +178,19 @@ def paired(model: MoEModel, clean: Inputs, corrupted: Inputs, metric: Any, direc
         UnsupportedModel: a model that does not predict the next token.
     """
     check_writes_text(model)
-    bindable = as_metric(metric)
+    bindable = as_metric(metric, model)
     inputs, others = (corrupted, clean) if direction == "restore" else (clean, corrupted)
     other = model.run(others, read=read)
     restart = Restart(model, inputs, read=read)
     runs = (other, restart.base) if direction == "restore" else (restart.base, other)
-    _check_match(*(run.tokens for run in runs))
+    _check_match(model, *runs)
     bound = bindable.bind(runs[0])
     values = bound.of(restart.base), bound.of(other)
     return Pair(restart, other, bound, bindable, direction, *values, model, clean, corrupted)
 
 
-def _check_match(clean: Tokens, corrupted: Tokens) -> None:
-    lengths, others = (tokens.mask.sum(dim=1).tolist() for tokens in (clean, corrupted))
+def _check_match(model: MoEModel, clean: Run, corrupted: Run) -> None:
+    lengths, others = (run.mask.sum(dim=1).tolist() for run in (clean, corrupted))
     if len(lengths) != len(others):
         raise BadInput(
             "clean and corrupted texts do not pair up",
@@ -202,12 +203,20 @@ def _check_match(clean: Tokens, corrupted: Tokens) -> None:
                 f"clean and corrupted text {number} are not of one length",
                 expected="as many tokens in both, so that they match one by one",
                 got=f"{length} clean and {of_other} corrupted",
-                do="Change words into others of as many tokens.",
+                do="Change words into others of as many tokens." + _shown(model, clean, corrupted),
             )
     if clean.mask.shape != corrupted.mask.shape or not torch.equal(clean.mask, corrupted.mask):
         raise BadInput(
             "clean and corrupted texts are padded differently", expected="the same attention mask", got="two"
         )
+
+
+def _shown(model: MoEModel, clean: Run, corrupted: Run) -> str:
+    """The tokens of the texts that differ; nothing where they are embeddings."""
+    if clean.token_ids is None or corrupted.token_ids is None:
+        return ""
+    own, other = real_ids(clean.token_ids, clean.mask), real_ids(corrupted.token_ids, corrupted.mask)
+    return " " + side_by_side(own, other, model.tokenizer, ("clean", "corrupted"))
 
 
 # ---- results -----------------------------------------------------------------------------------------------

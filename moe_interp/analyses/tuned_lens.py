@@ -38,6 +38,7 @@ from moe_interp.arguments import Count, Draws, Seed, checked, described
 from moe_interp.checkpoint import REFERENCE
 from moe_interp.data import Batch, Corpus
 from moe_interp.errors import BadData, BadInput, UnknownName
+from moe_interp.measured import values_told
 from moe_interp.model import MoEModel
 from moe_interp.paths import check_readable, write_whole
 from moe_interp.results import Variable, labelled
@@ -412,6 +413,7 @@ def tuned_lens_quality(
     kept = Sums(*(value[seen] for value in sums))
     provenance = {f"lens_{name}": value for name, value in lens.provenance.items()}
     provenance |= {**going.provenance, "resamples": resamples, "seed": seed}
+    provenance["lens_weights"] = values_told(lens.weight, lens.bias)
     coords: dict[str, ArrayLike] = {
         "bound": ["low", "high"],
         "lens": ["plain", "tuned"],

@@ -253,10 +253,9 @@ class _Training:
             **{
                 f"held_out_{name}": value
                 for name, value in self.held.provenance.items()
-                if name in ("data", "documents")
+                if name in ("data", "documents", "texts")
             },
-            "data": self.corpus.source,
-            "documents": len(self.corpus),
+            **self.corpus.told,
             "steps_taken": self.step,
             "tokens": self.tokens,
             "held_out_kl": json.dumps(self.best_kl.round(6).tolist()),

@@ -32,6 +32,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from moe_interp.adapters.spec import Input, LayerSpec, MoESpec, Output, RouterLinear, Site
 from moe_interp.errors import BadInput, UnsupportedModel
+from moe_interp.hosts.absent import Cached, absent_names
 from moe_interp.hosts.calls import under_way
 from moe_interp.hosts.local import LocalHost
 from moe_interp.hosts.taps import RESIDUAL, HookPoint, Taps
@@ -84,6 +85,10 @@ class FlatPoint(LensPoint):
 
     def by_text(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """The hook, shown [batch, pos, ...]."""
+
+        used: list[Any] = self.taps.host.used
+        if not used:  # or the pass would count as one in which nobody looks, and would not tell its texts
+            used.append(self)
 
         def shown(value: Any, *, hook: LensPoint, see: Callable[..., Any] = hook) -> Any:
             flow = self.taps.now()
@@ -207,7 +212,8 @@ class BridgeHost:
             if layer.moe:
                 self._watch(layer, layer.moe)
         own = vars(self.bridge)
-        self._put(own, "run_with_cache", self._slicing(self.bridge.run_with_cache))
+        self.absent = absent_names(self.host.spec, self.blocks, self.bridge.hook_dict)
+        self._put(own, "run_with_cache", self._caching(self.bridge.run_with_cache))
         self._put(own, "get_caching_hooks", self._by_text(self.bridge.get_caching_hooks))
         for name in CHANGES_WEIGHTS:
             self._put(own, name, _refuse_folding)
@@ -338,17 +344,24 @@ class BridgeHost:
         found = {getattr(router, "hook_out", None)} if chosen else set()
         return found | {getattr(block, "hook_router_scores", None)}
 
-    def _slicing(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """``run_with_cache``, under which hooks in mixtures know that positions are sliced."""
+    def _caching(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """``run_with_cache``, under which hooks in mixtures know that positions are sliced.
+
+        What is cached says at which layers a point is, where it is asked for at another.
+        """
         signature = inspect.signature(run)
 
         @functools.wraps(run)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             before, self.slicing.on = self.slicing.on, _slices(signature, args, kwargs)
             try:
-                return run(*args, **kwargs)
+                output, cache = run(*args, **kwargs)
             finally:
                 self.slicing.on = before
+            if isinstance(cache, dict):
+                return output, Cached(cache, self.absent, self.host.spec)
+            cache.cache_dict = Cached(cache.cache_dict, self.absent, self.host.spec)
+            return output, cache
 
         return wrapped
 

@@ -16,8 +16,7 @@ left behind by an exception, whenever it comes.
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -26,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_interp.adapters.spec import ModelSpec
-from moe_interp.errors import EditsElsewhere
+from moe_interp.errors import BadInput, EditsElsewhere
 from moe_interp.hosts.program import Edited, Program
-from moe_interp.hosts.tokens import arguments_of, tokens_of
+from moe_interp.hosts.tokens import arguments_of, follows, tokens_of
 from moe_interp.interventions import Intervention
 from moe_interp.run import Read, Tokens
 
@@ -78,6 +77,12 @@ class Standing:
         self._on: weakref.ref[Standings] | None = None
         self._held: weakref.ref[_Held] | None = None
 
+    def __repr__(self) -> str:
+        edits = ", ".join(
+            f"{edit!r} (touched {touched})" for edit, touched in zip(self.edits, self.touched, strict=True)
+        )
+        return f"Standing edits: {edits or 'none'}"
+
     def on(self, standings: "Standings") -> bool:
         """Tell whether it is in force on this model."""
         return self._held is not None and self._held() is not None and self._on is standings.ref
@@ -97,14 +102,50 @@ class Standing:
     def end(self) -> None:
         """End in every context where it is in force."""
         self._held = None
+        if self.everywhere and self._on is not None and (standings := self._on()) is not None:
+            with standings.lock:
+                standings.everywhere = tuple(one for one in standings.everywhere if one is not self)
         if self in _STANDING.get():
             _STANDING.set(tuple(one for one in _STANDING.get() if one is not self))
 
 
 class _Held:
-    """A token that the frame of a ``with`` holds: when the frame is gone, however it ended, so is what stands."""
+    """A token that the object of a ``with`` holds: when it is gone, however the ``with`` ended, so is what stands."""
 
     __slots__ = ("__weakref__",)
+
+
+class Stay:
+    """What a ``with`` is entered by, and what stands inside it; once it has ended, it may be entered again."""
+
+    def __init__(self, standings: "Standings", standing: Standing):
+        self.standings, self.standing = standings, standing
+        self.held: _Held | None = None
+
+    def __enter__(self) -> Standing:
+        """Begin.
+
+        Raises:
+            BadInput: it stands already.
+        """
+        if self.held is not None:
+            raise BadInput(
+                "an edit that stands already",
+                expected="one `with` at a time for what model.edit(...) returned",
+                got="a second one inside the first",
+                do="Call model.edit(...) once more.",
+            )
+        try:
+            self.held = self.standing.begin(self.standings)
+            return self.standing
+        except BaseException:
+            self.held = None
+            self.standing.end()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        self.held = None
+        self.standing.end()
 
 
 class Standings:
@@ -116,15 +157,9 @@ class Standings:
         self.everywhere: tuple[Standing, ...] = ()
         self.all: weakref.WeakSet[Standing] = weakref.WeakSet()
 
-    @contextmanager
-    def stand(self, standing: Standing) -> Iterator[Standing]:
-        """Keep something in force inside the ``with``."""
-        try:
-            held = standing.begin(self)
-            yield standing
-            del held
-        finally:
-            standing.end()
+    def stand(self, standing: Standing) -> "Stay":
+        """Keep something in force inside the ``with`` that the returned object is entered by."""
+        return Stay(self, standing)
 
     def here(self) -> list[Standing]:
         """Return what is in force in this context: first what is in force everywhere, each in the order it began."""
@@ -175,6 +210,7 @@ class Session:
         whole: whether a pass without a cache has all tokens that there will be.
         routing: whether the routing of all layers is kept.
         texts: how many texts a generation was given, of which beams may make more rows.
+        steps: whether its passes are steps of a generation, which prepares the inputs of each.
         unembed: changes what the unembedding is given of a batch, [B, S, D]; some tokens alone, say.
         given: a value to put at a point before all edits.
         skipped: modules to leave out, by path, and what each returns besides the residual (None: a tensor alone).
@@ -192,6 +228,7 @@ class Session:
         whole: bool = True,
         routing: bool = True,
         texts: int | None = None,
+        steps: bool = False,
         unembed: Callable[[Tensor], Tensor] | None = None,
         given: Mapping[Place, Tensor] | None = None,
         skipped: Mapping[str, Any] | None = None,
@@ -201,11 +238,25 @@ class Session:
         self.unembed, self.given, self.skipped, self.forms = unembed, dict(given or {}), dict(skipped or {}), forms
         self.program = Program(host.spec, edits, reads, grad, decode=decode, routing=routing)
         self.told = False  # whether somebody was warned of passes between its own
-        self.expects: bool | None = None  # whether the next pass is one that `generate` has prepared inputs for
+        self.steps, self.began = steps, False  # began: whether transformers' `generate` was entered
+        self.prepared = not steps  # whether the next pass belongs to it
+        host.check_in_place({layer for _, layer in (*self.program.edits, *self.program.reads)})
 
     def __call__(self, forward: Callable[[], T]) -> T:
-        """Call ``forward`` with this session in force, and return its result."""
-        return copy_context().run(self._in_force, forward)
+        """Call ``forward`` with this session in force, and return its result.
+
+        Raises:
+            BadInput: the model was closed meanwhile.
+        """
+        result = copy_context().run(self._in_force, forward)
+        if self.host.closed:
+            raise BadInput(
+                "the model was closed while it ran",
+                expected="close() after the last pass has ended",
+                got="a pass whose later layers had no hook points",
+                do="Wait for what runs in other threads, then close the model.",
+            )
+        return result
 
     def _in_force(self, forward: Callable[[], T]) -> T:
         _SESSION.set(self)
@@ -213,14 +264,16 @@ class Session:
         with torch.set_grad_enabled(self.grad):
             return forward()
 
-    def takes(self) -> bool:
-        """Tell whether the pass that begins belongs to this session.
+    def takes(self, path: str) -> bool:
+        """Tell whether the pass that begins, of the module at ``path``, belongs to this session.
 
-        A generation prepares the inputs of each of its passes. A pass without prepared inputs is one that a callback,
-        such as a logits processor or a streamer, makes between two steps.
+        A generation prepares the inputs of each of its passes, but for those of an encoder, which runs once before the
+        first. Another pass without prepared inputs is one that a callback, such as a logits processor or a streamer,
+        makes between two steps.
         """
-        its = self.expects is not False
-        self.expects = None if self.expects is None else False
+        if not self.steps or self.host.entries.get(path) not in (None, self.host.spec.main_stack):
+            return True
+        its, self.prepared = self.prepared, False
         if not its and self.program.interventions and not self.told:
             self.told = True
             warnings.warn(
@@ -231,6 +284,16 @@ class Session:
                 stacklevel=4,
             )
         return its
+
+
+def without_session(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a function with no session in force: what it runs of a model has what stands, and nothing else."""
+
+    def call() -> T:
+        _SESSION.set(None)
+        return function(*args, **kwargs)
+
+    return copy_context().run(call)
 
 
 def session_of(host: Any) -> Session | None:
@@ -283,7 +346,7 @@ class Call:
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the programs which tokens are real."""
         self.host.remember_recomputed()
-        if not self.wanted:
+        if not self.wanted and not follows(kwargs.get("past_key_values")):
             return
         known: dict[str, Tokens] = {}
         whole = False
@@ -371,7 +434,7 @@ def enter(host: Any, path: str, own: Callable[..., T], args: tuple[Any, ...], kw
 
 def _pass(host: Any, path: str, own: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
     session, standing = session_of(host), host.standings.here()
-    if session is not None and not session.takes():
+    if session is not None and not session.takes(path):
         session = None
     _SESSION.set(None)
     outside = copy_context()

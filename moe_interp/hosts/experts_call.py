@@ -50,6 +50,11 @@ class Own:
         """Whether it can run here."""
         return self.plain == "grouped_mm" or (self.plain is not None and self.chosen != "grouped_mm")
 
+    @property
+    def same(self) -> bool:
+        """Whether it gives what our own computation gives, bit for bit."""
+        return self.plain is not None and (self.chosen or "eager") == self.plain
+
     def __call__(self, *args: Tensor) -> Tensor:
         """The module's own result; by the plain implementation where the model is plain."""
         call = under_way(self.taps.host)
@@ -75,18 +80,28 @@ def _choosing(config: Any, implementation: str) -> Any:
 
 def _experts_forward(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """transformers' experts call, with everything passed through hook points."""
-    own: Own = experts._moe_own
+    own: Own | None = vars(experts).get("_moe_own")
+    if own is None:  # closed in another thread since the registry was asked
+        result: Tensor = type(experts).forward(experts, hidden, ids, weights)
+        return result
     return experts_forward(own.taps, experts, own, hidden, ids, weights)
 
 
 def experts_forward(
     taps: Taps, experts: Any, own: Callable[..., Tensor], hidden: Tensor, ids: Tensor, weights: Tensor
 ) -> Tensor:
-    """What the experts of a layer give: by our own computation, if single slots are wanted, else by ``own``."""
+    """What the experts of a layer give: by our own computation, if single slots are wanted, else by ``own``.
+
+    Runs are compared with each other. So what a run gives must not depend, not even by rounding, on what it reads: it
+    has our own computation wherever ``own`` may differ from it. A call of the transformers model has ``own``.
+    """
     flow, moe = taps.now(), taps.layer.moe
     if flow is None or moe is None:
         return own(hidden, ids, weights)
-    ours, in_turn = (not own.runs, own.plain == "eager") if isinstance(own, Own) else (False, False)
+    registered = own if isinstance(own, Own) else None
+    differs = registered is None or not registered.same
+    ours = (registered is not None and not registered.runs) or (flow.call.session is not None and differs)
+    in_turn = registered is not None and registered.plain == "eager"
     if not (ours or flow.opens_experts):
         total = own(hidden, flow("expert_ids", ids), flow("gate_weights", weights))
         return flow("routed_out", total)

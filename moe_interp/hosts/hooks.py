@@ -52,7 +52,7 @@ def attach(hf: nn.Module, taps: Taps, name: str, site: Site) -> list[Undo]:
         case GatedOutput():
             return _attach_gated(module, hf.get_submodule(site.gate), taps, name)
         case RouterLinear() if name == "router_logits":
-            return [around(module, _through_linear(taps, site.columns))]
+            return [around(module, _through_linear(taps, module, site.columns))]
         case RouterOutput() if name == "router_logits":
             return [module.register_forward_hook(_logits_hook(taps)).remove]
         case RouterTopK() if name == "selection_scores":
@@ -77,6 +77,7 @@ def around(module: nn.Module, wrapper: Callable[..., Any]) -> Undo:
     def called(*args: Any, **kwargs: Any) -> Any:
         return wrapper(own, *args, **kwargs)
 
+    called.carries_points = True  # type: ignore[attr-defined]
     module._compiled_call_impl = called
 
     def undo() -> None:
@@ -187,14 +188,15 @@ def _attach_gated(module: nn.Module, gate: nn.Module, taps: Taps, name: str) -> 
     return [module.register_forward_hook(remember).remove, gate.register_forward_hook(open_gate).remove]
 
 
-def _through_linear(taps: Taps, columns: int | None) -> Callable[..., Any]:
+def _through_linear(taps: Taps, module: nn.Module, columns: int | None) -> Callable[..., Any]:
     """Take the router's logits through their hook point before it selects."""
+    outputs = {len(parameter) for parameter in module.parameters() if parameter.dim() == 2} or None
 
     def router(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         flow = taps.now()
         if flow is None or not (flow.awaited("router_logits") or flow.awaited("router_scores")):
             return own(*args, **kwargs)
-        with FirstLinear(lambda logits: flow.routed(logits, columns), lambda: flow.now) as mode:
+        with FirstLinear(lambda logits: flow.routed(logits, columns), lambda: flow.now, outputs) as mode:
             output = own(*args, **kwargs)
         if not mode.met:
             raise UnsupportedModel(

@@ -19,7 +19,7 @@ What is installed, and taken away again by `LocalHost.remove`:
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,11 +31,22 @@ from moe_interp.adapters.formats import check_format, plain_function
 from moe_interp.adapters.reading import bare
 from moe_interp.adapters.spec import BlockCall, LayerSpec, ModelSpec
 from moe_interp.errors import UnsupportedModel
-from moe_interp.hosts.calls import Standing, Standings, enter, open_pass, part_of, session_of, under_way
+from moe_interp.hosts.calls import (
+    Standing,
+    Standings,
+    enter,
+    open_pass,
+    part_of,
+    session_of,
+    under_way,
+    without_session,
+)
 from moe_interp.hosts.eager import eagerly
 from moe_interp.hosts.experts_call import asks_registry, experts_forward, lead_through
 from moe_interp.hosts.hooks import around, attach, attach_grid, attach_modality
+from moe_interp.hosts.parts import check_in_place, claim, parts_of
 from moe_interp.hosts.recompute import remembering
+from moe_interp.hosts.steps import check_steps
 from moe_interp.hosts.taps import HookPoint, Taps, refuse_copies
 from moe_interp.hosts.widths import varying
 
@@ -57,7 +68,8 @@ class LocalHost:
         self.hf, self.spec = hf, spec
         self.openings: weakref.WeakSet[Opening] = weakref.WeakSet()
         self.undo: list[Callable[[], Any]] = []
-        self.used: list[HookPoint] = []
+        self.used: set[HookPoint] = set()
+        self.closed = False
         self.configs: dict[nn.Module, Any] = {}
         self.standings = Standings()
         self.entries = _entries(hf, spec)
@@ -85,6 +97,7 @@ class LocalHost:
     def _install(self) -> None:
         for layer in self.spec.layers:
             self._check(layer)
+        self.undo += claim(self, self.hf, self.spec.layers)
         self._begin_passes()
         self._set(self.hf, "__reduce_ex__", refuse_copies)
         self._add(self.hf, ATTRIBUTE, self.embed)
@@ -98,6 +111,7 @@ class LocalHost:
             for name, site in taps.layer.sites.items():
                 self.undo += attach(self.hf, taps, name, site)
             self._replace(taps)
+        self.parts = {layer.index: parts_of(self.hf, layer) for layer in self.spec.layers}
 
     def _check(self, layer: LayerSpec) -> None:
         if layer.moe:
@@ -109,6 +123,16 @@ class LocalHost:
                 got=f"a layer at {layer.path or 'the top'} that has hook points",
                 do="Use the model that is open; it can be called by its parts, too.",
             )
+
+    def check_in_place(self, layers: Iterable[int | None]) -> None:
+        """Refuse edits and reads at layers of which a module was exchanged or compiled since.
+
+        Raises:
+            BadInput: naming the first such module.
+        """
+        for layer in layers:
+            if layer is not None:
+                check_in_place(self.hf, self.parts[layer])
 
     def _begin_passes(self) -> None:
         """Let a pass begin where the model, or a part of it, is called."""
@@ -129,6 +153,8 @@ class LocalHost:
         entry: Any = self.hf.get_submodule(self.spec.entry)
         if hasattr(entry, "prepare_inputs_for_generation"):
             self._set(entry, "prepare_inputs_for_generation", self._preparing(entry.prepare_inputs_for_generation))
+        if hasattr(entry, "generate"):
+            self._set(entry, "generate", self._generating(entry, entry.generate))
 
     def _entering(self, path: str, own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
@@ -171,10 +197,25 @@ class LocalHost:
         def prepare(*args: Any, **kwargs: Any) -> Any:
             session = session_of(self)
             if session is not None:
-                session.expects = True
+                session.prepared = True
             return own(*args, **kwargs)
 
         return prepare
+
+    def _generating(self, entry: Any, own: Callable[..., Any]) -> Callable[..., Any]:
+        """transformers' ``generate``: of the session that is in force, or, inside it, with what stands alone."""
+
+        @functools.wraps(own)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            session = session_of(self)
+            if session is None or session.began:
+                check_steps(self.standings.edits(), kwargs, entry.generation_config)
+                return own(*args, **kwargs) if session is None else without_session(own, *args, **kwargs)
+            session.began = True
+            check_steps(session.program.interventions, kwargs, entry.generation_config)
+            return own(*args, **kwargs)
+
+        return generate
 
     def _add(self, owner: nn.Module, name: str, points: nn.ModuleDict) -> None:
         owner.add_module(name, points.train(self.hf.training))
@@ -254,6 +295,7 @@ class LocalHost:
 
     def remove(self) -> None:
         """Leave the model as it was found; again, if it was interrupted."""
+        self.closed = True
         self.standings.end()
         while self.undo:
             self.undo[-1]()
@@ -291,8 +333,8 @@ class LocalHost:
 
     def remember_recomputed(self) -> None:
         """Let layers that are computed anew in a backward pass find the pass that they were computed in."""
-        for module in self.recomputed if self.hf.training and torch.is_grad_enabled() else ():
-            own = vars(module).get("_gradient_checkpointing_func")
+        for module in self.recomputed if torch.is_grad_enabled() else ():
+            own = vars(module).get("_gradient_checkpointing_func") if module.training else None
             if own is not None and not hasattr(own, "remembers"):
                 self._set(module, "_gradient_checkpointing_func", remembering(own))
 
@@ -312,7 +354,7 @@ class Opening:
         """Leave the model as it was found, if nobody else uses it."""
         with _OPENING:
             self.host.openings.discard(self)
-            if not self.host.openings:
+            if not any(True for _ in self.host.openings):
                 self.host.remove()
                 if vars(self.host.hf).get(HOST) is self.host:
                     del vars(self.host.hf)[HOST]

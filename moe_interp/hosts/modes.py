@@ -4,7 +4,7 @@ A mode meets all that its thread runs until it is left, also what users give and
 a pass of a model ask whether the pass itself runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -21,11 +21,22 @@ def _always() -> bool:
 
 
 class FirstLinear(TorchFunctionMode):
-    """Passes the result of the first ``F.linear`` under it through a function, while ``now`` says so."""
+    """Passes the result of the first ``F.linear`` under it through a function, while ``now`` says so.
 
-    def __init__(self, through: Callable[[Tensor], Tensor], now: Callable[[], bool] = _always):
+    Args:
+        through: the function.
+        now: whether the pass itself runs.
+        outputs: how many outputs the map may have; None: any. A hook of the user's may compute another map first.
+    """
+
+    def __init__(
+        self,
+        through: Callable[[Tensor], Tensor],
+        now: Callable[[], bool] = _always,
+        outputs: Collection[int] | None = None,
+    ):
         super().__init__()
-        self.through, self.now, self.met = through, now, False
+        self.through, self.now, self.outputs, self.met = through, now, outputs, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -33,12 +44,14 @@ class FirstLinear(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is not functional.linear or self.met or not self.now():
             return result
+        if self.outputs is not None and result.shape[-1] not in self.outputs:
+            return result
         self.met = True
         return self.through(result)
 
 
 class TopK(TorchFunctionMode):
-    """Passes every top-k over rows of so many columns through a function of its input and itself, while ``now``."""
+    """Passes the first top-k over rows of so many columns through a function of its input and itself, while ``now``."""
 
     def __init__(
         self,
@@ -47,14 +60,15 @@ class TopK(TorchFunctionMode):
         now: Callable[[], bool] = _always,
     ):
         super().__init__()
-        self.site, self.through, self.now = site, through, now
+        self.site, self.through, self.now, self.met = site, through, now, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in (torch.topk, Tensor.topk) or not self._of_all(args[0]) or not self.now():
+        if func not in (torch.topk, Tensor.topk) or self.met or not self._of_all(args[0]) or not self.now():
             return func(*args, **kwargs)
+        self.met = True
         return self.through(args[0], lambda scores: func(scores, *args[1:], **kwargs))
 
     def _of_all(self, scores: Tensor) -> bool:

@@ -50,41 +50,47 @@ class HookPoint(nn.Module):
         watchers: those who take values here without a hook; they may write into the value that they are given.
     """
 
-    def __init__(self, used: list["HookPoint"] | None = None) -> None:
+    def __init__(self, used: set["HookPoint"] | None = None) -> None:
         super().__init__()
         self.watchers: list[Watcher] = []
         # Those of a model that anybody has hooked or watched, so that a pass need not ask all of them.
-        self.used = [] if used is None else used
+        self.used = set[HookPoint]() if used is None else used
 
     def watch(self, watcher: Watcher) -> None:
         """Let somebody take values here without a hook."""
-        self.used.append(self)
+        self.used.add(self)
         self.watchers.append(watcher)
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module."""
-        self.used.append(self)
+        self.used.add(self)
         return super().register_forward_hook(*args, **kwargs)
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module."""
-        self.used.append(self)
+        self.used.add(self)
         return super().register_forward_pre_hook(*args, **kwargs)
 
     def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module."""
-        self.used.append(self)
+        self.used.add(self)
         return super().register_full_backward_hook(*args, **kwargs)
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module."""
+        self.used.add(self)
+        return super().register_full_backward_pre_hook(*args, **kwargs)
 
     def register_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """As of any module."""
-        self.used.append(self)
+        self.used.add(self)
         return super().register_backward_hook(*args, **kwargs)
 
     @property
     def hooked(self) -> bool:
         """Whether anything is hooked here."""
-        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
+        backward = self._backward_hooks or self._backward_pre_hooks
+        return bool(self._forward_hooks or self._forward_pre_hooks or backward)
 
     @property
     def watched(self) -> bool:
@@ -108,6 +114,19 @@ class HookPoint(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refused, as of the whole model."""
         refuse_copies(protocol)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """Refused: hooks of a replica would run the original's weights.
+
+        Raises:
+            UnsupportedModel: always.
+        """
+        raise UnsupportedModel(
+            "an opened model in torch.nn.DataParallel",
+            expected="one process for each device, as torchrun begins them, or a model that is closed",
+            got="a replica, whose hooks would reach the original",
+            do="Use DistributedDataParallel, or close the model first.",
+        )
 
 
 def refuse_copies(protocol: Any) -> NoReturn:

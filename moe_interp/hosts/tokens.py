@@ -8,9 +8,8 @@
    when a beam search reorders its rows or a rejected draft is cut off.
 """
 
-import copy
-import weakref
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import signature
 from typing import Any
@@ -46,13 +45,7 @@ def tokens_of(
     """
     if spec.kind == "other":
         return {}
-    if kwargs.get("cu_seq_lens_q") is not None:
-        raise UnsupportedModel(
-            "edits and reads of texts that share a row",
-            expected="a row for each text, padded",
-            got="lengths of packed texts (cu_seq_lens_q), as continuous batching gives them",
-            do="Generate with `generate`, or leave the edit before such a call.",
-        )
+    _check_not_packed(kwargs)
     found: dict[str, Tokens] = {}
     given = args[0] if args else kwargs.get("input_ids")
     given = kwargs.get("inputs_embeds") if given is None else given
@@ -61,6 +54,26 @@ def tokens_of(
         stack = only or ("encoder" if crossed else spec.main_stack)
         found[stack] = _of(given, kwargs.get("attention_mask"), {} if crossed else kwargs)
     return found | _decoder_tokens(kwargs) if crossed else found
+
+
+def _check_not_packed(kwargs: Mapping[str, Any]) -> None:
+    """Refuse several texts in one row, which transformers keeps apart by their lengths or by positions that restart."""
+    positions, got = kwargs.get("position_ids"), None
+    if kwargs.get("cu_seq_lens_q") is not None:
+        got = "lengths of packed texts (cu_seq_lens_q), as continuous batching gives them"
+    elif kwargs.get("attention_mask") is None and _restart(positions):
+        got = "position_ids that start again within a row, and no attention mask"
+    if got is not None:
+        raise UnsupportedModel(
+            "edits and reads of texts that share a row",
+            expected="a row for each text, padded",
+            got=got,
+            do="Run the texts as a padded batch, or leave the edit before such a call.",
+        )
+
+
+def _restart(positions: Any) -> bool:
+    return isinstance(positions, Tensor) and positions.dim() == 2 and bool((positions.diff(dim=1) < 0).any())
 
 
 def _decoder_tokens(kwargs: dict[str, Any]) -> dict[str, Tokens]:
@@ -147,31 +160,39 @@ def _going_on(tokens: Tokens, cache: Any, cached: int) -> Tokens:
         tokens = replace(tokens, prefixes=tokens.prefixes + before[:, cached - 1 : cached].to(tokens.prefixes.device))
     own: Any = tokens.prefixes
     vars(cache)[_READ] = own if not cached else torch.cat([before[:, :cached].to(own.device), own], dim=1)
-    for name in _MOVES_ROWS:
-        if hasattr(cache, name) and name not in vars(cache):
-            vars(cache)[name] = _Moving(cache, name)
+    if before is None:
+        kind: Any = type(cache)
+        cache.__class__ = _followed(kind)
     return tokens
 
 
-class _Moving:
-    """A method of a cache that moves its rows, and moves what is known of their texts along."""
+def follows(cache: Any) -> bool:
+    """Tell whether the text that a cache holds is known, so that every pass that fills it must add to what is known."""
+    return getattr(cache, _READ, None) is not None
 
-    def __init__(self, cache: Any, name: str):
-        self.cache, self.name = weakref.ref(cache), name  # a cycle would keep the keys until garbage is collected
 
-    def __call__(self, rows: Any) -> Any:
-        """The method itself, first: what is known follows."""
-        cache: Any = self.cache()
-        result = getattr(type(cache), self.name)(cache, rows)
-        read = vars(cache)[_READ]
-        if self.name == "batch_repeat_interleave":
-            vars(cache)[_READ] = read.repeat_interleave(rows, dim=0)
-        else:
-            vars(cache)[_READ] = read.index_select(0, rows.to(read.device))
-        return result
+@functools.cache
+def _followed(kind: Any) -> Any:
+    """A class of caches of the same name, of which methods that move rows move what is known of their texts along."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Moving":
-        return _Moving(copy.deepcopy(self.cache(), memo), self.name)
+    def moving(name: str) -> Callable[[Any, Any], Any]:
+        def moved(self: Any, rows: Any) -> Any:
+            result, read = getattr(kind, name)(self, rows), vars(self)[_READ]
+            repeats = name == "batch_repeat_interleave"
+            after = read.repeat_interleave(rows, dim=0) if repeats else read.index_select(0, rows.to(read.device))
+            vars(self)[_READ] = after
+            return result
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Moving, (self.cache(), self.name)
+        return moved
+
+    def reduced(self: Any, protocol: Any) -> Any:
+        return (_remade, (kind,), *kind.__reduce_ex__(self, protocol)[2:])
+
+    methods = {name: moving(name) for name in _MOVES_ROWS if hasattr(kind, name)}
+    shown = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), {**methods, "__reduce_ex__": reduced, **shown})
+
+
+def _remade(kind: Any) -> Any:
+    """An empty cache of a class of `_followed`, for copies and pickles."""
+    return _followed(kind).__new__(_followed(kind))

@@ -15,17 +15,18 @@ import operator
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from nnsight.intervention.eproperty import WriteBack
-from nnsight.intervention.interleaver import Mediator
+from nnsight.intervention.interleaver import Mediator, OutOfOrderError
 from torch import Tensor
 
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.errors import BadInput, UnknownName
-from moe_interp.points import POINTS, Scope, editable, read_only
+from moe_interp.points import POINTS, Scope, editable, ranges, read_only
 
+T = TypeVar("T")
 OF_EXPERTS = ("expert_act", "expert_out", "routed_out")
 CALLED_WITH = ("expert_ids", "gate_weights")
 """Points inside a call of experts, and what it is called with: known, and read, as long as the layer runs."""
@@ -164,14 +165,24 @@ def _point_property(name: str) -> property:
         late = self.points.reach.late(name, self.index) if name in CALLED_WITH and self.moe else None
         if late is not None:
             return late.as_subclass(Passed)
-        value = take(self.points.reach.spot(name, self.index), name)
+        value = _in_order(self, lambda: take(self.points.reach.spot(name, self.index), name))
         return value if found.editable else value.as_subclass(Derived)
 
     def write(self: "LayerPoints", value: Tensor) -> None:
         editable(name)
-        give(self.points.reach.spot(name, self.index), value)
+        _in_order(self, lambda: give(self.points.reach.spot(name, self.index), value))
 
     return property(read, write, doc=f"[{', '.join(found.dims.split())}], {found.meaning}.")
+
+
+def _in_order(layer: "LayerPoints", wait: Callable[[], T]) -> T:
+    """What waiting for a point of a layer gives; an error of one that has passed says in which order they come."""
+    try:
+        return wait()
+    except OutOfOrderError as error:  # the same error goes on: nnsight ends loops over steps by it
+        if "this order" not in str(error):
+            error.args = (f"{error}. Points come in this order, {layer!r}",)
+        raise
 
 
 class LayerPoints:
@@ -210,29 +221,39 @@ class LayerPoints:
             raise BadInput("no such rank", expected=f"one from 0 to {k - 1}", got=str(rank))
         return ExpertPoints(self, "heaviest", rank)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The points that the layer has, in the order in which its forward pass comes to them."""
+        return tuple(name for name in self.points.reach.spec.layers[self.index].sites if name in POINTS)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("points", "index") and not hasattr(type(self), name):
-            raise _no_point(name)
+            raise self._no_point(name)
         object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name) if name.startswith("_") else _no_point(name)
+        raise AttributeError(name) if name.startswith("_") else self._no_point(name)
+
+    def _no_point(self, name: str) -> UnknownName:
+        expected = f"one of those of layer {self.index}, which come in this order: {', '.join(self.names)}"
+        return UnknownName(f"no point {name!r} of a layer", expected=expected, got=repr(name))
 
     def __repr__(self) -> str:
-        return f"layer {self.index}: {', '.join(self.points.reach.spec.layers[self.index].sites)}"
+        moe = self.points.reach.spec.layers[self.index].moe
+        kind = "dense" if moe is None else f"{moe.num_experts} experts, top {moe.top_k}"
+        return f"layer {self.index} ({kind}): {', '.join(self.names)}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return operator.getitem, (self.points.layers, self.index)
 
 
-def _no_point(name: str) -> UnknownName:
-    names = [name for name, found in POINTS.items() if found.scope is not Scope.MODEL]
-    return UnknownName(f"no point {name!r} of a layer", expected=f"one of {', '.join(names)}", got=repr(name))
-
-
 for _name, _point in POINTS.items():
     if _point.scope is not Scope.MODEL:
         setattr(LayerPoints, _name, _point_property(_name))
+
+
+def _no_part(name: str) -> UnknownName:
+    return UnknownName(f"no {name!r} of an expert", expected="out, act, weight or used", got=repr(name))
 
 
 class ExpertPoints:
@@ -241,23 +262,31 @@ class ExpertPoints:
     def __init__(self, layer: LayerPoints, kind: str, which: int):
         self._layer, self._kind, self._which = layer, kind, which
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and not hasattr(type(self), name):
+            raise _no_part(name)
+        object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name) if name.startswith("_") else _no_part(name)
+
     @property
     def out(self) -> Tensor:
         """[B, S, D], its unweighted output."""
-        return take(self._spot("expert_out"), self._key("expert_out"))
+        return _in_order(self._layer, lambda: take(self._spot("expert_out"), self._key("expert_out")))
 
     @out.setter
     def out(self, value: Tensor) -> None:
-        give(self._spot("expert_out"), value)
+        _in_order(self._layer, lambda: give(self._spot("expert_out"), value))
 
     @property
     def act(self) -> Tensor:
         """[B, S, F], its neurons."""
-        return take(self._spot("expert_act"), self._key("expert_act"))
+        return _in_order(self._layer, lambda: take(self._spot("expert_act"), self._key("expert_act")))
 
     @act.setter
     def act(self, value: Tensor) -> None:
-        give(self._spot("expert_act"), value)
+        _in_order(self._layer, lambda: give(self._spot("expert_act"), value))
 
     @property
     def weight(self) -> Tensor:
@@ -265,11 +294,11 @@ class ExpertPoints:
         late = self._layer.points.reach.late("gate_weights", self._layer.index)
         if late is not None:
             return late.masked_fill(~self._mask(late), 0).sum(dim=-1).as_subclass(Passed)
-        return take(self._spot("gate_weights"), self._key("gate_weights"))
+        return _in_order(self._layer, lambda: take(self._spot("gate_weights"), self._key("gate_weights")))
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        give(self._spot("gate_weights"), value)
+        _in_order(self._layer, lambda: give(self._spot("gate_weights"), value))
 
     @property
     def used(self) -> Tensor:
@@ -338,6 +367,9 @@ class Layers:
         self._points.reach.spec.layer(found)
         return LayerPoints(self._points, found)
 
+    def __repr__(self) -> str:
+        return f"{len(self)} layers, of them with experts: {ranges(self._points.moe_layers)}"
+
     def __len__(self) -> int:
         return self._points.reach.spec.num_layers
 
@@ -379,7 +411,11 @@ class TracePoints:
 
     def __repr__(self) -> str:
         spec = self.reach.spec
-        return f"points of {spec.model_type}, {spec.num_layers} layers: {', '.join(spec.points)}"
+        return (
+            f"points of {spec.model_type}: .embed and .layers[0] to .layers[{spec.num_layers - 1}], "
+            f"with experts at {ranges(spec.moe_layers)}\n"
+            f"print(points.layers[{spec.moe_layers[0]}]) lists the points of a layer in the order to read them in"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self.reach.sent()

@@ -24,9 +24,12 @@ def varying(module: nn.Module, name: str, taps: Taps) -> Callable[[], None]:
     kind: Any = type(module)
     before = vars(module).get(_WHOSE)
     vars(module)[_WHOSE] = taps
-    module.__class__ = _varying(kind, name)
+    module.__class__ = ours = _varying(kind, name)
 
     def undo() -> None:
+        if type(module) is not ours:
+            return  # somebody made it a class of another kind since, such as a parametrized one; outside of a pass
+            # the attribute is what it was
         module.__class__ = kind
         if before is None:
             vars(module).pop(_WHOSE, None)

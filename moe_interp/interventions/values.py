@@ -1,6 +1,7 @@
 """Tensors as plain data, which interventions hold: compared by value, written to JSON and read back."""
 
 import base64
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -59,7 +60,7 @@ class Values:
         return hash((self._kind, self._bytes))
 
     def __repr__(self) -> str:
-        return f"Values({self._kind[0]} {list(self._kind[1])})"
+        return f"Values({self._kind[0]} {list(self._kind[1])}, sha256 {hashlib.sha256(self._bytes).hexdigest()[:16]})"
 
     def record(self) -> dict[str, Any]:
         """As JSON has it: dtype, shape, and the bytes in base64."""

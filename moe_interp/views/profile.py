@@ -17,7 +17,7 @@ from moe_interp.views.tokens import shown
 _LEVEL = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Profile:
     """What is known of one expert, ready to be read; ``print`` it, or let a notebook show it.
 
@@ -41,6 +41,9 @@ class Profile:
     partners: list[tuple[int, float]]
     heaviest: list[str]
     random: list[str]
+
+    def __repr__(self) -> str:
+        return f"Profile of layer {self.layer}, expert {self.expert}: {self.summary}. print() shows all of it."
 
     def __str__(self) -> str:
         over = "  ".join(f"{shown(token)} {z:.1f} ({count})" for token, z, count in self.over)
