@@ -229,10 +229,27 @@ def _check_tokens(found: Mapping[str, Any], spec: ModelSpec, generating: bool) -
     ids, mask = found.get("input_ids"), found.get("attention_mask")
     if ids is not None:
         _check_pooling(ids, spec)
+        _check_shapes(ids, found, spec)
+    if generating and mask is not None and mask.dim() != 2:
+        raise BadInput("cannot generate under this mask", expected="one of [batch, pos]", got=str(tuple(mask.shape)))
     if ids is None or mask is None or mask.shape != ids.shape or bool(mask.bool().all()):
         return
     _check_padding(ids, mask.bool(), spec)
     _tell_padding(mask.bool(), spec, positions=generating or found.get("position_ids") is not None)
+
+
+def _check_shapes(ids: Tensor, found: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Refuse positions, and labels of tokens, that are not one for each token id."""
+    positions, labels = found.get("position_ids"), found.get("labels")
+    if isinstance(positions, Tensor) and (positions.dim() < 2 or positions.shape[-1] != ids.shape[1]):
+        got = str(tuple(positions.shape))
+        raise BadInput("position_ids do not fit the ids", expected=f"[..., {ids.shape[1]}], one for each id", got=got)
+    if spec.kind != "causal" or spec.head != "tokens" or not isinstance(labels, Tensor):
+        return
+    if labels.shape != ids.shape:
+        raise BadInput(
+            "labels do not fit the ids", expected=f"{tuple(ids.shape)}, one for each id", got=str(tuple(labels.shape))
+        )
 
 
 def _check_padding(ids: Tensor, mask: Tensor, spec: ModelSpec) -> None:

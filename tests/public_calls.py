@@ -248,7 +248,7 @@ def _stacks(on: Things) -> dict[str, Call]:
             moe.get_act_patch_expert_out,
             dict(
                 bridge=on.bridge, corrupted_tokens=OTHER, clean_cache=cache, layers=0,
-                patching_metric=lambda logits: logits[0, -1, 7],
+                patching_metric=lambda logits: logits[0, -1, 7], return_labels=False,
             ),
         ),
     }  # fmt: skip
@@ -324,6 +324,11 @@ def _rest(on: Things) -> dict[str, Call]:
         "RoutingWatch": (moe.RoutingWatch, dict(model=model, **watch)),
         "RoutingWatch.step": (moe.RoutingWatch(model).step, dict(number=1)),
         "RoutingCallback": (moe.RoutingCallback, dict(stop=False, **watch)),
+        "NLL": (moe.NLL, dict(name="nll", units="nats")),
+        "KL": (moe.KL, dict(position=-1, name="kl", units="nats")),
+        "LogProbability": (moe.LogProbability, dict(answers=7, position=-1)),
+        "Probability": (moe.Probability, dict(answers=7, position=-1)),
+        "LogitDifference": (moe.LogitDifference, dict(answers=7, wrong="a", position=-1)),
         "Options": (Options, dict(special_tokens=False, max_tokens=8, batch_tokens=64)),
     }
     return {name: Call(*row) for name, row in table.items()}

@@ -1,20 +1,20 @@
 """Answers: single tokens that a metric, a lens or an attribution asks about, each given by its id or its text."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from moe_interp.analyses.functions import kind
-from moe_interp.arguments import index, is_whole
+from moe_interp.arguments import CheckedLater, index, is_whole
 from moe_interp.encode import GIVE_TOKENIZER, token_text
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.paths import lone_surrogate
 
-Answers = int | str | Sequence[int | str]
+Answers = Annotated[int | str | Sequence[int | str], CheckedLater()]
 """One token for all texts, or several, one for each text: ids, texts of exactly one token, or both."""
 
 
