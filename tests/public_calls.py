@@ -16,6 +16,7 @@ from torch import nn
 
 import moe_interp as moe
 from moe_interp.analyses.collect import Options, sizes
+from moe_interp.analyses.metrics import as_metric
 from moe_interp.analyses.routing import RoutingCounts
 from tests.bridges import bridge
 from tests.stub_tokenizer import StubTokenizer
@@ -324,14 +325,20 @@ def _rest(on: Things) -> dict[str, Call]:
         "RoutingWatch": (moe.RoutingWatch, dict(model=model, **watch)),
         "RoutingWatch.step": (moe.RoutingWatch(model).step, dict(number=1)),
         "RoutingCallback": (moe.RoutingCallback, dict(stop=False, **watch)),
-        "NLL": (moe.NLL, dict(name="nll", units="nats")),
-        "KL": (moe.KL, dict(position=-1, name="kl", units="nats")),
-        "LogProbability": (moe.LogProbability, dict(answers=7, position=-1)),
-        "Probability": (moe.Probability, dict(answers=7, position=-1)),
-        "LogitDifference": (moe.LogitDifference, dict(answers=7, wrong="a", position=-1)),
+        "NLL": (partial(_measured, on, moe.NLL), dict(name="nll", units="nats")),
+        "KL": (partial(_measured, on, moe.KL), dict(position=-1, name="kl", units="nats")),
+        "LogProbability": (partial(_measured, on, moe.LogProbability), dict(answers=7, position=-1)),
+        "Probability": (partial(_measured, on, moe.Probability), dict(answers=7, position=-1)),
+        "LogitDifference": (partial(_measured, on, moe.LogitDifference), dict(answers=7, wrong="a", position=-1)),
         "Options": (Options, dict(special_tokens=False, max_tokens=8, batch_tokens=64)),
     }
     return {name: Call(*row) for name, row in table.items()}
+
+
+def _measured(on: Things, make: Callable[..., Any], **arguments: Any) -> Any:
+    """A metric, made and measured on the run."""
+    bound = as_metric(make(**arguments), on.model).bind(on.run)
+    return bound.of(on.run)
 
 
 def _wrapped(model: Any, tokenizer: Any, name: Any, remote: Any, trust_server: Any) -> str:

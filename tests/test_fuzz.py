@@ -47,9 +47,10 @@ FINE: dict[str, tuple[str, ...]] = {
     "edit": ("edit", "empty list", "empty tuple"), "edits": ("edit", "empty list", "empty tuple"),
     "read": ("empty list", "empty tuple"), "interventions": ("empty list", "empty tuple"),
     "expert": ("0", *WHOLE), "experts": ("0", *WHOLE), "layer": LAYERS, "layers": LAYERS,
-    "positions": ("None", "-1", "0", *WHOLE), "position": ("-1", "0", *COUNT), "subject": ("-1", "0", *WHOLE),
+    "positions": ("None", "-1", "0", *WHOLE), "position": ("-1", "0", *WHOLE), "subject": ("-1", "0", *WHOLE),
     "pos_slice": ("None", "-1", "0", *WHOLE), "tokens": ("None", "marks"), "rank": ("0", *WHOLE),
-    "incorrect_tokens": ("None", "0", *WHOLE), "answer": ("0", *WHOLE), "number": ("-1", "0", *COUNT),
+    "incorrect_tokens": ("None", "0", *WHOLE), "answer": ("0", *WHOLE),
+    "answers": ("0", *WHOLE), "wrong": ("0", *WHOLE), "number": ("-1", "0", *COUNT),
     "by": REAL, "std": ("0", "1.5", "0-d", "huge", *COUNT), "noise": ("None", "1.5", "0-d", "huge", *COUNT),
     "learning_rate": ("1.5", "0-d", "huge", *COUNT), "percentile": ("0", "1.5", "0-d", *WHOLE),
     "seed": ("0", *COUNT), "resamples": WHOLE, "max_tokens": ("None", *COUNT), "batch_tokens": COUNT,
@@ -67,6 +68,7 @@ NEED_A_MODEL = [
     "attach", "load", "TunedLens.load", "wrap", "trace_points", "register_adapter", "to_tensorboard", "Run.top_tokens",
 ]  # fmt: skip
 ALSO_FINE: dict[str, tuple[str, ...]] = {
+    "KL.position": ("None", "-1", "0", *WHOLE),
     "KL.name": TEXT,
     "NLL.name": TEXT,
     "Corpus.from_token_ids.domains": ("None", "uint8"),
