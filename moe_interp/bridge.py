@@ -3,6 +3,7 @@
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from moe_interp.arguments import checked
 from moe_interp.errors import BadInput
 from moe_interp.hosts import open_host
 from moe_interp.opening import is_bridge, wrap
@@ -80,6 +81,7 @@ class Attached:
         return f"Attached({self.spec.model_type}, {len(self.hook_names)} hooks: {', '.join(points)})"
 
 
+@checked
 def attach(bridge: Any) -> Attached:
     """Add every point of the model to the hooks of a TransformerBridge.
 

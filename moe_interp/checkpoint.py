@@ -8,10 +8,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moe_interp.adapters.formats import check_weights
-from moe_interp.errors import BadCheckpoint, BadInput, MoEError
+from moe_interp.arguments import checked, frames_up
+from moe_interp.errors import BadCheckpoint, MoEError
 from moe_interp.model import MoEModel
 from moe_interp.opening import wrap
-from moe_interp.options import check_flag, check_options, has_secrets, told, without_secrets
+from moe_interp.options import check_options, has_secrets, told, without_secrets
 from moe_interp.paths import looks_like_path, without_credentials
 
 AUTO_CLASSES = (
@@ -89,6 +90,7 @@ def _own_class(config: Any) -> Any:
     return next((auto for auto in fitting if type(config) in auto._model_mapping), transformers.AutoModelForCausalLM)
 
 
+@checked
 def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **options: Any) -> MoEModel:
     """Load a checkpoint and open it: the bundled reference model, a hub id, or a folder.
 
@@ -108,9 +110,6 @@ def load(name: str | Path | None = None, *, trust_remote_code: bool = False, **o
             finite.
         BadInput: no name or path, or an option that must be True or False and is another value.
     """
-    if name is not None and not isinstance(name, str | Path):
-        raise BadInput("not a checkpoint", expected="a hub id or a folder", got=repr(name)[:80])
-    check_flag("trust_remote_code", trust_remote_code)
     check_options(options)
     options = {key: value for key, value in options.items() if key not in _OWN}
     source = str(REFERENCE if name is None else name)
@@ -246,5 +245,5 @@ def _check_report(source: str, report: Mapping[str, Any]) -> None:
         warnings.warn(
             f"{len(unexpected)} weights of {source} have no place in the model and were left out, such as "
             f"{unexpected[:3]}",
-            stacklevel=3,
+            stacklevel=frames_up(3),
         )

@@ -8,21 +8,21 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
-from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+from os import PathLike
+from typing import Annotated, Any, SupportsIndex, overload
 
 import numpy as np
 import torch
 
+from moe_interp.arguments import Count, Otherwise, checked, described, is_whole, shown
 from moe_interp.encode import GIVE_TOKENIZER, pad, padding_of, token_ids
 from moe_interp.errors import BadInput
+from moe_interp.interventions import Intervention
 from moe_interp.interventions.values import ByToken
 from moe_interp.measured import inputs_told
+from moe_interp.model import MoEModel
 from moe_interp.paths import lone_surrogate
 from moe_interp.run import counted
-
-if TYPE_CHECKING:
-    from moe_interp.interventions import Intervention
-    from moe_interp.model import MoEModel
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,6 +52,17 @@ _DOMAINS = 12  # and how many domains a corpus
 _MADE_BY = "a corpus: moe.read_corpus(path), or moe.Corpus.from_texts({domain: texts})"
 
 
+def _corpus_instead(given: Any) -> str | None:
+    if isinstance(given, str | PathLike):
+        return "Read a file: moe.read_corpus(path)."
+    if isinstance(given, Mapping):
+        return "Make one: moe.Corpus.from_texts({domain: [text, ...]})."
+    if isinstance(given, Iterable):
+        return 'Make one: moe.Corpus.from_texts({"all": texts}), or moe.Corpus.from_token_ids(rows).'
+    return None
+
+
+@described("a corpus", _corpus_instead)
 @dataclass(frozen=True, repr=False)
 class Corpus:
     """Documents in a fixed order, which it iterates over.
@@ -72,6 +83,7 @@ class Corpus:
             raise BadInput("not documents", expected=_MADE_BY, got=repr(self.documents)[:80])
         if not isinstance(self.source, str):
             raise BadInput("not a source", expected="the name of where documents are from", got=repr(self.source)[:80])
+        _check_signs(self.source, "the source")
         if not self.documents:
             raise BadInput(f"a corpus without documents from {self.source}", expected="at least one", got="none")
         object.__setattr__(self, "documents", tuple(map(_checked, self.documents)))
@@ -110,17 +122,18 @@ class Corpus:
             raise BadInput("not a document's number", expected="a whole number or a slice", got=repr(which)[:80], do=do)
         return self.documents[which]
 
+    @checked
     def __add__(self, other: "Corpus") -> "Corpus":
         """The documents of both, one after the other.
 
         Raises:
             BadInput: the other is no corpus.
         """
-        check_corpus(other)
         sources = dict.fromkeys((self.source, other.source))
         return Corpus((*self.documents, *other.documents), " + ".join(sources))
 
     @classmethod
+    @checked
     def from_texts(cls, texts: Mapping[Any, Iterable[str]], source: str = "memory") -> "Corpus":
         """Make a corpus of lists of texts by domain.
 
@@ -130,8 +143,14 @@ class Corpus:
         return cls(tuple(_by_domain(texts, "{domain: [text, text, ...]}", Document)), source)
 
     @classmethod
+    @checked
     def from_token_ids(
-        cls, rows: Iterable[Any], domains: Sequence[Any] | None = None, source: str = "memory"
+        cls,
+        rows: Iterable[Any],
+        domains: Annotated[
+            Sequence[Any] | None, Otherwise("domains=[name] * len(rows) gives all documents the same.")
+        ] = None,
+        source: str = "memory",
     ) -> "Corpus":
         """Make a corpus of token ids, for a model without a tokenizer or for ids that are made already.
 
@@ -144,14 +163,7 @@ class Corpus:
             BadInput: rows that hold something else than ids, no row, an empty one, or as many domains as there are
                 no documents.
         """
-        found = [_ids_of(row, number) for number, row in enumerate(_rows(rows))]
-        if isinstance(domains, str):
-            raise BadInput(
-                "domains is one text",
-                expected="one for each document",
-                got=repr(domains),
-                do=f"domains=[{domains!r}] * len(rows) gives all documents the same.",
-            )
+        found = [_ids_of(row, number) for number, row in enumerate(rows)]
         named = ["all"] * len(found) if domains is None else list(domains)
         if len(named) != len(found):
             raise BadInput(
@@ -206,34 +218,31 @@ class Corpus:
         number = {domain: index for index, domain in enumerate(self.domains)}
         return np.array([number[document.domain] for document in self.documents])
 
-    def filter(self, keep: Callable[[Document], bool]) -> "Corpus":
+    @checked
+    def filter(
+        self, keep: Annotated[Callable[[Document], bool], Otherwise('Such as lambda d: d.domain == "math".')]
+    ) -> "Corpus":
         """The documents of which a function says that they are to be kept, in order.
 
         Raises:
             BadInput: not a function, or none is kept.
         """
-        if not callable(keep):
-            raise BadInput(
-                "not a filter",
-                expected='a function of a document, such as lambda d: d.domain == "math"',
-                got=repr(keep)[:80],
-            )
         kept = tuple(document for document in self.documents if keep(document))
         if not kept:
             raise BadInput("the filter keeps no document", expected=f"at least one of {len(self)}", got="none")
         return Corpus(kept, self.source)
 
-    def take(self, per_domain: int) -> "Corpus":
+    @checked
+    def take(self, per_domain: Count) -> "Corpus":
         """The first documents of every domain.
 
         Raises:
             BadInput: not a number of documents, or less than one.
         """
-        count = at_least_one(per_domain)
         kept = [
             document
             for domain in self.domains
-            for document in islice((one for one in self.documents if one.domain == domain), count)
+            for document in islice((one for one in self.documents if one.domain == domain), per_domain)
         ]
         return Corpus(tuple(kept), self.source)
 
@@ -257,9 +266,9 @@ def _checked(document: Document) -> Document:
 
 
 def _as_name(value: Any, what: str) -> str:
-    if not isinstance(value, str | SupportsIndex):
-        raise BadInput(f"a document's {what} is no name", expected="text or a whole number", got=repr(value)[:80])
-    text = value if isinstance(value, str) else str(value)
+    if not isinstance(value, str | bool) and not is_whole(value):
+        raise BadInput(f"a document's {what} is no name", expected="text or a whole number", got=shown(value))
+    text = str(value) if isinstance(value, str | bool) else str(operator.index(value))
     _check_signs(text, f"the {what} {text!r}")
     return text
 
@@ -287,15 +296,10 @@ def _by_domain(given: Any, expected: str, make: Callable[[str, Any, str], Docume
             yield make(member, domain, f"{domain}/{number}")
 
 
-def _rows(rows: Any) -> Any:
-    if not isinstance(rows, Iterable) or isinstance(rows, str | bytes | Mapping):
-        raise BadInput("not rows of token ids", expected="[[1, 2, 3], [4, 5], ...]", got=repr(rows)[:80])
-    return rows
-
-
 def _ids_of(row: Any, where: int | str) -> tuple[int, ...]:
     """Token ids as whole numbers from 0 on."""
-    values = row.tolist() if isinstance(row, np.ndarray | torch.Tensor) else row
+    here = isinstance(row, np.ndarray) or (isinstance(row, torch.Tensor) and not row.is_meta)
+    values = row.tolist() if here else row
     whole = isinstance(values, list | tuple) and all(
         isinstance(one, SupportsIndex) and not isinstance(one, bool) and operator.index(one) >= 0 for one in values
     )
@@ -307,31 +311,6 @@ def _ids_of(row: Any, where: int | str) -> tuple[int, ...]:
             do="One document alone is [[1, 2, 3]]." if isinstance(row, SupportsIndex) else None,
         )
     return tuple(operator.index(one) for one in values)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, SupportsIndex) and not isinstance(value, bool)
-
-
-def at_least_one(documents: Any) -> int:
-    """A number of documents to take.
-
-    Raises:
-        BadInput: not a whole number from 1 on.
-    """
-    if not _is_count(documents) or operator.index(documents) < 1:
-        raise BadInput("cannot take so many documents", expected="a whole number from 1 on", got=repr(documents))
-    return operator.index(documents)
-
-
-def check_corpus(corpus: Any) -> None:
-    """Refuse what is no corpus, such as a text or the name of a file.
-
-    Raises:
-        BadInput: it is none.
-    """
-    if not isinstance(corpus, Corpus):
-        raise BadInput("not a corpus", expected=_MADE_BY, got=repr(corpus)[:80])
 
 
 @dataclass(frozen=True)
@@ -349,8 +328,9 @@ class Batch:
     truncated: int
 
 
+@checked
 def batches(
-    model: "MoEModel", corpus: Corpus, *, max_tokens: int | None = None, batch_tokens: int = 4096
+    model: MoEModel, corpus: Corpus, *, max_tokens: Count | None = None, batch_tokens: Count = 4096
 ) -> list[Batch]:
     """The documents of a corpus in right-padded batches of similar length.
 
@@ -365,12 +345,8 @@ def batches(
     Raises:
         BadInput: no corpus, a model without a tokenizer, or standing edits with values or marks of several texts.
     """
-    check_corpus(corpus)
     for one in model._standing:
         _check_for_corpora(one)
-    for name, value in (("max_tokens", max_tokens), ("batch_tokens", batch_tokens)):
-        if value is not None and (not _is_count(value) or value < 1):
-            raise BadInput(f"{name} is no number of tokens", expected="a whole number from 1 on", got=repr(value)[:80])
     limit = min(max_tokens or model.spec.context_length, model.spec.context_length)
     ids, padding = [_tokens(model, document) for document in corpus], padding_of(model.tokenizer, model.spec)
     order = sorted(range(len(ids)), key=lambda number: (-len(ids[number]), number))
@@ -383,7 +359,7 @@ def batches(
     return [_batch([ids[number] for number in group], group, limit, padding) for group in groups]
 
 
-def _tokens(model: "MoEModel", document: Document) -> list[int]:
+def _tokens(model: MoEModel, document: Document) -> list[int]:
     """Token ids of a document, as the model takes them."""
     if document.ids is None and model.tokenizer is None:
         raise BadInput(
@@ -404,7 +380,7 @@ def _tokens(model: "MoEModel", document: Document) -> list[int]:
     return found
 
 
-def _check_for_corpora(edit: "Intervention") -> None:
+def _check_for_corpora(edit: Intervention) -> None:
     """Refuse values and marks that go by the number of a text in a batch, where documents come in another order.
 
     Raises:

@@ -11,16 +11,19 @@ import codecs
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, SupportsIndex
+from typing import Annotated, Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from moe_interp.adapters import ModelSpec
+from moe_interp.arguments import CheckedLater, is_whole, shown
 from moe_interp.errors import BadInput
 
 GIVE_TOKENIZER = "Pass one to moe.wrap(model, tokenizer), or put its files into the folder of the checkpoint."
-Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Tensor]
+Inputs = Annotated[
+    str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor | Mapping[str, Tensor], CheckedLater()
+]
 _IDS = ("input_ids", "decoder_input_ids")
 
 
@@ -205,8 +208,10 @@ def _check_keys(found: Mapping[str, Any], spec: ModelSpec) -> None:
 
 
 def _check_values(found: Mapping[str, Any]) -> None:
-    """Refuse NaN, and infinity but for masks, whose minus infinity keeps tokens apart."""
+    """Refuse tensors without values, NaN, and infinity but for masks, whose minus infinity keeps tokens apart."""
     for key, value in found.items():
+        if isinstance(value, Tensor) and value.is_meta:
+            raise BadInput(f"{key!r} has no values", expected="a tensor in memory", got="one on the meta device")
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         wrong = value.isnan() if "mask" in key else ~value.isfinite()
@@ -224,10 +229,27 @@ def _check_tokens(found: Mapping[str, Any], spec: ModelSpec, generating: bool) -
     ids, mask = found.get("input_ids"), found.get("attention_mask")
     if ids is not None:
         _check_pooling(ids, spec)
+        _check_shapes(ids, found, spec)
+    if generating and mask is not None and mask.dim() != 2:
+        raise BadInput("cannot generate under this mask", expected="one of [batch, pos]", got=str(tuple(mask.shape)))
     if ids is None or mask is None or mask.shape != ids.shape or bool(mask.bool().all()):
         return
     _check_padding(ids, mask.bool(), spec)
     _tell_padding(mask.bool(), spec, positions=generating or found.get("position_ids") is not None)
+
+
+def _check_shapes(ids: Tensor, found: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Refuse positions, and labels of tokens, that are not one for each token id."""
+    positions, labels = found.get("position_ids"), found.get("labels")
+    if isinstance(positions, Tensor) and (positions.dim() < 2 or positions.shape[-1] != ids.shape[1]):
+        got = str(tuple(positions.shape))
+        raise BadInput("position_ids do not fit the ids", expected=f"[..., {ids.shape[1]}], one for each id", got=got)
+    if spec.kind != "causal" or spec.head != "tokens" or not isinstance(labels, Tensor):
+        return
+    if labels.shape != ids.shape:
+        raise BadInput(
+            "labels do not fit the ids", expected=f"{tuple(ids.shape)}, one for each id", got=str(tuple(labels.shape))
+        )
 
 
 def _check_padding(ids: Tensor, mask: Tensor, spec: ModelSpec) -> None:
@@ -308,7 +330,7 @@ def check_room(given: Mapping[str, Any], spec: ModelSpec, config: Any, options: 
         options: of ``generate``: ``max_new_tokens`` or ``max_length`` come before those of the config.
 
     Raises:
-        BadInput: prompt and new tokens together are more than the context length.
+        BadInput: prompt and new tokens together are more than the context length, or no number of tokens.
     """
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     crossed = spec.kind == "encoder-decoder"  # whose decoder starts anew, from one token
@@ -316,6 +338,9 @@ def check_room(given: Mapping[str, Any], spec: ModelSpec, config: Any, options: 
     prompt = 1 if crossed or embedded is None else embedded.shape[1]
     if mask is not None and mask.dim() == 2 and not crossed:
         prompt = int(mask.sum(dim=1).max())
+    for name in ("max_new_tokens", "max_length"):
+        if options.get(name) is not None and not (is_whole(options[name]) and options[name] >= 1):
+            raise BadInput(f"invalid {name}", expected="a whole number of at least 1", got=shown(options[name]))
     new, whole = (options.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length"))
     if options.get("max_length") is not None and options.get("max_new_tokens") is None:
         new = None  # a length that is given comes before a number of the config

@@ -16,9 +16,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
-from moe_interp.data import Corpus, Document, at_least_one
+from moe_interp.arguments import Count, Otherwise, checked, frames_up
+from moe_interp.data import Corpus, Document
 from moe_interp.errors import BadData, BadInput
 from moe_interp.paths import check_readable, lone_surrogate, looks_like_path, without_credentials
 from moe_interp.untrusted import frames
@@ -28,7 +29,7 @@ LONGEST = 2**26  # characters of a line, and bytes of a .json file: what is long
 EXPANSION = 100  # characters for each byte of a compressed file, besides LONGEST
 _RECORD = 64  # characters that a line or row counts as, besides its own: it takes memory however short it is
 _SAVED = ("dataset_info.json", "dataset_dict.json")  # in a folder that datasets wrote
-_FROM_TEXTS = "moe.Corpus.from_texts({domain: texts}) makes a corpus of texts in memory."
+
 Record = dict[str, Any]
 
 
@@ -46,18 +47,20 @@ class _Fields:
         return list(dict.fromkeys(one for one in (self.text, self.domain, "domain", "name", self.all_of) if one))
 
 
+@checked
 def sample() -> Corpus:
     """Return the bundled documents: 24 short ones for each domain of the reference model, written for this project."""
     return Corpus(read_corpus(SAMPLE).documents, "the bundled sample")
 
 
+@checked
 def read_corpus(
-    path: str | Path,
+    path: Annotated[str | Path, Otherwise("moe.Corpus.from_texts({domain: texts}) makes a corpus of texts in memory.")],
     *,
     text: str = "text",
     domain: str | None = None,
     domain_field: str | None = None,
-    limit: int | None = None,
+    limit: Count | None = None,
 ) -> Corpus:
     """Read documents from a file, a folder of files, or a Hugging Face dataset.
 
@@ -79,21 +82,17 @@ def read_corpus(
             data, or a limit below 1.
     """
     fields = _fields(text, domain, domain_field)
-    count = None if limit is None else at_least_one(limit)
     source, files = _files(path)
     blank: list[int] = []
-    documents = [one for file in files for one in islice(_documents(file, fields, blank), count)]
+    documents = [one for file in files for one in islice(_documents(file, fields, blank), limit)]
     if blank:
-        warnings.warn(f"{len(blank)} empty texts of {source} were left out", stacklevel=2)
+        warnings.warn(f"{len(blank)} empty texts of {source} were left out", stacklevel=frames_up(2))
     if not documents:
         raise BadData(f"no documents in {source}", expected="at least one", got="none")
     return Corpus(tuple(documents), source)
 
 
-def _fields(text: Any, domain: Any, domain_field: Any) -> _Fields:
-    for name, value in (("text", text), ("domain", domain), ("domain_field", domain_field)):
-        if not isinstance(value, str) and (value is not None or name == "text"):
-            raise BadInput(f"{name} is no name", expected="text", got=repr(value)[:80])
+def _fields(text: str, domain: str | None, domain_field: str | None) -> _Fields:
     if domain is not None and domain_field is not None:
         raise BadInput(
             "domain and domain_field exclude each other",
@@ -103,12 +102,8 @@ def _fields(text: Any, domain: Any, domain_field: Any) -> _Fields:
     return _Fields(text, domain_field, domain)
 
 
-def _files(path: Any) -> tuple[str, list[Path]]:
+def _files(path: str | Path) -> tuple[str, list[Path]]:
     """The path as provenance tells it, and the files to read, or the id of a dataset."""
-    if not isinstance(path, str | os.PathLike):
-        raise BadInput(
-            "not a path", expected="a file, a folder or the id of a dataset", got=repr(path)[:80], do=_FROM_TEXTS
-        )
     told = without_credentials(_told(path))
     if not os.fspath(path) or "\0" in os.fspath(path):
         raise BadInput("not a path", expected="a file, a folder or the id of a dataset", got=repr(told)[:80])

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cache, partial
+from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
@@ -19,6 +20,7 @@ from moe_interp.adapters.experts import Experts, ExpertWeights
 from moe_interp.adapters.formats import check_weights, rounding_without_gradient
 from moe_interp.adapters.formulas import logits_of, out_of_range, output_of, watched
 from moe_interp.adapters.sums import follow
+from moe_interp.arguments import checked, described, shown
 from moe_interp.encode import Inputs, check_room, encode
 from moe_interp.errors import BadCheckpoint, BadInput, UnsupportedModel
 from moe_interp.generation import continued, count_of
@@ -26,7 +28,6 @@ from moe_interp.hosts import Session, Standing, Standings, open_host
 from moe_interp.hosts.program import Program
 from moe_interp.hosts.steps import check_unguided
 from moe_interp.interventions import Intervention
-from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.measured import code_version, edits_told, fingerprint
 from moe_interp.run import Read, Run, positions_of
 
@@ -37,6 +38,13 @@ Reads = Sequence[str | Read]
 Edits = Sequence[Intervention] | Intervention
 
 
+def _open_instead(given: Any) -> str | None:
+    if isinstance(given, nn.Module):
+        return "Open it: moe.wrap(model, tokenizer)."
+    return "Load it: moe.load(name)." if isinstance(given, str | PathLike) else None
+
+
+@described("an opened model", _open_instead)
 class MoEModel:
     """A transformers model, its tokenizer, and the points of its inside.
 
@@ -54,6 +62,7 @@ class MoEModel:
     spec: ModelSpec
     here = True  # whether the weights are in this process
 
+    @checked
     def __init__(self, hf: nn.Module, tokenizer: Any = None, name: str | None = None, spec: ModelSpec | None = None):
         # torch.compile puts a model into a wrapper, whose hooks the model's own methods would not reach.
         hf = getattr(hf, "_orig_mod", hf)
@@ -125,6 +134,7 @@ class MoEModel:
     def _first_parameter(self) -> Tensor:
         return next(self._embedding.parameters())
 
+    @checked
     def run(
         self,
         inputs: Inputs,
@@ -211,6 +221,7 @@ class MoEModel:
             places={key: read.positions for key, read in program.reads.items() if read.positions is not None},
         )
 
+    @checked
     def generate(self, inputs: Inputs, *, edit: Edits = (), **options: Any) -> str | list[str] | Tensor:
         """transformers' ``generate`` under edits, which act at every step.
 
@@ -254,6 +265,7 @@ class MoEModel:
         ids = session(lambda: entry.generate(**given, **options))
         return continued(inputs, ids, given.get("attention_mask"), self.spec, self.tokenizer)
 
+    @checked
     def edit(
         self, *edits: Intervention | Sequence[Intervention], everywhere: bool = False
     ) -> AbstractContextManager[Standing]:
@@ -281,7 +293,7 @@ class MoEModel:
         self._check_open()
         given = [one for some in edits for one in listed(some, Intervention)]
         self._check_edits([*self._standing, *given])
-        standing = Standing(given, everywhere=yes_or_no(everywhere, "everywhere"))
+        standing = Standing(given, everywhere=everywhere)
         self._began.add(standing)
         return self._standings.stand(standing)
 
@@ -299,11 +311,13 @@ class MoEModel:
     def _standing(self) -> list[Intervention]:
         return self._standings.edits()
 
+    @checked
     def forward(self, model_inputs: Mapping[str, Any]) -> Tensor:
         """The model's own forward pass: logits, or the last hidden states of a model without a head."""
         entry = self.hf.get_submodule(self.spec.entry)
         return output_of(self.spec, entry(**{**self.spec.options, **model_inputs}))
 
+    @checked
     def decode(self, hidden: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Logits of a residual stream: the model's own final norm, unembedding, scale and soft-cap.
 
@@ -311,7 +325,7 @@ class MoEModel:
 
         Raises:
             UnsupportedModel: more than the residual goes into the logits.
-            BadInput: the model is closed.
+            BadInput: the model is closed, or ``hidden`` is no residual stream of it.
         """
         self._check_not_closed()
         spec = self.spec
@@ -321,7 +335,12 @@ class MoEModel:
                 expected="logits that follow from the last residual alone",
                 got="an architecture that uses earlier ones too",
             )
-        normed = follow(self.hf, spec.final, hidden)
+        try:
+            normed = follow(self.hf, spec.final, hidden)
+        except RuntimeError as error:
+            if hidden.shape[-1] == spec.d_model and not hidden.is_meta:
+                raise
+            raise BadInput("not a residual stream", expected=f"[..., {spec.d_model}]", got=shown(hidden)) from error
         if spec.unembed is None:
             return normed
         # As rows, which no run takes for the hidden states of its own batch.
@@ -329,6 +348,7 @@ class MoEModel:
         logits = self.hf.get_submodule(spec.unembed)(normed.reshape(places.numel(), size))
         return logits_of(spec, logits.reshape(*places, logits.shape[-1]))
 
+    @checked
     def experts(self, layer: int) -> Experts:
         """The experts of a layer, without standing edits, as a function of any input and any expert ids.
 
@@ -341,6 +361,7 @@ class MoEModel:
         module = self.hf.get_submodule(moe.experts)
         return Experts(module, moe.num_experts, moe.kernel, lambda rows: follow(self.hf, moe.experts_input, rows))
 
+    @checked
     def weights(self, layer: int, expert: int) -> ExpertWeights:
         """One expert's matrices, in one layout for every architecture.
 
@@ -372,6 +393,7 @@ class MoEModel:
             "torch": torch.__version__,
         }
 
+    @checked
     def encode(self, inputs: Inputs) -> dict[str, Any]:
         """The inputs that the transformers model is given for a text, texts or token ids.
 
@@ -408,6 +430,7 @@ class MoEModel:
         with self._host.plainly():
             yield
 
+    @checked
     def audit(self, inputs: Inputs | None = None) -> "Audit":
         """Check this checkpoint: completeness, bit-equality, relations between points, and that edits take.
 

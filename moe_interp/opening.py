@@ -7,13 +7,14 @@ from typing import Any
 from torch import nn
 
 from moe_interp.adapters import is_known
+from moe_interp.arguments import checked
 from moe_interp.encode import check_tokenizer
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
-from moe_interp.options import check_flag
 from moe_interp.paths import without_credentials
 
 
+@checked
 def wrap(
     model: Any,
     tokenizer: Any = None,
@@ -67,7 +68,6 @@ def wrap(
 
 def _check_remote(remote: Any, trust_server: Any) -> None:
     """Refuse what is no server, and an address that nobody said may run code here."""
-    check_flag("trust_server", trust_server)
     address = isinstance(remote, str) and remote.lower().startswith(("http://", "https://"))
     if not isinstance(remote, bool) and remote != "local" and not address:
         raise BadInput(

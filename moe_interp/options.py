@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import unquote
 
+from moe_interp.arguments import check_flag
 from moe_interp.errors import BadInput
 
 TOLD: tuple[str, ...] = (
@@ -34,16 +35,6 @@ BOOLEANS += ("use_safetensors", "output_loading_info", "offload_buffers", "offlo
 BOOLEANS += ("use_kernels", "allow_all_kernels", "disable_mmap", "load_in_8bit", "load_in_4bit", "resume_download")
 _SAFE = {"use_safetensors": True, "weights_only": True, "ignore_mismatched_sizes": False}
 _SCHEMES = ("http", "https", "socks5", "socks5h", "bearer", "basic", "token")
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither True nor False, such as "no", which Python takes for true.
-
-    Raises:
-        BadInput: it is another value.
-    """
-    if not isinstance(value, bool):
-        raise BadInput(f"{name} is neither True nor False", expected="True or False", got=repr(value)[:80])
 
 
 def check_options(options: Mapping[str, Any]) -> None:

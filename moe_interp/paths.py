@@ -90,6 +90,11 @@ def _name(path: object) -> str:
     """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise BadInput("not a path", expected="the name of a file", got=repr(path)[:80])
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        got = "half of a surrogate pair"
+        raise BadInput("not a path", expected="characters that a file name can have", got=got) from error
     return os.fspath(path)
 
 

@@ -7,28 +7,21 @@
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Annotated, Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moe_interp.arguments import Count, Number, Otherwise, checked, described, index
 from moe_interp.errors import BadInput, UnknownName
 from moe_interp.points import ranges
 
-Indices = SupportsIndex | Iterable[SupportsIndex] | None
+Indices = Annotated[
+    SupportsIndex | Iterable[SupportsIndex] | None,
+    Otherwise("Marks of tokens, which are True or False, are given as tokens=."),
+]
 """Layers or positions as they may be given: one, several, or None for all."""
-
-
-def index(number: Any) -> int:
-    """A whole number.
-
-    Raises:
-        TypeError: something else, or a truth value.
-    """
-    if isinstance(number, bool) or (isinstance(number, Tensor) and number.dtype == torch.bool):
-        raise TypeError("a truth value")
-    return operator.index(number)
 
 
 def counted(number: int, what: str) -> str:
@@ -179,17 +172,16 @@ class TopTokens(NamedTuple):
         return f"TopTokens: ids and logprobs of the {top} most likely at each of {list(rows)}"
 
 
-def select(point: str, *, layers: Indices = None, positions: Indices = None, top: int | None = None) -> Read:
+@checked
+def select(point: str, *, layers: Indices = None, positions: Indices = None, top: Count | None = None) -> Read:
     """Keep only part of a point's values: ``read=[moe.select("expert_out", layers=[5], positions=-1)]``.
 
     With ``top=5`` what is kept are `TopTokens`, the five most likely tokens of the logit lens (nostalgebraist 2020) at
     each value of a point in the residual stream's space, [..., D]. They take little memory, and little of a network.
 
     Raises:
-        BadInput: ``top`` below 1, or no whole number.
+        BadInput: arguments of another kind, or ``top`` below 1.
     """
-    if top is not None and not (isinstance(top, SupportsIndex) and operator.index(top) >= 1):
-        raise BadInput("no tokens to keep", expected="a whole number, top >= 1", got=repr(top))
     kept = None if top is None else operator.index(top)
     return Read(point, positions_of(layers), positions_of(positions), kept)
 
@@ -266,15 +258,18 @@ class Routing:
         more = "" if scores is None else f"; {', '.join(too)} [{texts}, {longest}, {scores.shape[-1]}]"
         return f"Routing of {sizes}: ids, weights {[texts, longest, slots]}, mask {[texts, longest]}{more}"
 
-    def slots_of(self, expert: int) -> Bool[Tensor, "B S K"]:
+    @checked
+    def slots_of(self, expert: Number) -> Bool[Tensor, "B S K"]:
         """[B, S, K], the slots that hold an expert."""
         return (self.ids == expert) & self.mask[..., None]
 
-    def uses(self, expert: int) -> Bool[Tensor, "B S"]:
+    @checked
+    def uses(self, expert: Number) -> Bool[Tensor, "B S"]:
         """[B, S], tokens at which an expert has a slot, or was given a contribution without one."""
         used = self.slots_of(expert).any(dim=-1)
         return used | (self.added[expert] != 0).any(dim=-1) if expert in self.added else used
 
+    @checked
     def check_expert(self, layer: int, expert: int) -> None:
         """Refuse what cannot be an expert of the layer, whose number of experts scores tell, if they were read.
 
@@ -309,6 +304,11 @@ class Routings(dict[int, Routing]):
         return "\n".join(f"layer{'s' * (len(layers) > 1)} {ranges(layers)}: {kind}" for kind, layers in kinds.items())
 
 
+def _run_instead(given: Any) -> str | None:
+    return "Make one: model.run(text, read=[...])." if hasattr(given, "run") or isinstance(given, str) else None
+
+
+@described("a run", _run_instead)
 @dataclass(repr=False)
 class Run:
     """One forward pass: logits, the points read, the routing of every MoE layer.
@@ -385,6 +385,7 @@ class Run:
         point, layer = (key, None) if isinstance(key, str) else key
         return _found(self.values, point, layer)
 
+    @checked
     def whole(self, point: str, layer: int | None = None) -> Tensor:
         """The value of a point at all positions.
 
@@ -399,6 +400,7 @@ class Run:
             raise BadInput(f"{point}{where} was read in part", expected="a read without positions", got=got)
         return value
 
+    @checked
     def top_tokens(self, point: str, layer: int | None = None) -> TopTokens:
         """The most likely tokens at a point that was read with ``moe.select(..., top=...)``.
 
@@ -407,6 +409,7 @@ class Run:
         """
         return _found(self.tops, point, layer)
 
+    @checked
     def expert(self, layer: int, expert: int) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"]]:
         """Unweighted output of one expert, zero where it did not run, and the mask of tokens that used it.
 
@@ -423,6 +426,7 @@ class Run:
         first = slots.int().argmax(dim=2)[..., None, None].expand(*used.shape, 1, outputs.shape[-1])
         return torch.where(used[..., None], outputs.gather(2, first).squeeze(2), 0.0), used
 
+    @checked
     def contribution(
         self, layer: int, expert: int
     ) -> tuple[Float[Tensor, "B S D"], Float[Tensor, "B S"], Bool[Tensor, "B S"]]:
@@ -448,6 +452,7 @@ class Run:
             weights = weights.masked_fill(given, 1.0)
         return outputs, weights, used
 
+    @checked
     def heaviest(self, layer: int, rank: int = 0) -> Float[Tensor, "B S D"]:
         """Unweighted output of the expert whose weight is the ``rank``-th largest (0: the heaviest) at each token.
 

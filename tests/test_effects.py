@@ -70,7 +70,8 @@ def test_every_way_of_taking_out_is_that_of_ablate(how, side):
             for expert in run.routing[layer].ids[run.mask].unique().tolist():
                 outputs, weights, used = run.contribution(layer, expert)
                 more = {"mean": (outputs * weights[..., None])[used].mean(dim=0)} if how == "mean" else {}
-                more = {"mean": {(layer, expert): more["mean"]}} if more else {"run": run, "seed": 3}
+                more = {"mean": {(layer, expert): more["mean"]}} if more else {"seed": 3}
+                more |= {"run": run} if how == "resample" else {}
                 expected = whole_passes(model, inputs, LogitDifference((7,), (9,)), layer, expert, how=how, **more)
                 assert np.abs(found.effect.sel(layer=layer, expert=expert) - expected).max() < 2e-5
     assert np.abs(found.effect).max() > 0.1
@@ -218,7 +219,7 @@ def test_only_what_a_change_can_reach_is_run(monkeypatch):
 
 def test_refusals():
     with moe.wrap(build("mixtral")) as model:
-        with pytest.raises(BadInput, match="unknown ablation"):
+        with pytest.raises(BadInput, match="invalid how for expert_effects: expected one of 'zero'"):
             moe.expert_effects(model, IDS, how="gently")
         with pytest.raises(BadInput, match="unknown metric"):
             moe.expert_effects(model, IDS, "loss")

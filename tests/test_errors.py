@@ -98,6 +98,16 @@ def test_edits_that_cannot_be(model, edit, message):
     assert torch.equal(model.run(IDS).logits, clean)
 
 
+def test_routers_that_are_to_choose_more_experts_than_there_are():
+    hf = build("olmoe", num_experts=4, num_experts_per_tok=6)
+    with pytest.raises(
+        errors.UnsupportedModel, match="layer 0 chooses more .*: expected top-k of 1 to 4 .*, got top-6"
+    ):
+        moe.wrap(hf)
+    with moe.wrap(build("olmoe", num_experts=4, num_experts_per_tok=4)) as model:
+        assert model.run(IDS).routing[0].ids.sort(-1).values.unique(dim=1).tolist() == [[[0, 1, 2, 3]]] * 2
+
+
 def test_values_of_two_texts_are_not_patched_into_one(model):
     run = model.run(IDS, read="moe_out")
     message = "values of other texts: expected values of one text, got values of 2. Take them from a run of one text"
@@ -118,11 +128,32 @@ def test_values_of_two_texts_are_not_patched_into_one(model):
         ({"input_ids": IDS, "attention_mask": torch.zeros(2, 8)}, "a text without a real token"),
         ({"input_ids": IDS, "attention_mask": torch.ones(2, 5)}, "ids and mask differ"),
         ({"attention_mask": torch.ones(2, 5)}, "no tokens in the model inputs: expected 'input_ids'"),
+        (
+            {"input_ids": IDS, "position_ids": torch.arange(3)[None]},
+            r"position_ids do not fit.*\[..., 8\].*got \(1, 3\)",
+        ),
+        ({"input_ids": IDS, "labels": IDS[0]}, r"labels do not fit the ids: expected \(2, 8\), .*got \(8,\)"),
+        (IDS.to("meta"), "'input_ids' has no values: expected a tensor in memory, got one on the meta device"),
     ],
 )
 def test_inputs_that_cannot_be(model, inputs, message):
     with pytest.raises(errors.BadInput, match=message):
         model.run(inputs)
+
+
+def test_generations_that_cannot_be(model):
+    for mask in (torch.ones(1, 1, 8, 8), torch.ones(1, 8, 8)):
+        with pytest.raises(errors.BadInput, match=r"cannot generate under this mask: expected one of \[batch, pos\]"):
+            model.generate({"input_ids": IDS[:1], "attention_mask": mask}, max_new_tokens=1)
+    for new in (0, -1, 1.5, "3", True, float("nan")):
+        with pytest.raises(errors.BadInput, match=f"invalid max_new_tokens: expected .* at least 1, got {new!r}"):
+            model.generate(IDS, max_new_tokens=new)
+
+
+@pytest.mark.parametrize("hidden", [torch.ones(3), torch.ones(2, 63), torch.zeros(0), torch.ones(64, device="meta")])
+def test_what_is_no_residual_stream_is_not_decoded(model, hidden):
+    with pytest.raises(errors.BadInput, match=r"not a residual stream: expected \[..., 64\], got torch.float32 values"):
+        model.decode(hidden)
 
 
 def test_nan_in_weights_is_told_under_edits_too():
@@ -178,9 +209,9 @@ def test_experts_and_ranks_that_a_run_cannot_have(model):
 
 @pytest.mark.parametrize("top", ["5", 2.5, 0])
 def test_tokens_to_keep_are_a_whole_number(model, top):
-    with pytest.raises(errors.BadInput, match=f"no tokens to keep: expected a whole number, top >= 1, got {top!r}"):
+    with pytest.raises(errors.BadInput, match=f"invalid top for select: expected a whole .* 1 or None, got {top!r}"):
         moe.select("resid_post", top=top)
-    with pytest.raises(errors.BadInput, match=f"top out of range: expected 1 to 96 tokens, got {top!r}"):
+    with pytest.raises(errors.BadInput, match=f"invalid top for neuron_lens: .* at least 1, got {top!r}"):
         moe.neuron_lens(model, 2, 0, top=top)
 
 
@@ -189,7 +220,7 @@ def test_names_in_place_of_models_and_lenses(model):
         message = f"not a model that is in memory: .*got {given!r}. moe.load"
         with pytest.raises(errors.BadInput, match=message):
             moe.wrap(given)
-    message = r"not a tuned lens: expected what moe.tuned_lens\(name\) .*, got 'reference'"
+    message = r"invalid lens for expert_lens: expected a tuned lens or None, got 'reference'. Get one: moe.tuned_lens"
     with pytest.raises(errors.BadInput, match=message):
         moe.expert_lens(model, IDS[:1], lens="reference")
 

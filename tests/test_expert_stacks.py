@@ -193,7 +193,7 @@ def test_what_cannot_be_stacked_is_refused():
             (lambda: moe.stack_expert_results(values, 5), "no such layer: expected 0 to 4"),
             (
                 lambda: moe.stack_expert_results(values, by="head"),
-                "unknown order of components|Literal",
+                "invalid by for stack_expert_results: expected one of 'slot', 'expert'",
             ),  # beartype may be first
             (lambda: moe.decompose_resid(values, mlp_input=True), "no MLP after the last layer"),
             (lambda: moe.decompose_resid(values, 0, incl_embeds=False), "nothing to stack"),

@@ -250,11 +250,11 @@ ONE = {"layer": LAYER, "expert": 1}
         (lambda run: moe.swap(layer=2, experts=(1, 1)), "not two experts to swap"),
         (lambda run: moe.swap(), "expected layer and two experts, or two layers"),
         (lambda run: moe.swap(layers=(0, 9)), "unknown layer 9"),
-        (lambda run: moe.share(0.0), "above 0, up to 1"),
+        (lambda run: moe.share(0.0), "above 0 and up to 1"),
         (lambda run: moe.top_k(5, positions=0), "more experts at some tokens only"),
-        (lambda run: moe.randomize(weights="new"), "unknown weights"),
-        (lambda run: moe.mask(**ONE, on="scores"), "unknown scores: expected one of 'selection', 'logits'"),
-        (lambda run: moe.ablate(**ONE, how="vanish"), "unknown ablation"),
+        (lambda run: moe.randomize(weights="new"), "invalid weights for randomize: expected one of 'kept', 'fresh'"),
+        (lambda run: moe.mask(**ONE, on="scores"), "invalid on for mask: expected one of 'selection', 'logits'"),
+        (lambda run: moe.ablate(**ONE, how="vanish"), "invalid how for ablate: expected one of 'zero'"),
         (lambda run: moe.ablate(**ONE, how="mean"), "needs more: expected mean=moe.mean_contributions"),
         (lambda run: moe.ablate(**ONE, how="resample"), "needs more: expected run="),
         (lambda run: moe.mask(layer=2, expert=None), "no expert: expected one expert or several.*A router must choose"),
@@ -464,7 +464,7 @@ def test_truth_values_are_no_positions_and_no_layers(given):
         lambda: moe.scale(layer=0, expert=given, by=2.0),
         lambda: moe.select("moe_out", positions=given),
     ):
-        with pytest.raises(BadInput, match="not layers or positions: expected whole numbers.*tokens="):
+        with pytest.raises(BadInput, match="expected a whole number, a list of whole numbers or None, got .*tokens="):
             make()
     with pytest.raises(BadInput, match="expected a whole number"):
         moe.top_k(True)
@@ -476,23 +476,23 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: moe.scale(**ONE, by=NAN), "by is no number: expected a finite number, got nan"),
-        (lambda: moe.scale(**ONE, by="x"), "by is no number: expected a finite number, got 'x'"),
-        (lambda: moe.scale(**ONE, by=None), "by is no number"),
-        (lambda: moe.scale(**ONE, by=torch.ones(2)), "by is no number"),
-        (lambda: moe.steer(torch.ones(64), **ONE, by=NAN), "by is no number"),
-        (lambda: moe.steer(torch.ones(64), layer=2, point="resid_mid", by=-INF), "by is no number.*got -inf"),
-        (lambda: moe.bias(**ONE, by=INF), "by is no number.*got inf"),
-        (lambda: moe.noise(NAN), "std is no number"),
+        (lambda: moe.scale(**ONE, by=NAN), "invalid by for scale: expected a finite number, got nan"),
+        (lambda: moe.scale(**ONE, by="x"), "invalid by for scale: expected a finite number, got 'x'"),
+        (lambda: moe.scale(**ONE, by=None), "invalid by for .*"),
+        (lambda: moe.scale(**ONE, by=torch.ones(2)), "invalid by for .*"),
+        (lambda: moe.steer(torch.ones(64), **ONE, by=NAN), "invalid by for .*"),
+        (lambda: moe.steer(torch.ones(64), layer=2, point="resid_mid", by=-INF), "invalid by for .*.*got -inf"),
+        (lambda: moe.bias(**ONE, by=INF), "invalid by for .*.*got inf"),
+        (lambda: moe.noise(NAN), "invalid std"),
         (lambda: moe.noise(-1.0), "not a standard deviation: expected one from 0 on, got -1.0"),
-        (lambda: moe.share("x"), "share is no number"),
+        (lambda: moe.share("x"), "invalid of_weight for share"),
         (lambda: moe.force((0, 1, 2), layer=2, weights=(NAN, 1, 1)), "a weight is no number"),
         (lambda: moe.force((0,), layer=2, weights=["x"]), "a weight is no number"),
         (lambda: moe.force((0,), layer=2, weights=None), "weights to force: expected .*got None"),
-        (lambda: moe.randomize(seed=2**63), "no seed: expected a whole number of 64 bits"),
-        (lambda: moe.noise(1.0, seed=-(2**63) - 1), "no seed"),
+        (lambda: moe.randomize(seed=2**63), "invalid seed for randomize: .*64 bits"),
+        (lambda: moe.noise(1.0, seed=-(2**63) - 1), "invalid seed"),
         (lambda: moe.randomize(seed=0.5), "expected a whole number, got 0.5"),
-        (lambda: moe.top_k(2, renormalise="no"), "renormalise: expected True or False, got 'no'"),
+        (lambda: moe.top_k(2, renormalise="no"), "invalid renormalise for top_k: expected True or False, got 'no'"),
     ],
 )
 def test_numbers_are_finite_when_an_intervention_is_made(make, message):

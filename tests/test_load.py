@@ -240,7 +240,7 @@ def test_what_is_no_folder_is_told_what_reads_it(tmp_path):
     os.mkfifo(tmp_path / "folder" / "config.json")
     with pytest.raises(BadCheckpoint, match="cannot read .*config.json: expected regular files, got a pipe"):
         moe.load(tmp_path / "folder")
-    with pytest.raises(BadInput, match="not a checkpoint: expected a hub id or a folder, got 3"):
+    with pytest.raises(BadInput, match="invalid name for load: expected a string, a path or None, got 3"):
         moe.load(3)
 
 

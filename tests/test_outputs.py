@@ -410,7 +410,7 @@ def test_random_neurons_stand_out_as_random_directions_do_and_a_planted_one_more
         assert float(result.z_p.sel(neuron=9, sign="raises")) < 0.01
         others = result.z_p.drop_sel(neuron=9)
         assert 0.0 < float((others <= 0.05).mean()) < 0.2
-        with pytest.raises(BadInput, match="top out of range"):
+        with pytest.raises(BadInput, match="invalid top for neuron_lens"):
             neuron_lens(model, 0, 2, top=0)
         with torch.no_grad():
             hf.model.layers[0].mlp.experts.down_proj[2][:, 9] = 0

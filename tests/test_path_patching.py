@@ -126,7 +126,7 @@ def test_what_cannot_be_right_is_refused():
             moe.path_patching(model, CLEAN, CORRUPTED, (2, 8), "logits", METRIC)
         with pytest.raises(BadInput, match="not of one length"):
             moe.path_patching(model, CLEAN, CORRUPTED[:, :4], (2, 1), "logits", METRIC)
-        with pytest.raises(Exception, match="unknown kind of receivers.*got 'heads'|Literal"):
+        with pytest.raises(BadInput, match="invalid receivers for path_patching: .*got 'heads'"):
             moe.path_patching(model, CLEAN, CORRUPTED, (2, 1), "heads", METRIC)
     with moe.wrap(build_type("granitemoe")) as model, pytest.raises(UnsupportedModel, match="is not the plain sum"):
         moe.path_patching(model, CLEAN, CORRUPTED, (1, 1), "logits", METRIC)

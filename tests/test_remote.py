@@ -402,5 +402,5 @@ def test_an_address_needs_a_word_of_trust_for_its_replies_are_unpickled():
     for remote in ("no", "host:80", 1, None):
         with pytest.raises(BadInput, match="not a server: expected True, or an address"):
             moe.wrap(lm, remote=remote)
-    with pytest.raises(BadInput, match="trust_server is neither True nor False: expected True or False, got 'no'"):
+    with pytest.raises(BadInput, match="invalid trust_server for wrap: expected True or False, got 'no'"):
         moe.wrap(lm, remote="http://host", trust_server="no")

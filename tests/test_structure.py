@@ -27,6 +27,7 @@ FLOORS = (
     ("adapters", "run"),
     ("points",),
     ("options", "paths", "untrusted", "untrusted_reader"),
+    ("arguments",),
     ("dims", "errors"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

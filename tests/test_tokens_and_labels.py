@@ -210,7 +210,7 @@ def test_identity_on_a_model_survives_a_file_and_says_what_is_known(tmp_path):
     assert ((result.specialization - result.specialization_token - result.gain) < 1e-12).all()
     with pytest.raises(BadInput, match="no token id is known from other documents"):
         token_identity(model_of(), CORPUS, at_least=999)
-    with pytest.raises(BadInput, match="too few folds"):
+    with pytest.raises(BadInput, match="invalid folds for token_identity: expected a whole number from 2"):
         token_identity(model_of(), CORPUS, folds=1)
 
 

@@ -126,10 +126,10 @@ def test_what_cannot_be_right_is_refused():
         refused("not one prompt: expected one text, or its token ids, got 2 texts", prompt=["ab cab", "abcdef"])
         refused("'ab' is not one token", answer="ab")
         refused("no such tokens", answer=5000)
-        refused("too few samples: expected at least 1, got 0", samples=0)
-        refused("not a standard deviation: expected a number above 0, got -1", noise=-1.0)
-        refused("not a standard deviation", noise=float("nan"))
-        refused("unknown way to restore.*got 'last'|Literal", at="last")
+        refused("invalid samples for causal_trace: expected a whole number from 1 .*got 0", samples=0)
+        refused("invalid noise for causal_trace: expected a finite number above 0 or None, got -1", noise=-1.0)
+        refused("invalid noise", noise=float("nan"))
+        refused("invalid at for causal_trace: .*got 'last'", at="last")
         with pytest.raises(UnknownName, match="unknown layer 7"):
             moe.causal_trace(model, IDS, 1, ANSWER, layers=7)
     with moe.wrap(build_type("switch_transformers")) as model, pytest.raises(UnsupportedModel, match="no next token"):

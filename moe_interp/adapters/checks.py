@@ -71,6 +71,22 @@ def check_modules(hf: nn.Module, spec: ModelSpec) -> None:
             )
 
 
+def check_counts(spec: ModelSpec) -> None:
+    """Refuse routers that are to choose more experts than there are, whose forward pass torch would end.
+
+    Raises:
+        UnsupportedModel: one is.
+    """
+    for layer in spec.layers:
+        if layer.moe and layer.moe.top_k > layer.moe.num_experts and not layer.moe.skips:
+            raise UnsupportedModel(
+                f"the router of layer {layer.index} chooses more experts than there are",
+                expected=f"top-k of 1 to {layer.moe.num_experts} experts",
+                got=f"top-{layer.moe.top_k}",
+                do="Set the number of experts per token in the model's config.",
+            )
+
+
 def _is_there(hf: nn.Module, path: str) -> bool:
     try:
         hf.get_submodule(path)

@@ -23,6 +23,7 @@ from moe_interp.adapters.family import Described, Family, sigmoid
 from moe_interp.adapters.reading import model_type, outline
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.adapters.sums import Plus, Sum, Times
+from moe_interp.arguments import checked
 from moe_interp.errors import BadInput, UnsupportedModel
 
 Adapter = Family | Described
@@ -79,6 +80,7 @@ _OWN: dict[str, Adapter] = {
 FAMILIES: dict[str, Adapter] = {**softmax_families.FAMILIES, **sigmoid_families.FAMILIES, **_OWN}
 
 
+@checked
 def register_adapter(model_type: str, adapter: Family | Callable[[nn.Module], ModelSpec]) -> None:
     """Open an architecture of one's own: remote code, a research model.
 

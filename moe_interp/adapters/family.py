@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from moe_interp.adapters.checks import check_modules, check_types
+from moe_interp.adapters.checks import check_counts, check_modules, check_types
 from moe_interp.adapters.experts import Fused, Kernel
 from moe_interp.adapters.module_list import LinearGate
 from moe_interp.adapters.reading import (
@@ -255,6 +255,7 @@ class Family:
         )
         spec = ModelSpec(**NO_SIZES | fields | self.logits(text_config(hf)) | more)
         check_modules(hf, spec)
+        check_counts(spec)
         given = {name: getattr(spec, name) for name in NO_SIZES} | dict(self.sizes(hf))
         spec = replace(spec, **model_sizes(hf, spec, given))
         return replace(spec, head=head_of(hf, spec), arguments=arguments_of(hf, spec))

@@ -1,19 +1,20 @@
 """Answers: single tokens that a metric, a lens or an attribution asks about, each given by its id or its text."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from moe_interp.analyses.functions import kind
+from moe_interp.arguments import CheckedLater, index, is_whole
 from moe_interp.encode import GIVE_TOKENIZER, token_text
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
-from moe_interp.run import index
+from moe_interp.paths import lone_surrogate
 
-Answers = int | str | Sequence[int | str]
+Answers = Annotated[int | str | Sequence[int | str], CheckedLater()]
 """One token for all texts, or several, one for each text: ids, texts of exactly one token, or both."""
 
 
@@ -56,7 +57,8 @@ def answer_ids(model: MoEModel, tokens: Answers) -> Int[Tensor, " N"]:
     Raises:
         BadInput: none, an id out of the vocabulary, or a text that is not exactly one token.
     """
-    listed = [tokens] if isinstance(tokens, int | str) else list(tokens)
+    one = isinstance(tokens, str) or is_whole(tokens)
+    listed: list[Any] = [tokens] if one else list(tokens)  # type: ignore[arg-type]
     ids = [_token_id(model, token) if isinstance(token, str) else int(token) for token in listed]
     if not ids or min(ids) < 0 or max(ids) >= model.spec.vocab_size:
         raise BadInput("no such tokens", expected=f"one id or more, 0 to {model.spec.vocab_size - 1}", got=str(ids))
@@ -66,6 +68,8 @@ def answer_ids(model: MoEModel, tokens: Answers) -> Int[Tensor, " N"]:
 def _token_id(model: MoEModel, text: str) -> int:
     if model.tokenizer is None:
         raise BadInput("text needs a tokenizer", expected="token ids", got=repr(text), do=GIVE_TOKENIZER)
+    if lone_surrogate(text):
+        raise BadInput(f"{text!r} is no Unicode text", expected="the text of one token", got="half of a surrogate pair")
     ids = _ids(model, text)
     if len(ids) != 1:
         raise BadInput(

@@ -24,6 +24,7 @@ from moe_interp.analyses.plain import (
     final_modules,
     tolerance,
 )
+from moe_interp.arguments import checked
 from moe_interp.encode import Inputs
 from moe_interp.errors import UnsupportedModel
 from moe_interp.measured import inputs_told
@@ -32,6 +33,7 @@ from moe_interp.results import Variable, labelled
 from moe_interp.run import Run
 
 
+@checked
 @torch.no_grad()
 def logit_attribution(
     model: MoEModel, text: Inputs, tokens: int | str | Sequence[int | str], *, position: int = -1

@@ -22,7 +22,7 @@ et al. 2023, arXiv 2310.10348).
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +36,10 @@ from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.metrics import KL, AnyMetric, Metric, as_metric
 from moe_interp.analyses.plain import check_not_edited, check_sets_no_contribution
 from moe_interp.analyses.side_by_side import real_ids, side_by_side
+from moe_interp.arguments import Count, Range, Seed, checked
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.interventions import Intervention, apply
-from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.measured import inputs_told, metric_told
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -50,6 +50,7 @@ Slopes = Mapping[tuple[str, int], Tensor]
 """Gradients of the metric, summed over texts, by point and layer."""
 
 
+@checked
 def attribution_patching(
     model: MoEModel,
     inputs: Inputs,
@@ -57,11 +58,11 @@ def attribution_patching(
     metric: AnyMetric = "nll",
     *,
     layers: Indices = None,
-    steps: int = 1,
+    steps: Annotated[int, Range(1, 10_000)] = 1,
     neurons: bool = False,
-    sample: int | None = 64,
-    seed: int = 0,
-    batch_tokens: int = 1024,
+    sample: Count | None = 64,
+    seed: Seed = 0,
+    batch_tokens: Count = 1024,
 ) -> xr.Dataset:
     """Estimates of what every expert is worth, and their rank correlation with exact effects.
 
@@ -94,8 +95,6 @@ def attribution_patching(
         UnsupportedModel: a metric that the model has no logits for, or neurons of experts whose outputs do not follow
             from them by a matrix alone.
     """
-    if steps < 1 or (sample is not None and sample < 1):
-        raise BadInput("too few", expected="steps and sample of 1 or more", got=f"{steps} and {sample}")
     chosen = moe_layers(model, layers)
     found = estimates(model, inputs, corrupted, metric, chosen, steps, neurons)
     sweep = Sweep(model, inputs, metric)
@@ -218,7 +217,6 @@ def estimates(
             got=f"steps = {steps}",
         )
     check_sets_no_contribution(model, layers, "attributions")
-    yes_or_no(neurons, "neurons is no truth value")
     check_not_edited(model, layers if neurons else (), ("expert_out",), "shares of neurons")
     _check(model, inputs, corrupted, layers if neurons else ())
     held = [Read("expert_act", tuple(layers))] if neurons else []

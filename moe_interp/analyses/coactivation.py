@@ -24,7 +24,8 @@ from torch import Tensor
 import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, collect, sizes
 from moe_interp.analyses.exact import Exact, Provenance, blocks_of, flat_counts, of_each, one_or_each, told_top_k
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.data import Corpus
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 from moe_interp.run import Routing, Run
@@ -189,16 +190,17 @@ _VARIABLES: dict[str, Description] = {
 }
 
 
+@checked
 def coactivation(
     model: MoEModel,
     corpus: Corpus,
     *,
     blocks: int = BLOCKS,
     special_tokens: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """Which experts of a layer are chosen together.
 
@@ -220,7 +222,6 @@ def coactivation(
         BadInput: the model has no tokenizer.
         UnsupportedModel: layers with different numbers of experts.
     """
-    check_corpus(corpus)
     sums = PairCounts.empty(*sizes(model), blocks=blocks)
     where = collect(model, corpus, {"pairs": sums}, Options(special_tokens, max_tokens, batch_tokens))
     return sums.result(provenance=where, resamples=resamples, seed=seed)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,21 +24,23 @@ from torch import Tensor
 from moe_interp.analyses.metrics import as_metric
 from moe_interp.analyses.plain import check_writes_text
 from moe_interp.analyses.trials import BOUNDS, Trial, effects, summary
+from moe_interp.arguments import Count, Draws, Seed, checked, index
 from moe_interp.encode import Inputs
-from moe_interp.errors import BadInput, one_of
+from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, ablate
-from moe_interp.interventions.named import ABLATIONS
+from moe_interp.interventions.named import Ablation
 from moe_interp.measured import edits_told, inputs_told, metric_told
 from moe_interp.model import MoEModel
 from moe_interp.restart import Restart
 from moe_interp.results import Variable, labelled
-from moe_interp.run import Run, index
+from moe_interp.run import Run
 from moe_interp.stats import bootstrap_mean
 
 Expert = tuple[int, int]
 MOST = 2**12  # subsets
 
 
+@checked
 @torch.no_grad()
 def coalitions(
     model: MoEModel,
@@ -46,13 +48,13 @@ def coalitions(
     experts: Sequence[Expert],
     metric: Any,
     *,
-    how: Literal["zero", "mean", "resample", "forbid"] = "zero",
-    size: int = 2,
+    how: Ablation = "zero",
+    size: Count = 2,
     mean: Mapping[Expert, Tensor] | None = None,
     run: Run | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """Ablate experts one by one and together.
 
@@ -85,7 +87,6 @@ def coalitions(
         UnsupportedModel: a model that does not predict the next token.
     """
     check_writes_text(model)
-    one_of("ablation", how, ABLATIONS)
     listed = _checked(model, experts, size)
     sets = [one for count in range(1, size + 1) for one in combinations(range(len(listed)), count)]
     edits = [ablate(layer=one[0], expert=one[1], how=how, mean=mean, run=run, seed=seed) for one in listed]
@@ -132,7 +133,7 @@ def _checked(model: MoEModel, experts: Sequence[Expert], size: int) -> list[Expe
         raise BadInput("not a set of experts", expected="(layer, expert) of each, once", got=str(listed))
     for one in listed:
         model.spec.check_runs(*one)
-    if not 1 <= size <= len(listed):
+    if size > len(listed):
         raise BadInput("no sets of that size", expected=f"1 to {len(listed)}, the experts given", got=str(size))
     count = sum(math.comb(len(listed), one) for one in range(1, size + 1))
     if count > MOST:

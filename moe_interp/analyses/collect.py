@@ -24,15 +24,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moe_interp.analyses.exact import Exact, told_top_k
-from moe_interp.data import Batch, Corpus, batches, check_corpus
+from moe_interp.arguments import Count, checked, checked_fields
+from moe_interp.data import Batch, Corpus, batches
 from moe_interp.encode import special_token_ids
 from moe_interp.errors import BadData, BadInput, UnsupportedModel
-from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.model import MoEModel, Reads
 from moe_interp.paths import check_readable, check_writable, write_whole
 from moe_interp.run import Read, Run
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Options:
     """What decides which tokens of a corpus are looked at.
@@ -43,11 +44,8 @@ class Options:
     """
 
     special_tokens: bool = False
-    max_tokens: int | None = None
-    batch_tokens: int = 4096
-
-    def __post_init__(self) -> None:
-        yes_or_no(self.special_tokens, "special_tokens is no truth value")
+    max_tokens: Count | None = None
+    batch_tokens: Count = 4096
 
 
 class Pass:
@@ -141,6 +139,7 @@ def counted(run: Run, special: Sequence[int]) -> Run:
     return replace(run, tokens=replace(run.tokens, mask=kept), routing=routing)
 
 
+@checked
 def collect(
     model: MoEModel,
     corpus: Corpus,
@@ -148,7 +147,7 @@ def collect(
     options: Options | None = None,
     *,
     resume: str | Path | None = None,
-    every: int = 32,
+    every: Count = 32,
 ) -> dict[str, str | int | float]:
     """Feed accumulators from one pass over a corpus.
 
@@ -173,10 +172,7 @@ def collect(
         BadOutput: ``resume`` cannot be written, found out before the pass.
         BadData: ``resume`` holds the states of another pass, or of one that began with other counts.
     """
-    check_corpus(corpus)
     _check_sums(sums, model, len(corpus))
-    if not isinstance(every, int) or every < 1:
-        raise BadInput("cannot store states so often", expected="every of 1 batch or more", got=repr(every)[:80])
     if resume is not None:
         check_writable(resume)
     going = Pass(model, corpus, options)
@@ -202,7 +198,7 @@ def collect(
 
 
 def _check_sums(sums: Any, model: MoEModel, documents: int) -> None:
-    if not isinstance(sums, Mapping) or not all(isinstance(one, Exact) for one in sums.values()):
+    if not isinstance(sums, Mapping) or not sums or not all(isinstance(one, Exact) for one in sums.values()):
         raise BadInput(
             "not accumulators",
             expected='a mapping such as {"pairs": PairCounts.empty(*sizes(model))}',

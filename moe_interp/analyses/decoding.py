@@ -4,9 +4,8 @@
 chunk times the vocabulary and never with parts or positions times the vocabulary.
 """
 
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, SupportsIndex
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -40,13 +39,13 @@ class Decoded(NamedTuple):
     kl: Float[Tensor, "N P"]
 
 
-def check_top(top: Any, vocabulary: int) -> None:
+def check_top(top: int, vocabulary: int) -> None:
     """Refuse to keep more of the most probable tokens than there are, or none.
 
     Raises:
         BadInput: no such number of tokens.
     """
-    if not isinstance(top, SupportsIndex) or not 1 <= operator.index(top) <= vocabulary:
+    if not 1 <= top <= vocabulary:
         raise BadInput("top out of range", expected=f"1 to {vocabulary} tokens", got=repr(top))
 
 

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.metrics import AnyMetric, as_metric
 from moe_interp.analyses.plain import is_plain
+from moe_interp.arguments import Count, Seed, checked
 from moe_interp.encode import Inputs
-from moe_interp.errors import one_of
 from moe_interp.interventions import Intervention, ablate, apply, patch
-from moe_interp.interventions.named import ABLATIONS, mean_of
+from moe_interp.interventions.named import Ablation, check_used, mean_of
 from moe_interp.measured import inputs_told, metric_told, values_told
 from moe_interp.model import MoEModel
 from moe_interp.restart import Outcome, Restart, Variant
@@ -41,16 +41,17 @@ Delta = Callable[[Tensor], Tensor]
 _HELD = 2**28  # bytes of expert outputs held at once; layers beyond it take another forward pass
 
 
+@checked
 def expert_effects(
     model: MoEModel,
     inputs: Inputs,
     metric: AnyMetric = "nll",
-    how: str = "zero",
+    how: Ablation = "zero",
     *,
     layers: Indices = None,
     mean: Means | None = None,
-    seed: int = 0,
-    batch_tokens: int = 1024,
+    seed: Seed = 0,
+    batch_tokens: Count = 1024,
 ) -> xr.Dataset:
     """The exact effect of taking out every expert of every layer, one at a time.
 
@@ -72,10 +73,12 @@ def expert_effects(
         both NaN where a layer has no such expert. ``tokens`` that used it. ``base`` (text): the metric of the run.
 
     Raises:
-        BadInput: inputs that cannot be right, an unknown metric or ``how``, or texts that the metric cannot measure.
+        BadInput: inputs that cannot be right, an unknown metric, ``mean`` beside another ``how``, or texts that
+            the metric cannot measure.
         UnknownName: a layer that is no MoE layer.
         UnsupportedModel: a metric that the model has no logits for, or a router that cannot forbid an expert.
     """
+    check_used(how, mean=mean)
     chosen = moe_layers(model, layers)
     sweep = Sweep(model, inputs, metric)
     changes = removals(sweep, chosen, how, mean, seed)
@@ -159,17 +162,12 @@ def tokens_of(run: Run, layer: int, experts: int) -> Int[Tensor, "B E"]:
 def removals(
     sweep: "Sweep",
     layers: Sequence[int],
-    how: str,
+    how: Ablation,
     mean: Means | None = None,
     seed: int = 0,
     only: Mapping[int, Sequence[int]] | None = None,
 ) -> Iterator[Change]:
-    """Every expert that some token used, taken out; ``only`` some of them, by layer.
-
-    Raises:
-        BadInput: an unknown ``how``.
-    """
-    one_of("ablation", how, ABLATIONS)
+    """Every expert that some token used, taken out; ``only`` some of them, by layer."""
     runs = ((layer, sweep.restart.base) for layer in layers) if how == "forbid" else sweep.with_outputs(layers)
     for layer, run in runs:
         # Zero also takes away what an expert was given without a slot; the others act at tokens that chose it.
@@ -179,12 +177,13 @@ def removals(
             yield _removal(sweep, run, layer, expert, how, mean, seed)
 
 
-def _removal(sweep: "Sweep", run: Run, layer: int, expert: int, how: str, mean: Means | None, seed: int) -> Change:
+def _removal(sweep: "Sweep", run: Run, layer: int, expert: int, how: Ablation, mean: Means | None, seed: int) -> Change:
     routing = run.routing[layer]
     used = routing.uses(expert) if how == "zero" else routing.slots_of(expert).any(dim=-1)
     where: dict[str, Any] = {"layer": layer, "expert": expert, "how": how, "seed": seed}
     if how in ("forbid", "resample"):
-        return Change(layer, expert, used, partial(ablate, **where, run=run))
+        needed: dict[str, Any] = {"run": run} if how == "resample" else {}
+        return Change(layer, expert, used, partial(ablate, **where, **needed))
     if how == "zero":
         delta = partial(_replaced, run, layer, expert, None)
         return Change(layer, expert, used, partial(ablate, **where), delta if sweep.adds_up(run, layer) else None)

@@ -12,7 +12,7 @@ rows of the unembedding back through it, and `logit_attrs` is the product of a s
 All takes the `ActivationCache` of a bridge that `moe_interp.attach` has attached, and computes in float32.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from moe_interp.analyses.answers import answer_ids
 from moe_interp.analyses.attribution import freeze, linear_head
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.plain import check_plain, check_plain_model, check_writes_text
+from moe_interp.arguments import checked, is_whole, kind_of, shown
 from moe_interp.bridge import Attached, attached
 from moe_interp.errors import BadInput, UnknownName
 from moe_interp.run import Indices
@@ -31,17 +32,47 @@ By = Literal["slot", "expert"]
 Tokens = int | str | Int[Tensor, "..."]
 
 
+def _slice(given: Any) -> Any:
+    """TransformerLens's slice of positions.
+
+    Raises:
+        BadInput: what makes none.
+    """
+    from transformer_lens.utilities.slice import Slice
+
+    if isinstance(given, Slice):
+        return given
+    several = given is not None and not is_whole(given)
+    row = [one for one in given if one is not None] if isinstance(given, tuple) else given
+    if several and not (kind_of(Sequence[int]).accepts(row) and len(given)):
+        raise BadInput(
+            "invalid pos_slice", expected="a position, (start, stop), or a list of positions", got=shown(given)
+        )
+    return Slice(given)
+
+
+def _products(values: Float[Tensor, "*rows D"], directions: Float[Tensor, "... D"]) -> Float[Tensor, "*rows"]:
+    """Each vector's product with its direction.
+
+    Raises:
+        BadInput: directions of other shapes.
+    """
+    shape = tuple(values.shape)
+    fits = directions.dim() <= values.dim() and directions.shape[-1] == shape[-1] and not directions.is_meta
+    pairs = zip(directions.shape[-2::-1], shape[-2::-1], strict=False)
+    if not fits or any(size not in (1, wanted) for size, wanted in pairs):
+        got = str(tuple(directions.shape)) + " on the meta device" * directions.is_meta
+        raise BadInput("directions do not fit the values", expected=f"the last dims of {shape}", got=got)
+    return torch.einsum("...d,...d->...", values, directions.to(values.device))
+
+
 class _Cached:
     """Values of points in a cache, at some positions, projected on directions if there are any."""
 
     def __init__(self, cache: Any, pos_slice: Any = None, directions: Tensor | None = None, by: By = "slot"):
-        from transformer_lens.utilities.slice import Slice
-
-        if by not in ("slot", "expert"):
-            raise BadInput("unknown order of components", expected="'slot' or 'expert'", got=repr(by))
         self.door: Attached = attached(getattr(cache, "model", None))
         self.cache, self.by = cache, by
-        self.slice = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        self.slice = _slice(pos_slice)
         self.directions = None if directions is None else directions.float()
 
     def value(self, point: str, layer: int | None, after: int = 1) -> Tensor:
@@ -54,7 +85,15 @@ class _Cached:
                 got=f"{len(self.cache.cache_dict)} other values",
                 do="Cache it: bridge.run_with_cache(tokens, names_filter=door.names()), of what moe.attach returned.",
             )
-        found: Tensor = self.slice.apply(self.cache.cache_dict[there[0]], dim=-1 - after)
+        value = self.cache.cache_dict[there[0]]
+        try:
+            found: Tensor = self.slice.apply(value, dim=-1 - after)
+        except IndexError as error:
+            raise BadInput(
+                "no such positions", expected=f"some of {value.shape[-1 - after]}", got=str(error)
+            ) from error
+        if not found.numel():
+            raise BadInput("no positions", expected=f"some of {value.shape[-1 - after]}", got="none")
         return found.float() if found.is_floating_point() else found
 
     def has(self, point: str, layer: int) -> bool:
@@ -66,7 +105,7 @@ class _Cached:
         found = self.value(point, layer)
         if self.directions is None:
             return found
-        return torch.einsum("...d,...d->...", found, self.directions.to(found.device))
+        return _products(found, self.directions)
 
     def experts(self, layer: int) -> Iterator[tuple[str, Tensor]]:
         """What each slot or expert added, and the shared experts."""
@@ -83,7 +122,7 @@ class _Cached:
         outputs, weights = self.value("expert_out", layer, after=2), self.value("gate_weights", layer)
         if self.directions is None:
             return outputs * weights[..., None]
-        return weights * torch.einsum("...kd,...d->...k", outputs, self.directions.to(outputs.device))
+        return weights * _products(outputs, self.directions[..., None, :])
 
     def _by_expert(self, layer: int, added: Tensor) -> Tensor:
         ids = self.value("expert_ids", layer)
@@ -93,6 +132,7 @@ class _Cached:
         return added.new_zeros(*shape, added.shape[-1]).scatter_add(-2, ids[..., None].expand_as(added), added)
 
 
+@checked
 @torch.no_grad()
 def stack_expert_results(
     cache: Any,
@@ -143,6 +183,7 @@ def stack_expert_results(
     return _stacked(found, return_labels)
 
 
+@checked
 @torch.no_grad()
 def decompose_resid(
     cache: Any,
@@ -212,6 +253,7 @@ def _stacked(found: Sequence[tuple[str, Tensor]], labels: bool) -> Any:
     return (stack, [label for label, _ in found]) if labels else stack
 
 
+@checked
 @torch.no_grad()
 def logit_directions(
     cache: Any, tokens: Tokens, incorrect_tokens: Tokens | None = None, *, pos_slice: Any = None
@@ -250,8 +292,9 @@ def logit_directions(
 
 def _rows(cached: _Cached, weight: Tensor, tokens: Tokens, residual: Tensor) -> Tensor:
     """Rows of the unembedding, which go over the residual's dims."""
-    if isinstance(tokens, int | str):
-        return weight[answer_ids(cached.door.model, tokens)[0]].float()
+    if not isinstance(tokens, Tensor) or not tokens.dim():
+        return weight[answer_ids(cached.door.model, int(tokens) if isinstance(tokens, Tensor) else tokens)[0]].float()
+    answer_ids(cached.door.model, tokens.flatten().tolist())  # refuses what is no token
     rows = weight[tokens.to(weight.device)].float()
     one_a_text = tokens.dim() == 1 and residual.dim() == 3 and len(tokens) == len(residual)
     rows = rows[:, None] if one_a_text else rows
@@ -264,6 +307,7 @@ def _rows(cached: _Cached, weight: Tensor, tokens: Tokens, residual: Tensor) -> 
     return rows
 
 
+@checked
 @torch.no_grad()
 def logit_attrs(
     cache: Any,
@@ -290,15 +334,16 @@ def logit_attrs(
         BadInput, UnknownName, UnsupportedModel: as in `logit_directions`.
     """
     directions = logit_directions(cache, tokens, incorrect_tokens, pos_slice=pos_slice)
-    return torch.einsum("c...d,...d->c...", stack.float(), directions.to(stack.device))
+    return _products(stack.float(), directions)
 
 
+@checked
 @torch.no_grad()
 def get_act_patch_expert_out(
     bridge: Any,
     corrupted_tokens: Int[Tensor, "batch pos"],
     clean_cache: Any,
-    patching_metric: Any,
+    patching_metric: Callable[[Tensor], Any],
     *,
     layers: Indices = None,
     return_labels: bool = False,

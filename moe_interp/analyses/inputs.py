@@ -15,7 +15,6 @@ from torch import Tensor
 from moe_interp.analyses.collect import Options, Pass, over_experts
 from moe_interp.analyses.plain import check_not_edited
 from moe_interp.data import Corpus
-from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.run import Indices, Read, Run, positions_of
 
@@ -69,8 +68,6 @@ def sample_inputs(
             does not have.
     """
     check_not_edited(model, layers, ("expert_act", "expert_out"), "outputs of all experts")
-    if per_document < 1:
-        raise BadInput("too few tokens", expected="at least one a document", got=str(per_document))
     going = Pass(model, corpus, options)
     read = [Read(point, layers) for point in ("moe_in", "router_logits", "router_scores")]
     found: dict[int, list[tuple[int, Inputs]]] = {layer: [] for layer in layers}

@@ -25,7 +25,8 @@ import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, collect, sizes
 from moe_interp.analyses.exact import Exact, Provenance, flat_counts, of_each, one_or_each, told_top_k
 from moe_interp.analyses.routing_values import taken
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.data import Corpus
 from moe_interp.encode import GIVE_TOKENIZER
 from moe_interp.errors import BadInput
 from moe_interp.measured import function_told
@@ -86,6 +87,7 @@ LABELLERS: dict[str, Labeller] = {
 }
 
 
+@checked
 def spans(mark: Callable[[str], Sequence[tuple[int, int, str]]], *, other: str = "other") -> Labeller:
     """A labeller of a function from a text to (first character, last + 1, label), such as a part-of-speech tagger.
 
@@ -147,7 +149,6 @@ def label_tokens(model: MoEModel, corpus: Corpus, label: str | Labeller) -> tupl
     Raises:
         BadInput: no tokenizer, an unknown name, a wrong number of labels, more than 256 different ones.
     """
-    check_corpus(corpus)
     if model.tokenizer is None:
         raise BadInput("labels need a tokenizer", expected="a model with one", got="none", do=GIVE_TOKENIZER)
     check_label(label)
@@ -325,16 +326,17 @@ _VARIABLES: dict[str, Description] = {
 }
 
 
+@checked
 def routing_by_label(
     model: MoEModel,
     corpus: Corpus,
     label: str | Labeller = "kind",
     *,
     special_tokens: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """Which expert takes which kind of token: ``routing_by_label(model, corpus, "punctuation")``.
 

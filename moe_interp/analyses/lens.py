@@ -33,8 +33,9 @@ from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.one_text import At, by_rank, expert_terms, next_ids, run_text, token_texts
 from moe_interp.analyses.plain import check_adds_up, check_plain, check_same_parts, check_writes_text, final_modules
 from moe_interp.analyses.tuned_lens import TunedLens
+from moe_interp.arguments import Count, Draws, checked
 from moe_interp.encode import Inputs
-from moe_interp.errors import BadInput, one_of
+from moe_interp.errors import BadInput
 from moe_interp.measured import inputs_told, values_told
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
@@ -43,6 +44,7 @@ from moe_interp.run import Indices, Run, positions_of
 Definition = Literal["paper", "as_coded"]
 
 
+@checked
 @torch.no_grad()
 def expert_lens(
     model: MoEModel,
@@ -50,10 +52,10 @@ def expert_lens(
     *,
     layers: Indices = None,
     positions: Indices = None,
-    top: int = 5,
+    top: Count = 5,
     definition: Definition = "paper",
     lens: TunedLens | None = None,
-    chunk: int = CHUNK,
+    chunk: Draws = CHUNK,
 ) -> xr.Dataset:
     """Decode every part of every MoE layer at every position of one text.
 
@@ -98,7 +100,7 @@ def expert_lens(
     chosen = _layers(model, layers)
     check_writes_text(model)
     check_plain(model, chosen)
-    _check_options(model, top, definition, chunk)
+    check_top(top, model.spec.vocab_size)
     if lens is not None:
         _check_lens(model, lens, definition)
     shared = "shared_out" in model.spec.layer(chosen[0]).sites
@@ -203,20 +205,7 @@ def _layers(model: MoEModel, layers: Indices) -> tuple[int, ...]:
     return chosen
 
 
-def _check_options(model: MoEModel, top: int, definition: str, chunk: int) -> None:
-    one_of("definition", definition, ("paper", "as_coded"))
-    check_top(top, model.spec.vocab_size)
-    if chunk < 1:
-        raise BadInput("chunk out of range", expected="at least one row", got=str(chunk))
-
-
 def _check_lens(model: MoEModel, lens: TunedLens, definition: str) -> None:
-    if not isinstance(lens, TunedLens):
-        raise BadInput(
-            "not a tuned lens",
-            expected="what moe.tuned_lens(name) or moe.train_tuned_lens(model, corpus) gives",
-            got=repr(lens)[:80],
-        )
     if definition != "paper":
         raise BadInput(
             "a tuned lens cannot be used as coded",

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moe_interp.analyses.collect import Options, Pass
 from moe_interp.analyses.inputs import moe_layers
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.arguments import checked
+from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
@@ -59,6 +60,7 @@ class MeanContributions(Mapping[tuple[int, int], Tensor]):
         return int(np.count_nonzero(self.dataset["tokens"].values))
 
 
+@checked
 @torch.no_grad()
 def mean_contributions(
     model: MoEModel, corpus: Corpus, *, layers: Indices = None, options: Options | None = None
@@ -75,7 +77,6 @@ def mean_contributions(
         BadInput: no tokenizer.
         UnknownName: no such MoE layer.
     """
-    check_corpus(corpus)
     chosen = moe_layers(model, layers)
     going = Pass(model, corpus, options)
     sums: dict[int, Tensor] = {}

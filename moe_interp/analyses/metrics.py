@@ -18,6 +18,7 @@ from moe_interp.analyses.answers import Answers, answer_ids, as_answers
 from moe_interp.analyses.distributions import check_logits, divergence, log_probabilities
 from moe_interp.analyses.functions import check_arguments, kind, number_of
 from moe_interp.analyses.plain import check_writes_text
+from moe_interp.arguments import checked_fields
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
 from moe_interp.run import Run
@@ -76,6 +77,7 @@ class Metric(Protocol):
         """The metric of the batch that ``base`` ran."""
 
 
+@checked_fields
 @dataclass(frozen=True)
 class NLL:
     """Negative log-likelihood of a text's tokens given those before, the mean over all but the first."""
@@ -104,6 +106,7 @@ class NLL:
         return Bound(at, values)
 
 
+@checked_fields
 @dataclass(frozen=True)
 class LogitDifference:
     """Logit of an answer less that of a wrong one, at one token (Wang et al. 2022, arXiv 2211.00593).
@@ -193,6 +196,7 @@ def _for_each(answers: Answers, count: int, size: int) -> list[int]:
     return listed
 
 
+@checked_fields
 @dataclass(frozen=True)
 class LogProbability:
     """Log-probability of an answer at one token: as `LogitDifference`.
@@ -227,6 +231,7 @@ class LogProbability:
         return Bound(at, values)
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Probability:
     """Probability of an answer at one token: as `LogitDifference`.
@@ -255,6 +260,7 @@ class Probability:
         return Bound(log.at, lambda logits, texts, columns: log.values(logits, texts, columns).exp())
 
 
+@checked_fields
 @dataclass(frozen=True)
 class KL:
     """Divergence from the base run's next-token distribution, KL(base || changed), the mean over a text's tokens.

@@ -18,6 +18,7 @@ from moe_interp.analyses.decoding import check_top
 from moe_interp.analyses.distributions import check_logits
 from moe_interp.analyses.one_text import token_texts
 from moe_interp.analyses.plain import check_plain, check_writes_text
+from moe_interp.arguments import Count, Draws, Seed, checked
 from moe_interp.measured import values_told
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -25,9 +26,10 @@ from moe_interp.results import Description, described, labelled
 _CHUNK = 256
 
 
+@checked
 @torch.no_grad()
 def neuron_lens(
-    model: MoEModel, layer: int, expert: int, *, top: int = 5, null_directions: int = 1000, seed: int = 0
+    model: MoEModel, layer: int, expert: int, *, top: Count = 5, null_directions: Draws = 1000, seed: Seed = 0
 ) -> xr.Dataset:
     """Which tokens every neuron of one expert raises and lowers.
 

@@ -21,7 +21,8 @@ import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, Pass, experts_of
 from moe_interp.analyses.exact import UNIT, Exact, add_fixed, fixed_by
 from moe_interp.analyses.inputs import Inputs, every_expert, moe_layers, per_document, sample_inputs
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.data import Corpus
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 from moe_interp.run import Indices, Read, Run
@@ -108,17 +109,18 @@ def collect_outputs(
     return sums, going.provenance
 
 
+@checked
 def norm_and_weight(
     model: MoEModel,
     corpus: Corpus,
     *,
     layers: Indices = None,
-    tokens_per_document: int = 4,
+    tokens_per_document: Count = 4,
     special_tokens: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """Does the router prefer experts with large outputs?
 
@@ -142,7 +144,6 @@ def norm_and_weight(
         UnknownName: a layer that is no MoE layer.
         UnsupportedModel: layers with different numbers of experts.
     """
-    check_corpus(corpus)
     chosen, options = moe_layers(model, layers), Options(special_tokens, max_tokens, batch_tokens)
     experts = experts_of(model, chosen)
     sample, where = sample_inputs(model, corpus, chosen, per_document=tokens_per_document, options=options, seed=seed)

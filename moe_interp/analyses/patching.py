@@ -31,8 +31,9 @@ from moe_interp.analyses.trials import (
     put,
     summary,
 )
+from moe_interp.arguments import Count, Draws, Seed, checked
 from moe_interp.encode import Inputs
-from moe_interp.errors import BadInput, one_of
+from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, patch, patch_route
 from moe_interp.interventions.base import layers_at
 from moe_interp.model import MoEModel
@@ -44,6 +45,7 @@ Over = Literal["experts", "positions", "ranks", "routes"]
 _READS = {"experts": ("expert_out",), "ranks": ("expert_out", "routed_out"), "routes": (), "positions": ()}
 
 
+@checked
 @torch.no_grad()
 def activation_patching(
     model: MoEModel,
@@ -55,9 +57,9 @@ def activation_patching(
     point: str | None = None,
     direction: Direction = "restore",
     layers: Indices = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """Put single values of one run into another of a matching prompt, and measure what that does.
 
@@ -95,7 +97,6 @@ def activation_patching(
         UnknownName: no such point or layer.
         UnsupportedModel: a model that does not predict the next token.
     """
-    one_of("place to patch", over, tuple(_READS))
     if over != "positions" and point is not None:
         raise BadInput("a point is patched over positions", expected="over='positions', or no point", got=over)
     point = (point or "resid_post") if over == "positions" else None

@@ -36,8 +36,9 @@ from moe_interp.analyses.trials import (
     put,
     summary,
 )
+from moe_interp.arguments import Count, Draws, Seed, checked
 from moe_interp.encode import Inputs
-from moe_interp.errors import BadInput, one_of
+from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, patch_route
 from moe_interp.interventions.outputs import SetOutput
 from moe_interp.interventions.values import ByToken
@@ -48,6 +49,7 @@ from moe_interp.run import Run, select
 Receivers = Literal["experts", "routers", "logits"]
 
 
+@checked
 @torch.no_grad()
 def path_patching(
     model: MoEModel,
@@ -58,9 +60,9 @@ def path_patching(
     metric: Any,
     *,
     direction: Direction = "restore",
-    resamples: int = 1000,
-    seed: int = 0,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """The effect of what one expert says directly to later experts, to later routers, or to the logits.
 
@@ -82,7 +84,6 @@ def path_patching(
         UnknownName: no such layer or expert.
         UnsupportedModel: a residual stream that is not a plain sum, or a model that does not predict the next token.
     """
-    one_of("kind of receivers", receivers, ("experts", "routers", "logits"))
     check_writes_text(model)
     model.spec.check_runs(*sender)
     check_plain_model(model)

@@ -13,7 +13,7 @@ the same as dropping the lightest slots; on one that does, it is what ``renormal
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,10 +28,10 @@ from moe_interp.analyses.collect import top_ks
 from moe_interp.analyses.distributions import check_logits
 from moe_interp.analyses.exact import told_top_k
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.data import Batch, Corpus, batches, check_corpus
+from moe_interp.arguments import Count, Draws, Seed, checked, is_whole
+from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, apply, top_k
-from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.interventions.together import check_together
 from moe_interp.interventions.widths import keep_slots
 from moe_interp.model import MoEModel
@@ -41,17 +41,18 @@ from moe_interp.stats import bootstrap_by_group, bootstrap_ratio, group_totals, 
 _CHUNK = 2**22  # logits scored at once: 16 MB in float32, which a cache holds
 
 
+@checked
 def perplexity(
     model: MoEModel,
     corpus: Corpus,
     *,
     ks: int | Iterable[int] | None = None,
-    renormalise: bool | str = False,
+    renormalise: bool | Literal["both"] = False,
     per_layer: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """Perplexity of a corpus with fewer experts (or more), beside its controls.
 
@@ -81,9 +82,7 @@ def perplexity(
         BadInput: no tokenizer, ``ks`` out of range, an unknown ``renormalise``, no token with a context, or layers
             that choose different numbers of experts, all at once.
     """
-    check_corpus(corpus)
     check_writes_text(model)
-    yes_or_no(per_layer, "per_layer is no truth value")
     grid = _grid(model, ks, renormalise, per_layer)
     work = batches(model, corpus, max_tokens=max_tokens, batch_tokens=batch_tokens)
     nll, counted = _measure(model, corpus, grid, work, seed)
@@ -254,12 +253,10 @@ def _grid(model: MoEModel, ks: int | Iterable[int] | None, renormalise: bool | s
     own, experts = _own(model, per_layer), min(model.spec.moe(layer).num_experts for layer in model.layers)
     # Of a model that a standing edit widens, those of the model alone and the wider one: others would contradict it.
     every = sorted({*range(1, model.spec.top_k + 1), *own.values()})
-    chosen = list(every) if ks is None else [ks] if isinstance(ks, int | np.integer) else list(ks)
-    whole = all(isinstance(k, int | np.integer) and not isinstance(k, bool) for k in chosen)
+    chosen: list[Any] = list(every) if ks is None else list(ks) if isinstance(ks, Iterable) else [ks]
+    whole = all(map(is_whole, chosen))
     if not chosen or not whole or not 1 <= min(chosen) <= max(chosen) <= experts:
         raise BadInput("ks cannot be right", expected=f"whole numbers from 1 to {experts}", got=str(chosen))
-    if renormalise not in (True, False, "both"):
-        raise BadInput("unknown renormalise", expected="True, False or 'both'", got=repr(renormalise))
     settings = (False, True) if renormalise == "both" else (bool(renormalise),)
     distinct = tuple(sorted({int(k) for k in chosen}))
     for k in distinct:

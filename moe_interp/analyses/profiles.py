@@ -19,13 +19,15 @@ from numpy.typing import ArrayLike
 import moe_interp.stats as stats
 from moe_interp.analyses.coactivation import PairCounts, uniform
 from moe_interp.analyses.collect import Options, Pass, collect, sizes
+from moe_interp.analyses.decoding import check_top
 from moe_interp.analyses.exact import UNIT, told_top_k
 from moe_interp.analyses.examples import Examples
 from moe_interp.analyses.norms import OutputSums, collect_outputs, document_means
 from moe_interp.analyses.routing import RoutingCounts
 from moe_interp.analyses.routing_values import taken
 from moe_interp.analyses.token_counts import TokenCounts
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.data import Corpus
 from moe_interp.encode import special_token_ids, token_text
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -35,18 +37,19 @@ _PRIOR = 500.0  # tokens that the prior weighs
 _DRAWS = 20
 
 
+@checked
 def expert_profiles(
     model: MoEModel,
     corpus: Corpus,
     *,
-    top: int = 8,
-    examples: int = 4,
-    partners: int = 3,
+    top: Count = 8,
+    examples: Draws = 4,
+    partners: Draws = 3,
     special_tokens: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """The profile of every expert; ``moe.profile(result, layer, expert)`` shows one.
 
@@ -70,10 +73,10 @@ def expert_profiles(
         rank of the last three in the layer, 1 the largest.
 
     Raises:
-        BadInput: no tokenizer.
+        BadInput: no tokenizer, or more tokens asked for than the vocabulary has.
         UnsupportedModel: layers with different numbers of experts.
     """
-    check_corpus(corpus)
+    check_top(top, model.spec.vocab_size)
     options, (layers, experts, top_k) = Options(special_tokens, max_tokens, batch_tokens), sizes(model)
     sums: dict[str, Any] = {
         "routing": RoutingCounts.empty(len(corpus), layers, experts, top_k),

@@ -14,7 +14,7 @@ import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike
 
 from moe_interp.analyses.exact import Provenance
 from moe_interp.analyses.routing_values import dataset, from_counts
+from moe_interp.arguments import CheckedLater, Count, checked, is_finite
 from moe_interp.errors import BadData, BadInput
 from moe_interp.measured import code_version, values_told
 from moe_interp.results import Variable, labelled
@@ -42,12 +43,13 @@ _RECORDED = {
 _FIRST_LAYER = {name: first for name, _, first in _RECORDED.values()}
 
 
+@checked
 def routing_from_counts(
-    counts: ArrayLike,
+    counts: Annotated[ArrayLike, CheckedLater()],
     *,
-    tokens: int | ArrayLike,
+    tokens: Annotated[int | ArrayLike, CheckedLater()],
     domains: Sequence[str],
-    top_k: int,
+    top_k: Count,
     layers: Sequence[int] | None = None,
     model: str = "recorded counts",
 ) -> xr.Dataset:
@@ -70,7 +72,8 @@ def routing_from_counts(
             counts do not sum to tokens * top_k.
     """
     whole = _whole(counts, 3)
-    per_domain = _whole(np.broadcast_to(tokens, len(whole)) if np.ndim(tokens) == 0 else tokens, 1)
+    of_each: ArrayLike = [tokens] * len(whole) if is_finite(tokens) else tokens  # type: ignore[assignment]
+    per_domain = _whole(of_each, 1)
     numbers = list(range(whole.shape[1]) if layers is None else layers)
     _check_recorded(whole, per_domain, domains, numbers, top_k)
     values = from_counts(whole, per_domain, [top_k] * whole.shape[1])

@@ -12,7 +12,7 @@
 Intervals leave out blocks of documents in turn.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,9 +25,9 @@ import moe_interp.stats as stats
 from moe_interp.adapters.experts import ExpertWeights
 from moe_interp.analyses.collect import Options, experts_of
 from moe_interp.analyses.inputs import Inputs, every_expert, moe_layers, sample_inputs
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.arguments import Count, Draws, Range, Seed, checked
+from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
-from moe_interp.interventions.arguments import yes_or_no
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 from moe_interp.run import Indices
@@ -35,18 +35,19 @@ from moe_interp.run import Indices
 BLOCKS = 20
 
 
+@checked
 def expert_similarity(
     model: MoEModel,
     corpus: Corpus,
     *,
     layers: Indices = None,
     weights: bool = True,
-    tokens: int = 256,
-    null_pairs: int = 64,
+    tokens: Draws = 256,
+    null_pairs: Annotated[int, Range(0, 1_000_000)] = 64,
     special_tokens: bool = False,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """How alike the experts of a layer are.
 
@@ -72,8 +73,6 @@ def expert_similarity(
         UnknownName: a layer that is no MoE layer.
         UnsupportedModel: layers with different numbers of experts.
     """
-    check_corpus(corpus)
-    yes_or_no(weights, "weights is no truth value")
     chosen, options = moe_layers(model, layers), Options(special_tokens, max_tokens, batch_tokens)
     experts = np.arange(experts_of(model, chosen))
     each = -(-tokens // len(corpus))

@@ -40,7 +40,8 @@ from moe_interp.analyses.exact import (
     told_top_k,
 )
 from moe_interp.analyses.routing_values import LOAD, by_name, dataset, from_counts, switch_loss, taken
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.run import Routing, Run
@@ -259,15 +260,16 @@ def _tests(counts: np.ndarray, groups: np.ndarray, domains: int, resamples: int,
     }
 
 
+@checked
 def routing(
     model: MoEModel,
     corpus: Corpus,
     *,
     special_tokens: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """Routing of a corpus: load, specialization by domain, coverage, router confidence, balance losses.
 
@@ -291,7 +293,6 @@ def routing(
         UnsupportedModel: layers with different numbers of experts.
         BadCheckpoint: the router gives values that are not finite.
     """
-    check_corpus(corpus)
     sums = RoutingCounts.empty(len(corpus), *sizes(model), balances(model))
     where = collect(model, corpus, {"routing": sums}, Options(special_tokens, max_tokens, batch_tokens))
     return sums.result(corpus.labels, corpus.domains, provenance=where, resamples=resamples, seed=seed)

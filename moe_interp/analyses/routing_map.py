@@ -6,6 +6,7 @@ import xarray as xr
 from jaxtyping import Bool
 from torch import Tensor
 
+from moe_interp.arguments import checked
 from moe_interp.encode import Inputs, token_text
 from moe_interp.errors import BadInput
 from moe_interp.measured import inputs_told
@@ -14,6 +15,7 @@ from moe_interp.results import Variable, labelled
 from moe_interp.run import Routing, Run
 
 
+@checked
 def routing_map(model: MoEModel, text: Inputs) -> xr.Dataset:
     """Which expert weighs most, for every token and MoE layer of one text.
 

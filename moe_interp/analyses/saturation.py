@@ -27,8 +27,9 @@ from torch import Tensor
 import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, Pass, sizes
 from moe_interp.analyses.exact import Provenance, one_or_each
+from moe_interp.arguments import Count, Draws, Seed, checked
 from moe_interp.checkpoint import REFERENCE, load
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.data import Corpus
 from moe_interp.errors import BadCheckpoint, BadInput
 from moe_interp.measured import code_version
 from moe_interp.model import MoEModel
@@ -67,7 +68,7 @@ def saturation_of_ids(
         ``saturation_baseline``, K/E.
 
     Raises:
-        BadInput: fewer than two checkpoints, or sizes that do not fit.
+        BadInput: fewer than two checkpoints, ``options`` for opened models, or sizes that do not fit.
     """
     sizes = (len(steps), len(documents), len(layers))
     if ids.shape[:3] != sizes or len(ids) < 2:
@@ -110,17 +111,18 @@ def _counts(ids: Int[np.ndarray, "T L K"], experts: int) -> Int[np.ndarray, "L E
     return np.stack([np.bincount(layer[layer >= 0], minlength=experts) for layer in ids.swapaxes(0, 1)])
 
 
+@checked
 def router_saturation(
     checkpoints: str | Path | Sequence[str | Path | MoEModel],
     corpus: Corpus,
     *,
     revisions: Sequence[str] | None = None,
     names: Sequence[int] | Sequence[str] | None = None,
-    tokens_per_document: int = 32,
+    tokens_per_document: Count = 32,
     special_tokens: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
     **options: Any,
 ) -> xr.Dataset:
     """Router saturation of checkpoints of one model, loaded one after the other, the final one last.
@@ -142,7 +144,6 @@ def router_saturation(
         UnsupportedModel: layers with different numbers of experts.
         BadCheckpoint: one that cannot be loaded.
     """
-    check_corpus(corpus)
     given: list[Any] = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
     if revisions is not None and len(given) != 1:
         raise BadInput("revisions of what", expected="a single checkpoint", got=f"{len(given)} of them")
@@ -151,6 +152,8 @@ def router_saturation(
     )
     if len(wanted) < 2:
         raise BadInput("too few checkpoints", expected="at least two, the final one last", got=str(len(wanted)))
+    if options and all(isinstance(one, MoEModel) for one in given):
+        raise BadInput("options for moe.load are not used", expected="checkpoints to load", got="opened models")
     _check_names(names, len(wanted))
     found = []
     for source, more in wanted:
@@ -167,7 +170,11 @@ def router_saturation(
                 "checkpoints of different models", expected=f"{first.shape}, same tokens", got=str(one.shape)
             )
     weights = ", ".join(str(one.provenance.get("weights")) for one in found)
-    told = names or revisions or _apart([one.name if isinstance(one, MoEModel) else Path(one).name for one in given])
+    told = (
+        names
+        if names is not None
+        else revisions or _apart([one.name if isinstance(one, MoEModel) else Path(one).name for one in given])
+    )
     return saturation_of_ids(
         np.stack([one.ids for one in found]),
         first.documents,
@@ -231,7 +238,8 @@ def _taken(routing: Routing, row: int, at: Int[Tensor, " t"], slots: int) -> Int
     return found.numpy()
 
 
-def reference_saturation(*, resamples: int = 1000, seed: int = 0) -> xr.Dataset:
+@checked
+def reference_saturation(*, resamples: Draws = 1000, seed: Seed = 0) -> xr.Dataset:
     """Router saturation of the bundled model's own training, from the choices that were kept of it.
 
     Six checkpoints, four validation documents of each domain, 24 tokens of each.

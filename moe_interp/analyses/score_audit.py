@@ -31,7 +31,8 @@ from moe_interp.analyses.effects import Sweep, removals
 from moe_interp.analyses.exact import UNIT
 from moe_interp.analyses.norms import OutputSums, collect_outputs
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.data import Batch, Corpus, batches, check_corpus
+from moe_interp.arguments import Count, Draws, Parts, Seed, checked
+from moe_interp.data import Batch, Corpus, batches
 from moe_interp.errors import BadInput
 from moe_interp.interventions import randomize
 from moe_interp.model import MoEModel
@@ -52,16 +53,17 @@ SCORES = {
 _SPLITS = 20
 
 
+@checked
 def score_audit(
     model: MoEModel,
     corpus: Corpus,
     *,
-    random_routers: int = 3,
-    blocks: int = 20,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 1024,
+    random_routers: Draws = 3,
+    blocks: Parts = 20,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 1024,
 ) -> xr.Dataset:
     """The rank correlation of every observational score of experts with the exact effect of ablating them.
 
@@ -88,11 +90,10 @@ def score_audit(
         BadInput: no tokenizer, fewer than two blocks of documents, or a document of one token.
         UnsupportedModel: a model that does not predict the next token.
     """
-    check_corpus(corpus)
     check_writes_text(model)
     work = batches(model, corpus, max_tokens=max_tokens, batch_tokens=batch_tokens)
-    if not 2 <= blocks or len(corpus) < 2:
-        raise BadInput("too few documents", expected="two blocks of documents or more", got=f"{len(corpus)} documents")
+    if len(corpus) < 2:
+        raise BadInput("too few documents", expected="two documents or more", got=f"{len(corpus)} documents")
     sums, where = collect_outputs(model, corpus, Options(True, max_tokens, batch_tokens))
     measured = _Measured.empty(len(corpus), len(model.layers), model.spec.num_experts, random_routers)
     for batch in tqdm(work, desc="audit of scores", unit="batch"):

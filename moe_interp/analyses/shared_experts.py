@@ -22,7 +22,8 @@ from moe_interp.analyses.collect import Options, Pass
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.plain import check_plain_block
 from moe_interp.analyses.super_experts import perplexity_ratios
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, apply
 from moe_interp.model import MoEModel
@@ -30,16 +31,17 @@ from moe_interp.results import Description, described, labelled
 from moe_interp.run import Indices, Read, Run
 
 
+@checked
 def shared_experts(
     model: MoEModel,
     corpus: Corpus,
     *,
     layers: Indices = None,
     special_tokens: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """What shared experts do that routed ones do not.
 
@@ -62,7 +64,6 @@ def shared_experts(
         UnknownName: a layer that is no MoE layer.
         UnsupportedModel: a block that does something to the sum of weight times output.
     """
-    check_corpus(corpus)
     if "shared_out" not in model.points:
         raise BadInput("no shared experts", expected="a model with the point 'shared_out'", got=model.spec.model_type)
     chosen, options = moe_layers(model, layers), Options(special_tokens, max_tokens, batch_tokens)

@@ -15,7 +15,7 @@ MoE-Lens published the cosine of c_1 with r, as 0.95 and without a control.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from moe_interp.analyses.inputs import moe_layers
 from moe_interp.analyses.plain import check_not_edited, check_plain, check_same_parts
-from moe_interp.data import Batch, Corpus, batches, check_corpus
-from moe_interp.errors import one_of
+from moe_interp.arguments import Count, Draws, Seed, checked
+from moe_interp.data import Batch, Corpus, batches
 from moe_interp.model import MoEModel
 from moe_interp.results import Variable, labelled
 from moe_interp.run import Indices, Run, select
@@ -40,16 +40,17 @@ WITH = ("with", "without")
 _HELD = 2**30  # bytes of expert outputs held at once; layers beyond it take another forward pass
 
 
+@checked
 def ensemble_similarity(
     model: MoEModel,
     corpus: Corpus,
     *,
     layers: Indices = None,
-    definition: str = "paper",
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    definition: Literal["paper", "as_coded"] = "paper",
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """One expert against the ensemble, over all tokens of a corpus, special ones too, per domain and MoE layer.
 
@@ -83,8 +84,6 @@ def ensemble_similarity(
             what experts put out, which the control by an expert that was not chosen would not have.
         UnknownName: a layer that is no MoE layer.
     """
-    check_corpus(corpus)
-    one_of("definition", definition, ("paper", "as_coded"))
     chosen = _layers(model, layers)
     sums, truncated = _Sums(len(corpus), len(chosen)), 0
     with tqdm(total=len(corpus), desc="similarity", unit="document") as progress:

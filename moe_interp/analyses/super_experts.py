@@ -7,7 +7,7 @@
    removes, at the same layer, the expert that is no super expert and is chosen most nearly as often.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import xarray as xr
@@ -18,6 +18,7 @@ import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, Pass
 from moe_interp.analyses.norms import OutputSums, collect_outputs, document_means
 from moe_interp.analyses.perplexity import nll_sums
+from moe_interp.arguments import Count, Draws, Fraction, Range, Seed, checked
 from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, ablate
@@ -25,18 +26,19 @@ from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 
 
+@checked
 def super_experts(
     model: MoEModel,
     corpus: Corpus,
     *,
-    most: int = 8,
-    percentile: float = 99.5,
-    share_of_largest: float = 0.1,
+    most: Count = 8,
+    percentile: Annotated[float, Range(0, 100)] = 99.5,
+    share_of_largest: Fraction = 0.1,
     special_tokens: bool = True,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """Which experts' outputs hold the largest values, how large all are, and what removing the largest costs.
 

@@ -23,23 +23,25 @@ from moe_interp.analyses.collect import Options, Pass, sizes
 from moe_interp.analyses.exact import blocks_of, told_top_k
 from moe_interp.analyses.labels import LabelCounts
 from moe_interp.analyses.token_counts import FOLDS, TokenCounts
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.arguments import Count, Draws, Parts, Seed, checked
+from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 
 
+@checked
 def token_identity(
     model: MoEModel,
     corpus: Corpus,
     *,
-    at_least: int = 5,
-    folds: int = FOLDS,
+    at_least: Count = 5,
+    folds: Parts = FOLDS,
     special_tokens: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """Specialization by domain beside what token ids alone predict.
 
@@ -62,9 +64,6 @@ def token_identity(
         BadInput: no tokenizer, fewer than two folds, or no id that occurs in two of them often enough.
         UnsupportedModel: layers with different numbers of experts.
     """
-    check_corpus(corpus)
-    if folds < 2:
-        raise BadInput("too few folds", expected="two or more", got=str(folds))
     layers, experts, top_k = sizes(model)
     going = Pass(model, corpus, Options(special_tokens, max_tokens, batch_tokens))
     sums = TokenCounts.empty(layers, experts, top_k, model.spec.vocab_size, folds=folds)

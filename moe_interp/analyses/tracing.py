@@ -10,7 +10,6 @@ Noise is drawn several times; samples are the unit of the intervals, which say n
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -28,8 +27,9 @@ from moe_interp.analyses.metrics import Bound, Probability
 from moe_interp.analyses.patching import experts_that_run
 from moe_interp.analyses.plain import check_writes_text
 from moe_interp.analyses.trials import BOUNDS, Trial, differs, effects
+from moe_interp.arguments import Count, Draws, Positive, Seed, checked
 from moe_interp.encode import Inputs, token_text
-from moe_interp.errors import BadInput, UnsupportedModel, one_of
+from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.interventions import Intervention, named
 from moe_interp.measured import inputs_told
 from moe_interp.model import MoEModel
@@ -42,6 +42,7 @@ CONTROLS = ("routed_out", "moe_out", "resid_post")
 _VOCABULARY = 4096  # how many ids the spread of embeddings is taken from, at most
 
 
+@checked
 @torch.no_grad()
 def causal_trace(
     model: MoEModel,
@@ -49,12 +50,12 @@ def causal_trace(
     subject: str | Indices,
     answer: int | str,
     *,
-    noise: float | None = None,
-    samples: int = 10,
-    seed: int = 0,
+    noise: Positive | None = None,
+    samples: Draws = 10,
+    seed: Seed = 0,
     at: Literal["all", "each"] = "all",
     layers: Indices = None,
-    batch_tokens: int = 4096,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """Restore single experts in a run whose subject is noised, and measure the answer's probability after the prompt.
 
@@ -89,9 +90,6 @@ def causal_trace(
         UnsupportedModel: a model that does not predict the next token, or without a token embedding.
     """
     check_writes_text(model)
-    one_of("way to restore", at, ("all", "each"))
-    if samples < 1:
-        raise BadInput("too few samples", expected="at least 1", got=str(samples))
     chosen, ids = moe_layers(model, layers), tuple(answer_ids(model, answer).tolist())
     inputs = _one_prompt(model, prompt)
     where, std = _positions(model, prompt, subject, inputs), _std(model, noise)
@@ -278,8 +276,6 @@ def _std(model: MoEModel, noise: float | None) -> float:
     if model.spec.embed is None:
         raise UnsupportedModel("no embedding to noise", expected="a token embedding", got=model.spec.model_type)
     if noise is not None:
-        if not (math.isfinite(noise) and noise > 0):
-            raise BadInput("not a standard deviation", expected="a number above 0", got=str(noise))
         return float(noise)
     ids = torch.arange(0, model.spec.vocab_size, max(1, model.spec.vocab_size // _VOCABULARY), device=model.device)
     return 3 * float(model.hf.get_submodule(model.spec.embed)(ids).float().std())

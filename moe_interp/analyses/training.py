@@ -8,12 +8,11 @@
 3. `RoutingCallback` is that for Hugging Face's Trainer. Alarms are ranges that the user sets.
 """
 
-import operator
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from moe_interp.analyses.collect import sizes
 from moe_interp.analyses.exact import UNIT
 from moe_interp.analyses.routing import RoutingCounts, balances, loss_as_coded
 from moe_interp.analyses.routing_values import LOAD, by_name, from_counts, switch_loss, taken
+from moe_interp.arguments import Count, checked, frames_up, shown
 from moe_interp.errors import BadInput
 from moe_interp.hosts import Standing
 from moe_interp.hosts.program import Program, seen_by
@@ -65,6 +65,7 @@ class RoutingAlarm(UserWarning):
     """How alarms are told where no function is given."""
 
 
+@checked
 def routing_health(sums: RoutingCounts) -> xr.Dataset:
     """What the router of every layer did with some tokens: one Dataset for a step of training.
 
@@ -152,16 +153,17 @@ class RoutingWatch:
         UnsupportedModel: the model cannot be opened.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module | MoEModel,
         *,
-        every: int = 100,
+        every: Count = 100,
         to: Tell | None = None,
         alarms: Mapping[str, Range] | None = None,
         on_alarm: Callable[[Alarm], None] | None = None,
     ):
-        _check_options(every, alarms)
+        _check_alarms(alarms)
         self.model = model if isinstance(model, MoEModel) else wrap(model)
         self.every, self.to, self.alarms, self.on_alarm = every, to, dict(alarms or {}), on_alarm
         self.raised: list[Alarm] = []
@@ -184,18 +186,18 @@ class RoutingWatch:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @checked
     def step(self, number: int) -> "_Step":
         """The ``with`` of one step of training; reports at its end if the step is due.
 
         Raises:
             BadInput: not the number of a step.
         """
-        _check_step(number)
         return _Step(self, number)
 
+    @checked
     def begin(self, number: int) -> None:
         """What `step` does first, for loops that cannot use a ``with``."""
-        _check_step(number)
         self.drop()  # what a step that was begun and never ended may have left
         if number % self.every == 0:
             self._sums = RoutingCounts.empty(1, *sizes(self.model), balances(self.model))
@@ -203,6 +205,7 @@ class RoutingWatch:
             self._standing = Standing(reads=reads, hear=self._heard)
             self._held = self._standing.begin(self.model._standings)
 
+    @checked
     def end(self, number: int) -> list[Alarm]:
         """What `step` does last: report, and give the alarms that were raised."""
         return self._finish(number)
@@ -220,7 +223,9 @@ class RoutingWatch:
         self.raised += raised
         for alarm in raised:
             if self.on_alarm is None:
-                warnings.warn(RoutingAlarm(str(alarm)), stacklevel=3)  # of who calls `end`, or leaves the `with`
+                warnings.warn(
+                    RoutingAlarm(str(alarm)), stacklevel=frames_up(3)
+                )  # of who calls `end`, or leaves the `with`
             else:
                 self.on_alarm(alarm)
         return raised
@@ -297,13 +302,11 @@ def _alarms(step: int, report: xr.Dataset, allowed: Mapping[str, Range]) -> list
     return found
 
 
-def _check_options(every: Any, alarms: Mapping[str, Any] | None) -> None:
+def _check_alarms(alarms: Mapping[str, Any] | None) -> None:
     """Before a training begins: refuse what would fail, or always alarm, in the middle of it."""
     unknown = set(alarms or {}) - set(_TOLD)
-    whole = isinstance(every, SupportsIndex) and operator.index(every) >= 1
-    if not whole or unknown:
-        got = f"every={every!r}, alarms for {sorted(unknown)}" if unknown else f"every={every!r}"
-        raise BadInput("cannot watch so", expected=f"every >= 1, alarms for {', '.join(_TOLD)}", got=got)
+    if unknown:
+        raise BadInput("unknown alarms", expected=f"some of {', '.join(_TOLD)}", got=", ".join(sorted(unknown)))
     for name, allowed in (alarms or {}).items():
         if not _is_range(allowed):
             raise BadInput(f"not a range of {name}", expected="(low, high), low <= high", got=repr(allowed))
@@ -312,11 +315,6 @@ def _check_options(every: Any, alarms: Mapping[str, Any] | None) -> None:
 def _is_range(given: Any) -> bool:
     pair = isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(one, Real) for one in given)
     return pair and bool(given[0] <= given[1])
-
-
-def _check_step(number: Any) -> None:
-    if not isinstance(number, SupportsIndex):
-        raise BadInput("not the number of a step", expected="a whole number", got=repr(number))
 
 
 class _Step:
@@ -350,16 +348,17 @@ class RoutingCallback(TrainerCallback):
         BadInput: as `RoutingWatch`.
     """
 
+    @checked
     def __init__(
         self,
         *,
-        every: int = 100,
+        every: Count = 100,
         to: Tell | None = None,
         alarms: Mapping[str, Range] | None = None,
         on_alarm: Callable[[Alarm], None] | None = None,
         stop: bool = False,
     ):
-        _check_options(every, alarms)
+        _check_alarms(alarms)
         self._options: dict[str, Any] = {"every": every, "to": to, "alarms": alarms, "on_alarm": on_alarm}
         self.stop = stop
         self.watch: RoutingWatch | None = None
@@ -384,8 +383,15 @@ class RoutingCallback(TrainerCallback):
             self.watch.close()
 
 
+@checked
 def to_tensorboard(writer: Any) -> Tell:
-    """Tells a ``SummaryWriter``, or whatever else has ``add_scalar(name, value, step)``."""
+    """Tells a ``SummaryWriter``, or whatever else has ``add_scalar(name, value, step)``.
+
+    Raises:
+        BadInput: it has no ``add_scalar``.
+    """
+    if not callable(getattr(writer, "add_scalar", None)):
+        raise BadInput("not a writer", expected="a SummaryWriter, or what else has add_scalar", got=shown(writer))
 
     def tell(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -24,7 +24,8 @@ import moe_interp.stats as stats
 from moe_interp.analyses.coactivation import BLOCKS
 from moe_interp.analyses.collect import Options, collect, sizes
 from moe_interp.analyses.exact import Exact, Provenance, blocks_of, flat_counts, of_each, told_top_k
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.arguments import Count, Parts, Seed, checked
+from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
@@ -146,15 +147,16 @@ _VARIABLES: dict[str, Description] = {
 }
 
 
+@checked
 def transitions(
     model: MoEModel,
     corpus: Corpus,
     *,
-    blocks: int = BLOCKS,
+    blocks: Parts = BLOCKS,
     special_tokens: bool = False,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """Which experts a token goes to from one MoE layer to the next, and what a layer's choice says of the next one's.
 
@@ -174,7 +176,6 @@ def transitions(
         BadInput: no tokenizer, or a single MoE layer.
         UnsupportedModel: layers with different numbers of experts.
     """
-    check_corpus(corpus)
     sums = TransitionCounts.empty(*sizes(model), blocks=blocks, seed=seed)
     where = collect(model, corpus, {"transitions": sums}, Options(special_tokens, max_tokens, batch_tokens))
     return sums.result(provenance=where)

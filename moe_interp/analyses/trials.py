@@ -21,7 +21,7 @@ from moe_interp.analyses.metrics import Bound, Metric, as_metric
 from moe_interp.analyses.plain import check_writes_text
 from moe_interp.analyses.side_by_side import real_ids, side_by_side
 from moe_interp.encode import Inputs
-from moe_interp.errors import BadInput, one_of
+from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention
 from moe_interp.interventions.places import SetPoint
 from moe_interp.interventions.values import ByToken
@@ -178,7 +178,6 @@ def paired(model: MoEModel, clean: Inputs, corrupted: Inputs, metric: Any, direc
         UnsupportedModel: a model that does not predict the next token.
     """
     check_writes_text(model)
-    one_of("direction", direction, ("restore", "corrupt"))
     bindable = as_metric(metric, model)
     inputs, others = (corrupted, clean) if direction == "restore" else (clean, corrupted)
     other = model.run(others, read=read)

@@ -34,8 +34,9 @@ from torch import Tensor
 from moe_interp.analyses.collect import Options, Pass
 from moe_interp.analyses.distributions import expected_log, log_probabilities
 from moe_interp.analyses.plain import check_decodes_stream
+from moe_interp.arguments import Count, Draws, Seed, checked, described
 from moe_interp.checkpoint import REFERENCE
-from moe_interp.data import Batch, Corpus, check_corpus
+from moe_interp.data import Batch, Corpus
 from moe_interp.errors import BadData, BadInput, UnknownName
 from moe_interp.measured import values_told
 from moe_interp.model import MoEModel
@@ -75,6 +76,7 @@ class Translator(NamedTuple):
         return (exact + exact @ weight.T + bias).to(hidden.dtype)
 
 
+@described("a tuned lens", lambda given: "Get one: moe.tuned_lens(name) or moe.train_tuned_lens(model, corpus).")
 @dataclass(frozen=True, eq=False)
 class TunedLens:
     """Translators for the residual stream of one model.
@@ -117,6 +119,7 @@ class TunedLens:
             raise BadInput("translators cannot be used", expected="finite values", got="some that are not")
 
     @classmethod
+    @checked
     def zeros(cls, model: MoEModel) -> "TunedLens":
         """The plain lens of a model: translators that change nothing.
 
@@ -135,6 +138,7 @@ class TunedLens:
             provenance=model.provenance(),
         )
 
+    @checked
     def into(self, layer: int) -> Translator:
         """The translator of the stream into a layer, its ``resid_pre``.
 
@@ -144,6 +148,7 @@ class TunedLens:
         number = self._number(layer)
         return Translator(self.weight[number], self.bias[number])
 
+    @checked
     def out_of(self, layer: int) -> Translator:
         """The translator of the stream out of a layer, its ``resid_post``; of the last layer one that changes nothing.
 
@@ -162,6 +167,7 @@ class TunedLens:
             )
         return self.layers.index(layer)
 
+    @checked
     def check(self, model: MoEModel) -> None:
         """Refuse a model that the lens was not made for.
 
@@ -184,6 +190,7 @@ class TunedLens:
             do="Open the model that it was trained on, or train one with moe.train_tuned_lens.",
         )
 
+    @checked
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> Path:
         """Write the lens to one safetensors file, whole or not at all.
 
@@ -208,6 +215,7 @@ class TunedLens:
         return write_whole(path, serialised({**stored, "signature": self.signature.contiguous()}, told))
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> "TunedLens":
         """Read a lens that `save` wrote.
 
@@ -236,6 +244,7 @@ def _told(model_type: str, width: int, layers: tuple[int, ...]) -> str:
     return f"{model_type}, {width} wide, layers {layers[0]} to {layers[-1]}"
 
 
+@checked
 def tuned_lens(name: str) -> TunedLens:
     """A bundled lens by name: "reference", of the bundled reference model.
 
@@ -360,15 +369,16 @@ def measure(
 # ---- quality -------------------------------------------------------------------------------------------------
 
 
+@checked
 def tuned_lens_quality(
     model: MoEModel,
     lens: TunedLens,
     corpus: Corpus,
     *,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """How near the tuned lens comes to the model's own prediction, beside the plain lens on the same tokens.
 
@@ -391,7 +401,6 @@ def tuned_lens_quality(
         UnsupportedModel: a residual stream that cannot be decoded.
         BadInput: a lens of another model, no tokenizer, or no token that counts.
     """
-    check_corpus(corpus)
     lens.check(model)
     plain = Translator(torch.zeros_like(lens.weight[0]), torch.zeros_like(lens.bias[0]))
     lenses = [[plain] * len(lens.layers), [lens.into(layer) for layer in lens.layers]]

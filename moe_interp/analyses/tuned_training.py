@@ -30,7 +30,8 @@ from tqdm import tqdm
 from moe_interp.adapters.formats import rounding_without_gradient
 from moe_interp.analyses.collect import Options, Pass, counted, special_ids
 from moe_interp.analyses.tuned_lens import Translator, TunedLens, chunks, close, kl_to, measure, stream_reads
-from moe_interp.data import Corpus, batches, check_corpus
+from moe_interp.arguments import Count, Positive, Seed, checked
+from moe_interp.data import Corpus, batches
 from moe_interp.encode import pad, padding_of
 from moe_interp.errors import BadData, BadInput
 from moe_interp.model import MoEModel
@@ -50,34 +51,25 @@ class _Plan:
     max_tokens: int | None
     batch_tokens: int
 
-    def __post_init__(self) -> None:
-        whole: dict[str, float] = {name: getattr(self, name) for name in ("steps", "every", "patience", "batch_tokens")}
-        wrong = {name: value for name, value in whole.items() if value < 1}
-        if wrong or not 0 < self.learning_rate < float("inf"):
-            raise BadInput(
-                "a training that cannot be",
-                expected="steps, every, patience and batch_tokens of 1 or more, learning_rate above 0",
-                got=str(wrong or {"learning_rate": self.learning_rate}),
-            )
-
     @property
     def options(self) -> Options:
         return Options(max_tokens=self.max_tokens, batch_tokens=self.batch_tokens)
 
 
+@checked
 def train_tuned_lens(
     model: MoEModel,
     corpus: Corpus,
     *,
     held_out: Corpus | None = None,
-    steps: int = 1000,
-    learning_rate: float = 1e-3,
-    every: int = 50,
-    patience: int = 4,
+    steps: Count = 1000,
+    learning_rate: Positive = 1e-3,
+    every: Count = 50,
+    patience: Count = 4,
     state: str | Path | None = None,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> TunedLens:
     """Train a tuned lens for a model.
 
@@ -102,7 +94,6 @@ def train_tuned_lens(
         BadData: ``state`` is of another training, or no whole state.
         BadOutput: it cannot be written.
     """
-    check_corpus(corpus)
     plan = _Plan(steps, learning_rate, every, patience, seed, max_tokens, batch_tokens)
     if state is not None and model._standing:
         raise BadInput(
@@ -140,8 +131,6 @@ def train_tuned_lens(
 
 def _apart(corpus: Corpus, held_out: Corpus | None) -> tuple[Corpus, Corpus]:
     """Documents to train on and documents held out, with no text on both sides."""
-    for given in (corpus,) if held_out is None else (corpus, held_out):
-        check_corpus(given)
     if held_out is None:
         held_out = replace(corpus, documents=corpus.documents[::10])
         held = set(held_out.contents)

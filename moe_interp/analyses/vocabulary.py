@@ -20,23 +20,25 @@ import moe_interp.stats as stats
 from moe_interp.analyses.collect import Options, collect, sizes
 from moe_interp.analyses.exact import Provenance, told_top_k
 from moe_interp.analyses.token_counts import FOLDS, TokenCounts
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.arguments import Count, Parts, Seed, checked
+from moe_interp.data import Corpus
 from moe_interp.encode import token_text
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.results import Description, described, labelled
 
 
+@checked
 def vocabulary_specialization(
     model: MoEModel,
     corpus: Corpus,
     *,
-    at_least: int = 10,
-    folds: int = FOLDS,
+    at_least: Count = 10,
+    folds: Parts = FOLDS,
     special_tokens: bool = False,
-    seed: int = 0,
-    max_tokens: int | None = None,
-    batch_tokens: int = 4096,
+    seed: Seed = 0,
+    max_tokens: Count | None = None,
+    batch_tokens: Count = 4096,
 ) -> xr.Dataset:
     """How much of a token id's routing goes to one expert.
 
@@ -58,7 +60,6 @@ def vocabulary_specialization(
         BadInput: no tokenizer, or no id that occurs so often.
         UnsupportedModel: layers with different numbers of experts.
     """
-    check_corpus(corpus)
     sums = TokenCounts.empty(*sizes(model), model.spec.vocab_size, folds=folds)
     where = collect(model, corpus, {"tokens": sums}, Options(special_tokens, max_tokens, batch_tokens))
     return vocabulary_result(sums, model.tokenizer, provenance=where, at_least=at_least, seed=seed)

@@ -1,13 +1,13 @@
 """Arguments of interventions, as they may be given: layers, experts, positions and marks of tokens."""
 
-import math
 from typing import Any
 
 from torch import Tensor
 
+from moe_interp.arguments import index, is_finite, shown
 from moe_interp.errors import BadInput
 from moe_interp.interventions.values import ByToken
-from moe_interp.run import Indices, Run, index, positions_of
+from moe_interp.run import Indices, Run, positions_of
 
 Marks = Tensor | ByToken | None
 """Tokens as they may be given: booleans [B, S] (or [S]), a mark for each real token of each text, or None for all."""
@@ -31,13 +31,9 @@ def finite(given: Any, what: str) -> float:
     Raises:
         BadInput: something else.
     """
-    try:
-        found = math.nan if isinstance(given, bool | str | bytes) else float(given)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        found = math.nan
-    if not math.isfinite(found):
-        raise BadInput(f"{what} is no number", expected="a finite number", got=repr(given)[:80])
-    return found
+    if not is_finite(given):
+        raise BadInput(f"{what} is no number", expected="a finite number", got=shown(given))
+    return float(given)
 
 
 def seed_of(given: Any) -> int:
@@ -50,17 +46,6 @@ def seed_of(given: Any) -> int:
     if not -(2**63) <= seed < 2**63:
         raise BadInput("no seed", expected="a whole number of 64 bits", got=str(seed))
     return seed
-
-
-def yes_or_no(given: Any, what: str) -> bool:
-    """A truth value.
-
-    Raises:
-        BadInput: something else.
-    """
-    if not isinstance(given, bool):
-        raise BadInput(what, expected="True or False", got=repr(given)[:80])
-    return given
 
 
 def some(numbers: Indices, what: str, do: str | None = None) -> tuple[int, ...]:

@@ -13,8 +13,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from moe_interp.adapters.spec import ModelSpec
+from moe_interp.arguments import check_flag
 from moe_interp.errors import BadInput, UnknownName, UnsupportedModel
-from moe_interp.interventions.arguments import finite, seed_of, yes_or_no
+from moe_interp.interventions.arguments import finite, seed_of
 from moe_interp.interventions.values import ByToken
 from moe_interp.points import POINTS, SELECTION
 from moe_interp.run import Context, Tokens, positions_of
@@ -118,7 +119,7 @@ class Placed(Intervention, abstract=True):
             if item.type is float:
                 object.__setattr__(self, item.name, finite(given, item.name))
             elif item.type is bool:
-                yes_or_no(given, item.name)
+                check_flag(item.name, given)
             elif item.name == "seed":
                 object.__setattr__(self, item.name, seed_of(given))
         if self.tokens is not None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import product
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from moe_interp.errors import BadInput, one_of
+from moe_interp.arguments import Fraction, checked, is_finite, shown
+from moe_interp.errors import BadInput
 from moe_interp.interventions.arguments import Marks, layers_of, some, where, whole
 from moe_interp.interventions.base import Intervention
 from moe_interp.interventions.outputs import AddToOutput, Mean, Patch, Resample, Scale, SetOutput
@@ -19,16 +20,17 @@ from moe_interp.interventions.widths import Share, TopK
 from moe_interp.points import editable
 from moe_interp.run import Indices, Run, positions_of
 
-ABLATIONS = ("zero", "mean", "resample", "forbid")
+Ablation = Literal["zero", "mean", "resample", "forbid"]
 
 # ---- what experts put out ----------------------------------------------------------------------------------
 
 
+@checked
 def ablate(
     *,
     layer: Indices,
     expert: Indices,
-    how: str = "zero",
+    how: Ablation = "zero",
     mean: Mapping[tuple[int, int], Tensor] | None = None,
     run: Run | None = None,
     seed: int = 0,
@@ -50,9 +52,9 @@ def ablate(
         tokens: marks of real tokens, [B, S] or [S]; None: all.
 
     Raises:
-        BadInput: what ``how`` needs is missing, or ``run`` never used an expert.
+        BadInput: what ``how`` needs is missing, what it does not use is given, or ``run`` never used an expert.
     """
-    one_of("ablation", how, ABLATIONS)
+    check_used(how, mean=mean, run=run)
     match how:
         case "zero":
             return scale(layer=layer, expert=expert, by=0.0, positions=positions, tokens=tokens)
@@ -77,6 +79,22 @@ def ablate(
             )
     needed = "mean=moe.mean_contributions(model, corpus)" if how == "mean" else "run=model.run(..., read='expert_out')"
     raise BadInput(f"ablation by {how} needs more", expected=needed, got="None")
+
+
+def check_used(how: Ablation, **given: object) -> None:
+    """Refuse ``mean`` or ``run`` beside an ablation that makes no use of it.
+
+    Raises:
+        BadInput: it would be ignored.
+    """
+    for name, value in given.items():
+        if value is not None and name != {"mean": "mean", "resample": "run"}.get(how):
+            user = "mean" if name == "mean" else "resample"
+            raise BadInput(
+                f"{name} is not used by how={how!r}",
+                expected=f"no {name}, or how={user!r}",
+                got=f"{name}={shown(value)}",
+            )
 
 
 _WRITTEN = "Name them: each has a contribution of its own."
@@ -121,11 +139,13 @@ def _used(run: Run, layer: int, expert: int) -> Tensor:
     return outputs[used] * weights[used].to(outputs)[:, None]
 
 
+@checked
 def scale(*, layer: Indices, expert: Indices, by: float, positions: Indices = None, tokens: Marks = None) -> Scale:
     """Multiply the outputs of experts (None: of all) by a factor, at these tokens."""
     return Scale(experts=positions_of(expert), by=by, **where(layer, positions, tokens))
 
 
+@checked
 def replace(
     values: Any,
     *,
@@ -168,6 +188,7 @@ def _refuse_both(point: str, expert: Indices) -> None:
         )
 
 
+@checked
 def steer(
     vector: Any,
     *,
@@ -192,6 +213,7 @@ def steer(
     return AddToPoint(point=editable(point).name, vector=stored, by=by, **here)
 
 
+@checked
 def noise(
     std: float,
     *,
@@ -205,6 +227,7 @@ def noise(
     return Noise(point=editable(point).name, std=std, seed=seed, **where(layer, positions, tokens))
 
 
+@checked
 def patch(
     run: Run,
     *,
@@ -248,6 +271,7 @@ def patch(
 # ---- who is chosen -----------------------------------------------------------------------------------------
 
 
+@checked
 def patch_route(run: Run, *, layer: SupportsIndex, positions: Indices = None, tokens: Marks = None) -> Force:
     """Put another run's experts and weights in place of this one's, token by token; outputs are computed anew."""
     at = whole(layer)
@@ -258,6 +282,7 @@ def patch_route(run: Run, *, layer: SupportsIndex, positions: Indices = None, to
     return Force(experts=ids, weights=weights, **where(at, positions, tokens))
 
 
+@checked
 def force(
     experts: Any,
     *,
@@ -281,20 +306,21 @@ def force(
     if isinstance(weights, Tensor) and weights.dim() > 1:
         weights = ByToken.of(weights if weights.dim() > 2 else weights[None])
     elif not isinstance(weights, str | ByToken):
-        if not isinstance(weights, int | float | Iterable):
-            raise BadInput("weights to force", expected="'own', 'kept' or numbers", got=repr(weights))
-        weights = (weights,) if isinstance(weights, int | float) else tuple(weights)
+        if not is_finite(weights) and (not isinstance(weights, Iterable) or getattr(weights, "ndim", 1) == 0):
+            raise BadInput("weights to force", expected="'own', 'kept' or numbers", got=shown(weights))
+        weights = (weights,) if is_finite(weights) else tuple(weights)
     return Force(experts=ids, weights=weights, **where(layer, positions, tokens))
 
 
 _NOT_ALL = "A router must choose; to have none contribute: moe.ablate(layer=..., expert=None)."
 
 
+@checked
 def mask(
     *,
     layer: Indices,
     expert: Indices,
-    on: str = "selection",
+    on: Literal["selection", "logits"] = "selection",
     positions: Indices = None,
     tokens: Marks = None,
 ) -> Mask:
@@ -307,12 +333,13 @@ def mask(
     return Mask(experts=some(expert, "expert", _NOT_ALL), on=on, **where(layer, positions, tokens))
 
 
+@checked
 def bias(
     *,
     layer: Indices,
     expert: Indices,
     by: float,
-    on: str = "selection",
+    on: Literal["selection", "logits"] = "selection",
     positions: Indices = None,
     tokens: Marks = None,
 ) -> Bias:
@@ -324,10 +351,11 @@ def bias(
     return Bias(experts=positions_of(expert), by=by, on=on, **where(layer, positions, tokens))
 
 
+@checked
 def randomize(
     *,
     layer: Indices = None,
-    weights: str = "kept",
+    weights: Literal["kept", "fresh"] = "kept",
     seed: int = 0,
     positions: Indices = None,
     tokens: Marks = None,
@@ -340,6 +368,7 @@ def randomize(
     return Randomize(weights=weights, seed=seed, **where(layer, positions, tokens))
 
 
+@checked
 def swap(
     *, layer: Indices = None, experts: Iterable[SupportsIndex] | None = None, layers: Indices = None,
     positions: Indices = None, tokens: Marks = None,
@@ -354,6 +383,7 @@ def swap(
     return Swap(experts=some(tuple(experts), "expert"), **where(layer, positions, tokens))
 
 
+@checked
 def top_k(
     k: SupportsIndex,
     *,
@@ -373,8 +403,9 @@ def top_k(
     return TopK(k=whole(k), renormalise=renormalise, **where(layers, positions, tokens))
 
 
+@checked
 def share(
-    of_weight: float,
+    of_weight: Fraction,
     *,
     renormalise: bool = False,
     layers: Indices = None,
@@ -392,6 +423,7 @@ def share(
 # ---- anything ----------------------------------------------------------------------------------------------
 
 
+@checked
 def apply(
     point: str,
     fn: Callable[[Tensor], Tensor],

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+from moe_interp.arguments import checked
 from moe_interp.errors import BadInput, UnknownName
 from moe_interp.interventions.base import Intervention
 from moe_interp.interventions.values import ByToken, Values
 
 
+@checked
 def to_json(interventions: Sequence[Intervention]) -> str:
     """Interventions as JSON; `from_json` reads them back. Tensors are stored to the last bit.
 
@@ -40,6 +42,7 @@ def _stored(value: Any) -> Any:
     return next(({name: value.record()} for name, kind in _TENSORS.items() if isinstance(value, kind)), value)
 
 
+@checked
 def from_json(text: str) -> list[Intervention]:
     """Interventions from the JSON that `to_json` wrote.
 

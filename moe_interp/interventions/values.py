@@ -38,6 +38,8 @@ class Values:
             raise BadInput(f"not {what}", expected="a tensor or numbers", got=repr(given)[:80]) from error
         if str(tensor.dtype).removeprefix("torch.") not in _DTYPES:
             raise BadInput(f"not {what}", expected=f"a dtype of {', '.join(_DTYPES)}", got=str(tensor.dtype))
+        if tensor.is_meta:
+            raise BadInput(f"{what} without numbers", expected="a tensor in memory", got="one on the meta device")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise BadInput(f"{what} are not finite", expected="finite numbers", got="NaN or infinity")
         return cls(tensor)

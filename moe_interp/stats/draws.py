@@ -22,9 +22,12 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from moe_interp.arguments import Count, Draws, Number, Seed, checked
+
 _ROUNDS = 2000
 
 
+@checked
 def inclusion_weights(inclusion: Float[np.ndarray, " E"]) -> Float[np.ndarray, " E"]:
     """Weights under which each expert is drawn with its given probability.
 
@@ -52,7 +55,8 @@ def inclusion_weights(inclusion: Float[np.ndarray, " E"]) -> Float[np.ndarray, "
     return weights
 
 
-def pair_inclusion(weights: Float[np.ndarray, " E"], draws: int) -> Float[np.ndarray, "E E"]:
+@checked
+def pair_inclusion(weights: Float[np.ndarray, " E"], draws: Number) -> Float[np.ndarray, "E E"]:
     """Probability that two experts are among the K drawn; on the diagonal that of one."""
     experts = len(weights)
     without = np.where(np.eye(experts, dtype=bool), 0.0, weights)  # a weight of 0 is an expert left out
@@ -63,7 +67,7 @@ def pair_inclusion(weights: Float[np.ndarray, " E"], draws: int) -> Float[np.nda
     return pairs
 
 
-def _inclusion(weights: Float[np.ndarray, " E"], draws: int) -> Float[np.ndarray, " E"]:
+def _inclusion(weights: Float[np.ndarray, " E"], draws: Number) -> Float[np.ndarray, " E"]:
     return weights * _leave_one_out(weights, draws)[:, draws - 1] / _suffixes(weights, draws)[0, draws]
 
 
@@ -88,8 +92,9 @@ def _leave_one_out(weights: Float[np.ndarray, "*rest E"], degree: int) -> Float[
     return np.moveaxis(products, 0, -2)
 
 
+@checked
 def distinct_draws(
-    weights: Float[np.ndarray, " E"], draws: int, tokens: int, rng: np.random.Generator
+    weights: Float[np.ndarray, " E"], draws: Number, tokens: int, rng: np.random.Generator
 ) -> Bool[np.ndarray, "T E"]:
     """Which K experts each of T tokens draws, independently of each other."""
     sums = _suffixes(weights, draws)
@@ -102,8 +107,9 @@ def distinct_draws(
     return taken
 
 
+@checked
 def uniform_counts(
-    tokens: Int[np.ndarray, " X"], experts: int, draws: int, repeats: int, rng: np.random.Generator
+    tokens: Int[np.ndarray, " X"], experts: int, draws: Number, repeats: Draws, rng: np.random.Generator
 ) -> Int[np.ndarray, "R X E"]:
     """How many of so many tokens draw each expert, where each draws K distinct ones and all are equally likely.
 
@@ -129,8 +135,9 @@ def uniform_counts(
     return counts
 
 
+@checked
 def largest_share_null(
-    weights: Float[np.ndarray, " E"], draws: int, *, longest: int = 4096, repeats: int = 100, seed: int = 0
+    weights: Float[np.ndarray, " E"], draws: Number, *, longest: Count = 4096, repeats: Draws = 100, seed: Seed = 0
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Mean over draws of max_e (tokens that drew e) / n, as a function of n, 1 or more tokens.
 

@@ -12,21 +12,23 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int, Num
 
+from moe_interp.arguments import Draws, Seed, checked
 from moe_interp.stats.measures import shares
-from moe_interp.stats.resampling import by_layer, check_draws
+from moe_interp.stats.resampling import by_layer
 
 Contrast = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Totals inside and outside a group at one layer, [R, E] each -> [R, E] (a value per expert) or [R]."""
 
 
+@checked
 def permutation_max(
     contrast: Contrast,
     counts: Num[np.ndarray, "N L E"],
     groups: Int[np.ndarray, " N"],
     num_groups: int,
     *,
-    permutations: int = 1000,
-    seed: int = 0,
+    permutations: Draws = 1000,
+    seed: Seed = 0,
 ) -> tuple[Float[np.ndarray, "G L *rest"], Float[np.ndarray, "G L *rest"]]:
     """Is a group's contrast to all other documents larger than permuted document labels make it?
 
@@ -43,7 +45,6 @@ def permutation_max(
     Raises:
         BadInput: no permutation.
     """
-    check_draws(permutations, "permutations")
     labels = np.tile(groups, (permutations + 1, 1))
     np.random.default_rng(seed).permuted(labels[1:], axis=1, out=labels[1:])
     layers = [(documents, totals.sum(axis=0)) for documents, totals in by_layer(counts, groups, num_groups)]
@@ -64,6 +65,7 @@ def permutation_p(observed: float, permuted: Float[np.ndarray, " M"]) -> float:
     return float((1 + reached) / (1 + len(permuted))) if np.isfinite(observed) else np.nan
 
 
+@checked
 def max_statistic_p(permuted: Float[np.ndarray, "R *family M"]) -> Float[np.ndarray, "*family M"]:
     """Single-step adjusted p of M tests; row 0 of R has the observed labels, the others are permutations.
 
@@ -82,13 +84,15 @@ def max_statistic_p(permuted: Float[np.ndarray, "R *family M"]) -> Float[np.ndar
     return np.where(np.isnan(z[0]), np.nan, p)
 
 
+@checked
 def share_difference(inside: Num[np.ndarray, "R E"], outside: Num[np.ndarray, "R E"]) -> Float[np.ndarray, "R E"]:
     """Each expert's share of the decisions inside a group minus that outside, -1 ... 1; 0 under the null."""
     return shares(inside) - shares(outside)
 
 
+@checked
 def sign_flip_max(
-    differences: Float[np.ndarray, "N *family M"], *, flips: int = 1000, seed: int = 0
+    differences: Float[np.ndarray, "N *family M"], *, flips: Draws = 1000, seed: Seed = 0
 ) -> Float[np.ndarray, "*family M"]:
     """Is the sum of per-document differences larger than chance makes it?
 
@@ -103,7 +107,6 @@ def sign_flip_max(
     Raises:
         BadInput: no flip.
     """
-    check_draws(flips, "flips")
     documents, *family, tests = differences.shape
     if documents < 2:
         return np.full((*family, tests), np.nan)

@@ -12,15 +12,13 @@
    the tables of a few blocks of documents (Kott 2001, "The delete-a-group jackknife", eq. 1).
 """
 
-import operator
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from moe_interp.errors import BadInput
+from moe_interp.arguments import Draws, Fraction, Seed, checked
 from moe_interp.stats.measures import ratio
 
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -33,13 +31,13 @@ _CHUNK = 1024  # documents left out at once: bounds the jackknife's memory
 # Intervals
 
 
-def resampling_weights(strata: Int[np.ndarray, " N"], resamples: int, seed: int) -> Float[np.ndarray, "R N"]:
+@checked
+def resampling_weights(strata: Int[np.ndarray, " N"], resamples: Draws, seed: Seed) -> Float[np.ndarray, "R N"]:
     """How often each resample draws each document: with replacement, as many per stratum as there are.
 
     Raises:
         BadInput: fewer than one resample.
     """
-    check_draws(resamples)
     rng = np.random.default_rng(seed)
     weights = np.zeros((resamples, strata.size))
     for stratum in np.unique(strata):
@@ -49,24 +47,15 @@ def resampling_weights(strata: Int[np.ndarray, " N"], resamples: int, seed: int)
     return weights
 
 
-def check_draws(count: int, what: str = "resamples") -> None:
-    """Refuse a number of random draws that says nothing: with none every p is 1, and no interval has a width.
-
-    Raises:
-        BadInput: no whole number, or less than one.
-    """
-    if not isinstance(count, SupportsIndex) or isinstance(count, bool) or operator.index(count) < 1:
-        raise BadInput(f"too few {what}", expected="a whole number, at least 1", got=repr(count))
-
-
+@checked
 def bootstrap_ratio(
     numerator: Num[np.ndarray, "N *rest"],
     denominator: Num[np.ndarray, "N *shared"],
     *,
     strata: Int[np.ndarray, " N"] | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    level: Fraction = 0.95,
 ) -> Float[np.ndarray, "2 *rest"]:
     """Studentised interval of sum(numerator) / sum(denominator) over documents.
 
@@ -92,7 +81,6 @@ def bootstrap_ratio(
         nothing about the spread between documents, and where fewer than two documents have a denominator. Resamples
         without one are left out.
     """
-    check_draws(resamples)
     strata = np.zeros(len(numerator), int) if strata is None else strata
     ends = np.full((2, *numerator.shape[1:]), np.nan)
     if len(strata) == 0 or np.unique(strata, return_counts=True)[1].min() < 2:
@@ -107,13 +95,14 @@ def bootstrap_ratio(
     return ends
 
 
+@checked
 def bootstrap_by_group(
     numerator: Num[np.ndarray, "N *rest"],
     denominator: Num[np.ndarray, "N *shared"],
     groups: Int[np.ndarray, " N"],
     count: int,
-    resamples: int,
-    seed: int,
+    resamples: Draws,
+    seed: Seed,
 ) -> Float[np.ndarray, "2 G *rest"]:
     """`bootstrap_ratio` of the documents of each group, 0 ... count - 1, which draws with a seed of its own."""
     parts = ((numerator[groups == group], denominator[groups == group]) for group in range(count))
@@ -126,7 +115,7 @@ def _interval(
     top: Num[np.ndarray, "N *rest"],
     bottom: Num[np.ndarray, "N *shared"],
     strata: Int[np.ndarray, " N"],
-    level: float,
+    level: Fraction,
 ) -> Float[np.ndarray, "2 *rest"]:
     """Studentised where enough documents have a denominator, else Student's."""
     few = np.asarray((bottom != 0).sum(axis=0) < FEW)
@@ -144,7 +133,7 @@ def _studentised(
     top: Num[np.ndarray, "N *rest"],
     bottom: Num[np.ndarray, "N *shared"],
     strata: Int[np.ndarray, " N"],
-    level: float,
+    level: Fraction,
 ) -> Float[np.ndarray, "2 *rest"]:
     whole, residual, under = _linearised(top, bottom)
     drawn = np.tensordot(weights, under, 1)
@@ -163,7 +152,7 @@ def _student(
     top: Num[np.ndarray, "N *rest"],
     bottom: Num[np.ndarray, "N *shared"],
     strata: Int[np.ndarray, " N"],
-    level: float,
+    level: Fraction,
 ) -> Float[np.ndarray, "2 *rest"]:
     from scipy.stats import t
 
@@ -189,7 +178,7 @@ def _error(residual: np.ndarray, under: np.ndarray, strata: np.ndarray) -> Float
     return np.asarray(np.sqrt(squares) / np.abs(under.sum(axis=0)))
 
 
-def _outer(t: Float[np.ndarray, "R *rest"], level: float) -> Float[np.ndarray, "2 *rest"]:
+def _outer(t: Float[np.ndarray, "R *rest"], level: Fraction) -> Float[np.ndarray, "2 *rest"]:
     """The values of rank (R + 1) (1 +- level) / 2 along the first axis, the higher first, of the R that are not NaN."""
     left = np.count_nonzero(~np.isnan(t), axis=0)
     rank = np.maximum(1, np.floor((left + 1) * (1 - level) / 2 + 1e-9)).astype(int)
@@ -212,20 +201,22 @@ def _spread(
     return np.maximum(total, 0.0)
 
 
+@checked
 def bootstrap_mean(
     values: Num[np.ndarray, "N *rest"],
     *,
     strata: Int[np.ndarray, " N"] | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    level: Fraction = 0.95,
 ) -> Float[np.ndarray, "2 *rest"]:
     """Interval of the mean over documents, as `bootstrap_ratio`. For pairs, pass differences."""
     ones = np.ones(len(values))
     return bootstrap_ratio(values, ones, strata=strata, resamples=resamples, seed=seed, level=level)
 
 
-def student_interval(values: Num[np.ndarray, "N *rest"], *, level: float = 0.95) -> Float[np.ndarray, "2 *rest"]:
+@checked
+def student_interval(values: Num[np.ndarray, "N *rest"], *, level: Fraction = 0.95) -> Float[np.ndarray, "2 *rest"]:
     """Student's interval of the mean of a few independent values, such as trials; for documents see `bootstrap_mean`.
 
     Resamples of three or five values never leave their range, so that no quantile of theirs is wide enough.
@@ -241,8 +232,9 @@ def student_interval(values: Num[np.ndarray, "N *rest"], *, level: float = 0.95)
     return np.stack([values.mean(axis=0) - half, values.mean(axis=0) + half])
 
 
+@checked
 def jackknife_interval(
-    statistic: Callable[[Int[np.ndarray, " M"]], float], count: int, *, level: float = 0.95
+    statistic: Callable[[Int[np.ndarray, " M"]], float], count: int, *, level: Fraction = 0.95
 ) -> Float[np.ndarray, " 2"]:
     """Student's interval of the pseudo-values of a smooth statistic of a few trials (Tukey 1958, Arvesen 1969).
 
@@ -266,6 +258,7 @@ def jackknife_interval(
 # Bias
 
 
+@checked
 def jackknife(
     statistic: Statistic, counts: Num[np.ndarray, "N L E"], groups: Int[np.ndarray, " N"], num_groups: int
 ) -> Float[np.ndarray, "G L"]:
@@ -292,14 +285,15 @@ def jackknife(
     return corrected
 
 
+@checked
 def bootstrap_debias(
     statistic: Statistic,
     counts: Num[np.ndarray, "N L E"],
     groups: Int[np.ndarray, " N"],
     num_groups: int,
     *,
-    resamples: int = 1000,
-    seed: int = 0,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
 ) -> Float[np.ndarray, "G L"]:
     """A plug-in statistic of group totals, its bootstrap bias taken off: 2 theta - mean of resampled theta.
 
@@ -320,6 +314,7 @@ def bootstrap_debias(
     return corrected
 
 
+@checked
 def group_totals(
     counts: Num[np.ndarray, "N *rest"], groups: Int[np.ndarray, " N"], num_groups: int
 ) -> Num[np.ndarray, "G *rest"]:
@@ -336,12 +331,13 @@ def by_layer(counts: np.ndarray, groups: np.ndarray, num_groups: int) -> Iterato
         yield documents, group_totals(documents, groups, num_groups)
 
 
+@checked
 def block_jackknife(
     statistic: Callable[[np.ndarray], np.ndarray],
     blocks: Num[np.ndarray, "Z *table"],
     *,
     debias: bool = True,
-    level: float = 0.95,
+    level: Fraction = 0.95,
 ) -> tuple[Float[np.ndarray, "*out"], Float[np.ndarray, "2 *out"]]:
     """A statistic of summed tables with an interval over blocks of documents, its bias of order 1/n taken off.
 

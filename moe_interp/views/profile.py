@@ -7,6 +7,7 @@ from typing import Any
 
 import xarray as xr
 
+from moe_interp.arguments import checked
 from moe_interp.errors import BadInput, UnknownName
 from moe_interp.results import provenance_of
 from moe_interp.views.page import template, write
@@ -72,6 +73,7 @@ class Profile:
         return template("profile.html.j2").render(one=self, level=_LEVEL)
 
 
+@checked
 def profile(profiles: xr.Dataset, layer: int, expert: int) -> Profile:
     """One expert of the result of `moe.expert_profiles`.
 
@@ -145,6 +147,7 @@ def profile_rows(profiles: xr.Dataset) -> list[Profile]:
     ]
 
 
+@checked
 def profile_page(profiles: xr.Dataset, path: str | Path) -> Path:
     """Writes one self-contained HTML page with a table over all experts, each with its profile to fold out.
 

@@ -23,8 +23,9 @@ from moe_interp.analyses.similarity import ensemble_similarity
 from moe_interp.analyses.token_counts import TokenCounts
 from moe_interp.analyses.transitions import TransitionCounts
 from moe_interp.analyses.vocabulary import vocabulary_result
+from moe_interp.arguments import Count, Draws, Seed, checked
 from moe_interp.checkpoint import REFERENCE
-from moe_interp.data import Corpus, check_corpus
+from moe_interp.data import Corpus
 from moe_interp.errors import BadInput
 from moe_interp.model import MoEModel
 from moe_interp.paths import check_writable
@@ -49,16 +50,17 @@ class Results:
     saturation: xr.Dataset | None
 
 
+@checked
 def report(
     model: MoEModel,
     corpus: Corpus,
     path: str | Path = "report.html",
     *,
     text: str | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
-    max_tokens: int | None = 256,
-    scored: int | None = 8,
+    resamples: Draws = 1000,
+    seed: Seed = 0,
+    max_tokens: Count | None = 256,
+    scored: Count | None = 8,
 ) -> Path:
     """Run the four analyses and write the report.
 
@@ -79,7 +81,6 @@ def report(
     """
     target = Path(path)
     check_writable(target)
-    check_corpus(corpus)
     if text is not None and not text.strip():
         raise BadInput("the text is empty", expected="at least one character", got=repr(text))
     options: dict[str, Any] = {"resamples": resamples, "seed": seed, "max_tokens": max_tokens}
