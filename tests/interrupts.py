@@ -39,7 +39,9 @@ def _ours(code: CodeType) -> bool:
 
 def _cleans(frame: FrameType | None) -> bool:
     while frame is not None:
-        if _ours(frame.f_code) and frame.f_lineno in cleaning(frame.f_code.co_filename):
+        if _ours(frame.f_code) and (
+            frame.f_lineno in cleaning(frame.f_code.co_filename) or frame.f_code.co_name in ("__exit__", "__del__")
+        ):
             return True
         frame = frame.f_back
     return False

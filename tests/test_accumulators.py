@@ -577,8 +577,8 @@ def test_a_pass_that_began_with_other_counts_is_not_taken_up(tmp_path):
     [
         ({"sums": [1]}, BadInput, "not accumulators: expected a mapping such as"),
         ({"sums": {"a": 1}}, BadInput, "not accumulators: expected a mapping such as"),
-        ({"every": 0}, BadInput, "cannot store states so often: expected every of 1 batch or more, got 0"),
-        ({"resume": 3}, BadInput, "not a path: expected the name of a file, got 3"),
+        ({"every": 0}, BadInput, "invalid every for collect: expected a whole number of at least 1, got 0"),
+        ({"resume": 3}, BadInput, "invalid resume for collect: expected a string, a path or None, got 3"),
         ({"resume": "FOLDER"}, BadOutput, "cannot write .*: expected a regular file, or none yet, got a folder"),
         ({"resume": "FOLDER/no/x.npz"}, BadOutput, "cannot write .*, got folder .*no, which is not there"),
     ],
@@ -588,4 +588,4 @@ def test_what_collect_cannot_do_is_refused_before_the_pass(options, error, said,
     with moe.wrap(build("olmoe"), StubTokenizer()) as model:
         monkeypatch.setattr(model, "run", lambda *_, **__: pytest.fail("a pass was begun"))
         with pytest.raises(error, match=said):
-            collect(model, CORPUS, **{"sums": {}} | options)
+            collect(model, CORPUS, **{"sums": {"pairs": PairCounts.empty(*sizes(model))}} | options)

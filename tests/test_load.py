@@ -126,7 +126,10 @@ def test_no_error_tells_what_may_be_secret_of_any_option(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({name: value}, f"{name} is neither True nor False: expected True or False, got {value!r}")
+        (
+            {name: value},
+            f"{name} (is neither True nor False|for load): expected True or False, got {value!r}",
+        )
         for name, value in (
             ("trust_remote_code", "no"),
             ("trust_remote_code", 0),

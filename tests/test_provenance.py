@@ -80,7 +80,7 @@ CALLS = {
     ),
     "expert_effects": (
         {"inputs": ["a text"], "layers": 1, "metric": largest, "how": "mean", "mean": MEANS},
-        [{"inputs": ["b text"]}, {"metric": "kl"}, {"metric": METRICS[0]}, {"mean": OTHERS}, {"how": "zero"}],
+        [{"inputs": ["b text"]}, {"metric": METRICS[0]}, {"mean": OTHERS}, {"how": "zero", "mean": None}],
     ),
     "attribution_patching": (
         {"inputs": ["a text"], "corrupted": ["b text"], "sample": 4},

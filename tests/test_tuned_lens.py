@@ -90,7 +90,7 @@ def test_parts_are_decoded_through_the_translators_that_the_reference_takes(fami
     largest = max(expected.values())
     for key, value in expected.items():
         assert abs(got[key] - value) < TOLERANCE * largest, key
-    assert result.attrs["provenance"].count('"lens": "tuned"') == 1
+    assert result.attrs["provenance"].count('"lens": "tuned, ') == 1
 
 
 def test_all_experts_together_are_the_layer_through_a_tuned_lens_too():

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from moe_interp.analyses.metrics import as_metric
 from moe_interp.analyses.plain import check_writes_text
 from moe_interp.analyses.trials import BOUNDS, Trial, effects, summary
-from moe_interp.arguments import Count, Draws, Seed, checked, index
+from moe_interp.arguments import CheckedLater, Count, Draws, Seed, checked, index
 from moe_interp.encode import Inputs
 from moe_interp.errors import BadInput
 from moe_interp.interventions import Intervention, ablate
@@ -45,7 +45,7 @@ MOST = 2**12  # subsets
 def coalitions(
     model: MoEModel,
     text: Inputs,
-    experts: Sequence[Expert],
+    experts: Annotated[Sequence[Expert], CheckedLater()],
     metric: Any,
     *,
     how: Ablation = "zero",

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moe_interp.analyses.exact import Exact, told_top_k
-from moe_interp.arguments import Count, checked, checked_fields
+from moe_interp.arguments import CheckedLater, Count, checked, checked_fields
 from moe_interp.data import Batch, Corpus, batches
 from moe_interp.encode import special_token_ids
 from moe_interp.errors import BadData, BadInput, UnsupportedModel
@@ -143,7 +143,7 @@ def counted(run: Run, special: Sequence[int]) -> Run:
 def collect(
     model: MoEModel,
     corpus: Corpus,
-    sums: Mapping[str, Exact],
+    sums: Annotated[Mapping[str, Exact], CheckedLater()],
     options: Options | None = None,
     *,
     resume: str | Path | None = None,

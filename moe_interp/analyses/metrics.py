@@ -7,7 +7,7 @@ is told the model: its tokenizer says which.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,7 +18,7 @@ from moe_interp.analyses.answers import Answers, answer_ids, as_answers
 from moe_interp.analyses.distributions import check_logits, divergence, log_probabilities
 from moe_interp.analyses.functions import check_arguments, kind, number_of
 from moe_interp.analyses.plain import check_writes_text
-from moe_interp.arguments import checked_fields
+from moe_interp.arguments import CheckedLater, checked_fields
 from moe_interp.errors import BadInput, UnsupportedModel
 from moe_interp.model import MoEModel
 from moe_interp.run import Run
@@ -309,7 +309,7 @@ class OfLogits:
         return Bound(base.mask, values, by_token=False)
 
 
-AnyMetric = Metric | str | Callable[[Tensor], Tensor | float]
+AnyMetric = Annotated[Metric | str | Callable[[Tensor], Tensor | float], CheckedLater()]
 """A metric, its name, or a function from the logits [s, V] of a text's real tokens to a number."""
 
 

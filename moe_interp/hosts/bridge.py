@@ -86,9 +86,9 @@ class FlatPoint(LensPoint):
     def by_text(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """The hook, shown [batch, pos, ...]."""
 
-        used: list[Any] = self.taps.host.used
+        used: set[Any] = self.taps.host.used
         if not used:  # or the pass would count as one in which nobody looks, and would not tell its texts
-            used.append(self)
+            used.add(self)
 
         def shown(value: Any, *, hook: LensPoint, see: Callable[..., Any] = hook) -> Any:
             flow = self.taps.now()

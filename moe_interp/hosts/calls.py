@@ -148,6 +148,10 @@ class Stay:
         finally:
             self.standing.end()
 
+    def __del__(self) -> None:
+        """End what an interrupt kept from ending."""
+        self.standing.end()
+
 
 class Standings:
     """All that stands on one model, in whatever context."""

@@ -19,7 +19,7 @@ class Part(NamedTuple):
     Attributes:
         path: its path in the model.
         module: the module itself.
-        carries: whether its call was wrapped to carry values through points.
+        carries: whether its call was wrapped to carry values through points, as that of a router is.
     """
 
     path: str
@@ -29,18 +29,24 @@ class Part(NamedTuple):
 
 def parts_of(hf: nn.Module, layer: LayerSpec) -> list[Part]:
     """Return the modules that a layer's points are on, as they are now."""
-    paths = {layer.path, *_mixture(layer), *(site.module for site in layer.sites.values())}
-    return [_part(hf, path) for path in sorted(paths)]
+    paths = {
+        layer.path,
+        *([layer.moe.block] if layer.moe else ()),
+        *_mixture(layer),
+        *(site.module for site in layer.sites.values()),
+    }
+    return [_part(hf, path, _mixture(layer)) for path in sorted(paths)]
 
 
-def _part(hf: nn.Module, path: str) -> Part:
+def _part(hf: nn.Module, path: str, mixture: set[str]) -> Part:
     module = bare(hf.get_submodule(path))
-    called = vars(module).get("_compiled_call_impl")
-    return Part(path, module, getattr(called, "carries_points", False))
+    called = vars(module).get("_compiled_call_impl")  # of layers, compiled ones keep all hooks
+    return Part(path, module, path in mixture and getattr(called, "carries_points", False))
 
 
 def _mixture(layer: LayerSpec) -> set[str]:
-    return {layer.moe.block, layer.moe.experts, layer.moe.router} if layer.moe else set()
+    # Not the block: two mixtures, of texts and of images, may have one.
+    return {layer.moe.experts, layer.moe.router} if layer.moe else set()
 
 
 def check_in_place(hf: nn.Module, parts: Iterable[Part]) -> None:
@@ -50,7 +56,7 @@ def check_in_place(hf: nn.Module, parts: Iterable[Part]) -> None:
         BadInput: naming the first such module.
     """
     for part in parts:
-        now = _part(hf, part.path)
+        now = _part(hf, part.path, {part.path} if part.carries else set())
         if now.module is not part.module or now.carries != part.carries:
             raise BadInput(
                 f"{part.path} is not as it was when the model was opened",

@@ -28,6 +28,7 @@ PACKAGE = "moe_interp"
 # In an order in which each finds those before it.
 SENT = (
     "errors",
+    "arguments",
     "points",
     "run",
     "adapters.sums",
