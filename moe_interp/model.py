@@ -335,12 +335,9 @@ class MoEModel:
                 expected="logits that follow from the last residual alone",
                 got="an architecture that uses earlier ones too",
             )
-        try:
-            normed = follow(self.hf, spec.final, hidden)
-        except RuntimeError as error:
-            if hidden.shape[-1] == spec.d_model and not hidden.is_meta:
-                raise
-            raise BadInput("not a residual stream", expected=f"[..., {spec.d_model}]", got=shown(hidden)) from error
+        if hidden.is_meta or hidden.shape[-1:] != (spec.d_model,):
+            raise BadInput("not a residual stream", expected=f"[..., {spec.d_model}]", got=shown(hidden))
+        normed = follow(self.hf, spec.final, hidden)
         if spec.unembed is None:
             return normed
         # As rows, which no run takes for the hidden states of its own batch.

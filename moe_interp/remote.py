@@ -22,10 +22,10 @@ from moe_interp.adapters import ModelSpec, describe
 from moe_interp.encode import Inputs, encode
 from moe_interp.errors import BadCheckpoint, RemoteFailure, UnsupportedModel
 from moe_interp.generation import continued
-from moe_interp.hosts.calls import Standings
 from moe_interp.hosts.passes import Pass, stock_pass
 from moe_interp.hosts.program import Block, Edited, Program
 from moe_interp.hosts.sending import sent
+from moe_interp.hosts.standing import Standings
 from moe_interp.hosts.stock import reached
 from moe_interp.hosts.tokens import tokens_of
 from moe_interp.interventions import Intervention

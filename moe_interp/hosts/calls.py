@@ -2,7 +2,7 @@
 
 1. A `Session` is what one `run` or `generate` asks for. It is in force in the context of that call (a context variable,
    PEP 567), so that other threads, tasks and runs inside it do not meet it.
-2. A `Standing` is what `model.edit` begins: in force in the context that began it until its ``with`` ends, or in all.
+2. A `Standing` is what `model.edit` begins (`moe_interp.hosts.standing`).
 3. A `Call` is one forward pass. It is made where the pass enters the model, takes what is in force there, and holds all
    that the pass needs: tokens, routes, what edits and reads leave. Hooks are set once, when a model is opened, and ask
    for the call that is under way.
@@ -13,9 +13,7 @@ Sessions and calls are set in copies of the context alone, which end with the fu
 left behind by an exception, whenever it comes.
 """
 
-import threading
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import replace
@@ -27,15 +25,14 @@ from torch import Tensor, nn
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.errors import BadInput, EditsElsewhere
 from moe_interp.hosts.program import Edited, Program
+from moe_interp.hosts.standing import Standing
 from moe_interp.hosts.tokens import arguments_of, follows, tokens_of
-from moe_interp.interventions import Intervention
 from moe_interp.run import Read, Tokens
 
 T = TypeVar("T")
 Place = tuple[str, int | None]
 
 _SESSION: ContextVar["Session | None"] = ContextVar("moe_interp_session", default=None)
-_STANDING: ContextVar[tuple["Standing", ...]] = ContextVar("moe_interp_standing", default=())
 _CALL: ContextVar["Call | None"] = ContextVar("moe_interp_call", default=None)
 _DEPTH: ContextVar[int] = ContextVar("moe_interp_depth", default=0)
 
@@ -43,163 +40,6 @@ _DEPTH: ContextVar[int] = ContextVar("moe_interp_depth", default=0)
 def depth() -> int:
     """Return how many runs and generations are inside each other in this context."""
     return _DEPTH.get()
-
-
-# ---- what stands ---------------------------------------------------------------------------------------------
-
-
-class Standing:
-    """What is in force in a context for a while: edits, reads that somebody hears, or that the model is plain.
-
-    Attributes:
-        edits: interventions, in order.
-        touched: how many values each of them has changed in direct calls of the transformers model.
-        everywhere: whether it is in force in every context.
-        plain: whether the model computes as it was found.
-        reads: what is kept for `hear`, after all edits.
-        hear: a method that is told the program of every pass; its object is not kept by what stands.
-    """
-
-    def __init__(
-        self,
-        edits: Sequence[Intervention] = (),
-        *,
-        everywhere: bool = False,
-        plain: bool = False,
-        reads: Sequence[Read] = (),
-        hear: Callable[[Program], None] | None = None,
-    ):
-        self.edits, self.everywhere, self.plain = list(edits), everywhere, plain
-        self.reads, self.hear = tuple(reads), None if hear is None else weakref.WeakMethod(hear)
-        self.touched = [0] * len(self.edits)
-        self.told = False  # whether somebody was warned of passes without it
-        self.joined: tuple[tuple[Standing, ...], Program] | None = None  # with what stood before it, once it was used
-        self._on: weakref.ref[Standings] | None = None
-        self._held: weakref.ref[_Held] | None = None
-
-    def __repr__(self) -> str:
-        edits = ", ".join(
-            f"{edit!r} (touched {touched})" for edit, touched in zip(self.edits, self.touched, strict=True)
-        )
-        return f"Standing edits: {edits or 'none'}"
-
-    def on(self, standings: "Standings") -> bool:
-        """Tell whether it is in force on this model."""
-        return self._held is not None and self._held() is not None and self._on is standings.ref
-
-    def begin(self, standings: "Standings") -> "_Held":
-        """Begin to stand; it ends with `end`, or when nobody holds the returned token any more."""
-        held = _Held()
-        self._on, self._held = standings.ref, weakref.ref(held)
-        with standings.lock:
-            standings.all.add(self)
-            if self.everywhere:
-                standings.everywhere = (*(one for one in standings.everywhere if one.on(standings)), self)
-        if not self.everywhere:
-            _STANDING.set((*(one for one in _STANDING.get() if one._held and one._held()), self))
-        return held
-
-    def end(self) -> None:
-        """End in every context where it is in force."""
-        self._held = None
-        if self.everywhere and self._on is not None and (standings := self._on()) is not None:
-            with standings.lock:
-                standings.everywhere = tuple(one for one in standings.everywhere if one is not self)
-        if self in _STANDING.get():
-            _STANDING.set(tuple(one for one in _STANDING.get() if one is not self))
-
-
-class _Held:
-    """A token that the object of a ``with`` holds: when it is gone, however the ``with`` ended, so is what stands."""
-
-    __slots__ = ("__weakref__",)
-
-
-class Stay:
-    """What a ``with`` is entered by, and what stands inside it; once it has ended, it may be entered again."""
-
-    def __init__(self, standings: "Standings", standing: Standing):
-        self.standings, self.standing = standings, standing
-        self.held: _Held | None = None
-
-    def __enter__(self) -> Standing:
-        """Begin.
-
-        Raises:
-            BadInput: it stands already.
-        """
-        if self.held is not None:
-            raise BadInput(
-                "an edit that stands already",
-                expected="one `with` at a time for what model.edit(...) returned",
-                got="a second one inside the first",
-                do="Call model.edit(...) once more.",
-            )
-        try:
-            self.held = self.standing.begin(self.standings)
-            return self.standing
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            self.held = None
-        finally:
-            self.standing.end()
-
-    def __del__(self) -> None:
-        """End what an interrupt kept from ending."""
-        self.standing.end()
-
-
-class Standings:
-    """All that stands on one model, in whatever context."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.ref = weakref.ref(self)
-        self.everywhere: tuple[Standing, ...] = ()
-        self.all: weakref.WeakSet[Standing] = weakref.WeakSet()
-
-    def stand(self, standing: Standing) -> "Stay":
-        """Keep something in force inside the ``with`` that the returned object is entered by."""
-        return Stay(self, standing)
-
-    def here(self) -> list[Standing]:
-        """Return what is in force in this context: first what is in force everywhere, each in the order it began."""
-        return [one for one in (*self.everywhere, *_STANDING.get()) if one.on(self)]
-
-    @property
-    def plain(self) -> bool:
-        """Whether the model is plain in this context."""
-        return any(one.plain for one in self.here())
-
-    def edits(self) -> list[Intervention]:
-        """Return the edits that stand in this context."""
-        return [edit for one in self.here() for edit in one.edits]
-
-    def end(self) -> None:
-        """End all that stands, in every context."""
-        for one in list(self.all):
-            one.end()
-
-    def warn_of_others(self, here: Sequence[Standing], model_type: str) -> None:
-        """Warn once of each edit that stands in another context, when a pass begins in a context where none stands."""
-        if any(one.edits for one in here):
-            return
-        with self.lock:
-            missed = [one for one in self.all if one.edits and one.on(self) and not one.told]
-        for one in missed:
-            one.told = True
-            warnings.warn(
-                EditsElsewhere(
-                    f"a forward pass of {model_type} runs without edits that stand in another context: "
-                    f"{'; '.join(map(repr, one.edits))}. A thread, an executor or a task starts without them: give it "
-                    "contextvars.copy_context().run, or edit with model.edit(..., everywhere=True)."
-                ),
-                stacklevel=4,
-            )
 
 
 # ---- what a call asks for ------------------------------------------------------------------------------------
@@ -220,6 +60,11 @@ class Session:
         given: a value to put at a point before all edits.
         skipped: modules to leave out, by path, and what each returns besides the residual (None: a tensor alone).
         forms: filled with what layers return besides the residual, by path.
+
+    Attributes:
+        generating: whether transformers' ``generate`` was entered.
+        prepared: whether it has prepared the inputs of the pass that comes next.
+        warned: whether a warning told of passes between its steps.
     """
 
     def __init__(
@@ -242,9 +87,7 @@ class Session:
         self.host, self.grad, self.whole, self.texts = host, grad, whole, texts
         self.unembed, self.given, self.skipped, self.forms = unembed, dict(given or {}), dict(skipped or {}), forms
         self.program = Program(host.spec, edits, reads, grad, decode=decode, routing=routing)
-        self.told = False  # whether somebody was warned of passes between its own
-        self.steps, self.began = steps, False  # began: whether transformers' `generate` was entered
-        self.prepared = not steps  # whether the next pass belongs to it
+        self.steps, self.generating, self.prepared, self.warned = steps, False, False, False
         host.check_in_place({layer for _, layer in (*self.program.edits, *self.program.reads)})
 
     def __call__(self, forward: Callable[[], T]) -> T:
@@ -279,8 +122,8 @@ class Session:
         if not self.steps or self.host.entries.get(path) not in (None, self.host.spec.main_stack):
             return True
         its, self.prepared = self.prepared, False
-        if not its and self.program.interventions and not self.told:
-            self.told = True
+        if not its and self.program.interventions and not self.warned:
+            self.warned = True
             warnings.warn(
                 EditsElsewhere(
                     "a forward pass between two steps of a generation runs without its edits: such a pass is taken for "

@@ -1,7 +1,7 @@
 """transformers' call of experts, ``experts(hidden, ids, weights)``, with everything passed through hook points.
 
-Where nobody looks at single experts, the module's own implementation runs, between the points of what it is given and
-of what it returns.
+In a call of the transformers model where nobody reads or edits single experts, the module's own implementation runs,
+between the points of what it is given and of what it returns.
 """
 
 import copy
@@ -90,24 +90,28 @@ def _experts_forward(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor)
 def experts_forward(
     taps: Taps, experts: Any, own: Callable[..., Tensor], hidden: Tensor, ids: Tensor, weights: Tensor
 ) -> Tensor:
-    """What the experts of a layer give: by our own computation, if single slots are wanted, else by ``own``.
-
-    Runs are compared with each other. So what a run gives must not depend, not even by rounding, on what it reads: it
-    has our own computation wherever ``own`` may differ from it. A call of the transformers model has ``own``.
-    """
+    """Compute what the experts of a layer give: by ``own``, the model's implementation, or by ours, slot by slot."""
     flow, moe = taps.now(), taps.layer.moe
     if flow is None or moe is None:
         return own(hidden, ids, weights)
-    registered = own if isinstance(own, Own) else None
-    differs = registered is None or not registered.same
-    ours = (registered is not None and not registered.runs) or (flow.call.session is not None and differs)
-    in_turn = registered is not None and registered.plain == "eager"
-    if not (ours or flow.opens_experts):
+    if not (flow.opens_experts or _must_be_ours(own, in_run=flow.call.session is not None)):
         total = own(hidden, flow("expert_ids", ids), flow("gate_weights", weights))
         return flow("routed_out", total)
     rows = hidden.reshape(-1, hidden.shape[-1])
+    in_turn = isinstance(own, Own) and own.plain == "eager"
     out = run_experts(flow, moe.kernel, experts, rows, ids, weights, in_turn=in_turn)
     return out.view(*hidden.shape[:-1], -1)
+
+
+def _must_be_ours(own: Callable[..., Tensor], in_run: bool) -> bool:
+    """Tell whether our implementation runs even where nobody reads or edits single experts.
+
+    What a run gives must not depend on what it reads, not even by rounding, because runs are compared with each other.
+    So a run never has an implementation that may round in another way. A call of the transformers model may.
+    """
+    if not isinstance(own, Own):
+        return in_run
+    return not own.runs or (in_run and not own.same)
 
 
 def _fp8_experts_forward(experts: Any, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

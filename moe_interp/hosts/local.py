@@ -9,7 +9,8 @@ What is installed, and taken away again by `LocalHost.remove`:
 - an experts function in transformers' registry. It is chosen for each experts module through a copy of that module's
   config: configs are shared between layers and models, so writing to one would reach models that are not ours, and
   would be undone by whoever restores it. Experts that do not ask the registry, and blocks that compute in their own
-  way, get another ``forward`` on the instance. Where nobody looks at single experts, all of them run as they did.
+  way, get another ``forward`` on the instance. In calls of the transformers model where nobody reads or edits single
+  experts, all of them run as they did.
 - a ``forward`` on the whole model that begins a pass (`moe_interp.hosts.calls`) and keeps the compiler out: code that
   was compiled before does not see hooks that came later. Modules inside begin one when they are called by themselves.
 - routers whose number of experts is that of the pass (`moe_interp.hosts.widths`).
@@ -31,21 +32,13 @@ from moe_interp.adapters.formats import check_format, plain_function
 from moe_interp.adapters.reading import bare
 from moe_interp.adapters.spec import BlockCall, LayerSpec, ModelSpec
 from moe_interp.errors import UnsupportedModel
-from moe_interp.hosts.calls import (
-    Standing,
-    Standings,
-    enter,
-    open_pass,
-    part_of,
-    session_of,
-    under_way,
-    without_session,
-)
+from moe_interp.hosts.calls import enter, open_pass, part_of, session_of, under_way, without_session
 from moe_interp.hosts.eager import eagerly
 from moe_interp.hosts.experts_call import asks_registry, experts_forward, lead_through
 from moe_interp.hosts.hooks import around, attach, attach_grid, attach_modality
 from moe_interp.hosts.parts import check_in_place, claim, parts_of
 from moe_interp.hosts.recompute import remembering
+from moe_interp.hosts.standing import Standing, Standings
 from moe_interp.hosts.steps import check_steps
 from moe_interp.hosts.taps import HookPoint, Taps, refuse_copies
 from moe_interp.hosts.widths import varying
@@ -208,10 +201,10 @@ class LocalHost:
         @functools.wraps(own)
         def generate(*args: Any, **kwargs: Any) -> Any:
             session = session_of(self)
-            if session is None or session.began:
+            if session is None or session.generating:
                 check_steps(self.standings.edits(), kwargs, entry.generation_config)
                 return own(*args, **kwargs) if session is None else without_session(own, *args, **kwargs)
-            session.began = True
+            session.generating = True
             check_steps(session.program.interventions, kwargs, entry.generation_config)
             return own(*args, **kwargs)
 
@@ -411,10 +404,7 @@ def _entries(hf: nn.Module, spec: ModelSpec) -> dict[str, str | None]:
 def _block_forward(
     taps: Taps, site: BlockCall, module: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """A block that computes in its own way, with everything passed through hook points if somebody may look.
-
-    A run has our computation, which may round in another way, whatever it reads: runs are compared with each other.
-    """
+    """Compute a block that has its own way of computing: by ours in a run, or where somebody looks, as for experts."""
     flow = taps.now()
     plain = flow is None or (flow.call.session is None and flow.idle)
     return own(*args, **kwargs) if plain else site.forward(module, flow, *args, **kwargs)

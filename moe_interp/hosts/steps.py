@@ -1,4 +1,4 @@
-"""Steps of a generation: which edits fit them, and which pass belongs to whom."""
+"""Which edits fit the steps of a generation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

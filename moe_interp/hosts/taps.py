@@ -1,5 +1,6 @@
 """Hook points; the taps of a layer, which are there as long as a model is open; and its flow in one forward pass."""
 
+import functools
 from collections.abc import Callable
 from math import prod
 from typing import Any, NoReturn, Protocol, runtime_checkable
@@ -43,6 +44,16 @@ class Watcher(Protocol):
         """A value has gone by that was not taken."""
 
 
+def _noting(name: str) -> Any:
+    """Make a method of `HookPoint` that sets a hook as any module does, and notes that the point is used."""
+
+    def noted(self: "HookPoint", *args: Any, **kwargs: Any) -> Any:
+        self.used.add(self)
+        return getattr(super(HookPoint, self), name)(*args, **kwargs)
+
+    return functools.wraps(getattr(nn.Module, name))(noted)
+
+
 class HookPoint(nn.Module):
     """Identity. What a forward hook on it returns goes on through the model in place of the value.
 
@@ -61,30 +72,11 @@ class HookPoint(nn.Module):
         self.used.add(self)
         self.watchers.append(watcher)
 
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module."""
-        self.used.add(self)
-        return super().register_forward_hook(*args, **kwargs)
-
-    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module."""
-        self.used.add(self)
-        return super().register_forward_pre_hook(*args, **kwargs)
-
-    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module."""
-        self.used.add(self)
-        return super().register_full_backward_hook(*args, **kwargs)
-
-    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module."""
-        self.used.add(self)
-        return super().register_full_backward_pre_hook(*args, **kwargs)
-
-    def register_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As of any module."""
-        self.used.add(self)
-        return super().register_backward_hook(*args, **kwargs)
+    register_forward_hook = _noting("register_forward_hook")
+    register_forward_pre_hook = _noting("register_forward_pre_hook")
+    register_full_backward_hook = _noting("register_full_backward_hook")
+    register_full_backward_pre_hook = _noting("register_full_backward_pre_hook")
+    register_backward_hook = _noting("register_backward_hook")
 
     @property
     def hooked(self) -> bool:
