@@ -124,7 +124,7 @@ def test_steps_of_several_tokens_are_found_wherever_they_are_asked_for(where):
 def test_edits_of_a_guided_generation_are_refused_and_standing_ones_are_not():
     options = {"max_new_tokens": 2, "do_sample": False, "guidance_scale": 2.0}
     with moe.wrap(build("olmoe")) as model:
-        with pytest.raises(BadInput, match="edits of a guided generation.*got guidance_scale=2.0"):
+        with pytest.raises(BadInput, match="passes without the prompt that guidance makes.*got guidance_scale=2.0"):
             model.generate(IDS, edit=EDIT, **options)
         with model.edit(EDIT):
             assert model.generate(IDS, **options).shape == (2, 11)

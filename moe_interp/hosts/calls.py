@@ -126,8 +126,8 @@ class Session:
             self.warned = True
             warnings.warn(
                 EditsElsewhere(
-                    "a forward pass between two steps of a generation runs without its edits: such a pass is taken for "
-                    "one that a logits processor or a streamer makes. model.run(..., edit=...) makes one with edits."
+                    "a forward pass between two steps of a generation runs without the generation's edits, because a "
+                    "logits processor or a streamer seems to make it. To edit it, call model.run(..., edit=...)."
                 ),
                 stacklevel=4,
             )
@@ -135,7 +135,7 @@ class Session:
 
 
 def without_session(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """Call a function with no session in force: what it runs of a model has what stands, and nothing else."""
+    """Call a function with no session in force, so that passes of a model have only the edits that stand."""
 
     def call() -> T:
         _SESSION.set(None)

@@ -1,4 +1,4 @@
-"""Modules that the points of a layer are on: whose they are, and whether they are still in place."""
+"""Modules that carry the points of a layer: one opened model owns each, and they stay in place while it is open."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -14,7 +14,7 @@ _OWNER = "_moe_interp_owner"  # of a module of a mixture: the host that opened i
 
 
 class Part(NamedTuple):
-    """A module that a layer's points are on.
+    """A module that carries points of a layer.
 
     Attributes:
         path: its path in the model.
@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
 
 def parts_of(hf: nn.Module, layer: LayerSpec) -> list[Part]:
-    """Return the modules that a layer's points are on, as they are now."""
+    """Return the modules that carry the points of a layer, as they are now."""
     paths = {
         layer.path,
         *([layer.moe.block] if layer.moe else ()),

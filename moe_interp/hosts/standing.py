@@ -81,13 +81,13 @@ class Standing:
 
 
 class _Held:
-    """A token that the object of a ``with`` holds: when it is gone, however the ``with`` ended, so is what stands."""
+    """A token of a `Stay`. What stands has ended when nothing holds the token, however the ``with`` ended."""
 
     __slots__ = ("__weakref__",)
 
 
 class Stay:
-    """What a ``with`` is entered by, and what stands inside it; once it has ended, it may be entered again."""
+    """A context manager that keeps something in force. It can be entered again after it has ended."""
 
     def __init__(self, standings: "Standings", standing: Standing):
         self.standings, self.standing = standings, standing

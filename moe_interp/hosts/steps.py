@@ -33,7 +33,9 @@ def check_steps(edits: Sequence[Intervention], options: Mapping[str, Any], confi
 
 
 def check_unguided(edits: Sequence[Intervention], options: Mapping[str, Any], config: Any) -> None:
-    """Refuse edits of a generation that also runs the model without its prompt, in passes that it does not announce.
+    """Refuse edits given to a generation with guidance, which also runs the model without the prompt.
+
+    transformers prepares no inputs for these passes, so that they would not have the edits.
 
     Raises:
         BadInput: classifier-free guidance (Sanchez et al. 2023, arXiv 2306.17806) under such edits.
@@ -41,8 +43,8 @@ def check_unguided(edits: Sequence[Intervention], options: Mapping[str, Any], co
     scale = _option("guidance_scale", options, config)
     if edits and scale not in (None, 1, 1.0):
         raise BadInput(
-            "edits of a guided generation",
-            expected="guidance_scale=1: passes without the prompt would have none of the edits",
+            "generate(edit=...) does not edit the passes without the prompt that guidance makes",
+            expected="no guidance_scale, or edits that stand",
             got=f"guidance_scale={scale}",
             do="Edit every pass: with model.edit(...): model.generate(..., guidance_scale=...).",
         )
