@@ -258,7 +258,9 @@ def test_nan_at_a_token_whose_logits_are_not_made():
                 opened.run(ids, output=output)
 
 
-def test_checkpoints_that_are_not_there(tmp_path):
+def test_checkpoints_that_are_not_there(tmp_path, monkeypatch):
+    # Without a network the hub's client tries again for two minutes; that a command asks it is seen below.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for path in (tmp_path / "nothing", str(tmp_path / "nothing"), "./nothing", "../nothing", Path("nothing/at/all")):
         with pytest.raises(errors.BadCheckpoint, match="cannot load .*: expected a folder .*json, got no such folder"):
             moe.load(path)
