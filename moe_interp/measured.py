@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache, partial
 from pathlib import Path
 from types import CellType
@@ -74,7 +74,7 @@ def code_version() -> str:
 def inputs_told(**given: Any) -> dict[str, str]:
     """Inputs by name, as a result's provenance has them: JSON where that is short, else its length and hash.
 
-    Tensors count by their values; a mapping of model inputs by key.
+    Tensors and arrays count by their values; a mapping of model inputs by key.
     """
     found = {}
     for name, inputs in given.items():
@@ -90,9 +90,11 @@ def _plain(given: Any) -> Any:
         return given
     if isinstance(given, Tensor):
         return given.detach().cpu().tolist()
+    if isinstance(given, np.ndarray | np.generic):
+        return given.tolist()
     if isinstance(given, Mapping):
         return {str(name): _plain(value) for name, value in given.items()}
-    if isinstance(given, list | tuple):
+    if isinstance(given, Sequence):
         return [_plain(one) for one in given]
     return function_told(given) if callable(given) else type(given).__name__
 
@@ -119,7 +121,7 @@ def _made_of(value: Any, deep: int = 4) -> Iterator[str]:
     if isinstance(value, str | bytes | int | float | None):
         yield repr(value)
         return
-    if isinstance(value, Tensor | np.ndarray):
+    if isinstance(value, Tensor | np.ndarray | np.generic):
         yield values_told(value)
         return
     yield type(value).__qualname__
@@ -131,6 +133,8 @@ def _parts(value: Any) -> list[Any]:
     """What a container holds, or a function or an object that can be called is made with."""
     if isinstance(value, list | tuple):
         return list(value)
+    if isinstance(value, Set):
+        return sorted(value, key=repr)  # in one order in every process
     if isinstance(value, Mapping):
         return list(value.items())
     if isinstance(value, partial):
@@ -161,7 +165,7 @@ def edits_told(edits: Iterable[Any]) -> str:
     return "; ".join(told)
 
 
-def values_told(*values: Tensor | np.ndarray) -> str:
+def values_told(*values: Tensor | np.ndarray | np.generic) -> str:
     """A hash of the values, shapes and dtypes of tensors and arrays, 16 hexadecimal digits."""
     found = hashlib.sha256()
     for one in values:

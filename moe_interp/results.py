@@ -18,6 +18,7 @@ import xarray as xr
 from numpy.typing import ArrayLike
 
 from moe_interp import __version__
+from moe_interp.arguments import check_flag
 from moe_interp.errors import BadData, BadInput, BadOutput
 from moe_interp.paths import check_readable, lone_surrogate, real_file, write_whole
 from moe_interp.untrusted import frames
@@ -197,8 +198,10 @@ def load(path: str | os.PathLike[str], *, trusted: bool = False) -> xr.Dataset:
 
     Raises:
         BadData: no such file, not a netCDF-4 file, a damaged one, one that refers to other files, or one whose values
-            take more memory or time than a file of its size has reason to.
+            take more memory or time than a file of its size should.
+        BadInput: no path, or ``trusted`` is neither True nor False.
     """
+    check_flag("trusted", trusted)
     check_readable(path, _A_RESULT)
     try:
         _check_seal(path)

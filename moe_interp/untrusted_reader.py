@@ -103,14 +103,19 @@ def netcdf(path: str) -> None:
 
 
 def _stated(file: Any, h5py: Any) -> int:
-    """Bytes of values that a file states, where it takes none from other files."""
-    names: list[str] = []
-    file.visititems_links(lambda name, link: names.append(name) if isinstance(link, h5py.ExternalLink) else None)
+    """Bytes of values that a file states, if it takes none from other files.
+
+    A dataset counts once for each of its names, since it is read under each.
+    """
+    links: dict[str, Any] = {}
+    file.visititems_links(links.__setitem__)
+    outside = [name for name, link in links.items() if isinstance(link, h5py.ExternalLink)]
     tables: list[Table] = []
-    file.visititems(lambda _, one: tables.append(one) if isinstance(one, h5py.Dataset) else None)
-    names += [one.name for one in tables if one.external or one.is_virtual]
-    if names:
-        raise Refused("refers to other files", "a file that holds its own values", f"links at {names[:3]}")
+    if not outside:  # a soft link can lead through an external one
+        tables = [one for one in map(file.get, links) if isinstance(one, h5py.Dataset)]
+    outside += [one.name for one in tables if one.external or one.is_virtual]
+    if outside:
+        raise Refused("refers to other files", "a file that holds its own values", f"links at {outside[:3]}")
     return sum(one.size * one.dtype.itemsize for one in tables if one.shape is not None)
 
 

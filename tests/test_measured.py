@@ -65,6 +65,11 @@ def test_long_inputs_are_told_by_their_hash():
     assert inputs_told(inputs={"input_ids": torch.tensor([[5, 6]])}) == {"inputs": '{"input_ids": [[5, 6]]}'}
 
 
+@pytest.mark.parametrize("given", [np.array([[5, 6]]), [[np.int64(5), np.int64(6)]], [range(5, 7)], ((5, 6),)])
+def test_ids_of_any_form_are_told_by_their_values(given):
+    assert inputs_told(inputs=given) == {"inputs": "[[5, 6]]"}
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 def test_every_router_is_in_the_fingerprint(model_type):
     """Of every type: one changed value of a router changes it, at any layer, and opening changes nothing."""

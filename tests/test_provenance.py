@@ -200,6 +200,8 @@ def test_functions_of_one_source_are_told_apart_by_what_they_were_made_with():
 
     assert function_told(made(1.0)) == function_told(made(1.0)) != function_told(made(2.0))
     assert function_told(made(torch.ones(3))) != function_told(made(torch.zeros(3)))
+    assert function_told(made(np.int64(1))) == function_told(made(np.int64(1))) != function_told(made(np.int64(2)))
+    assert function_told(made({"a", "b"})) == function_told(made({"b", "a"})) != function_told(made({"a", "c"}))
     assert function_told(Tagger(3)) == function_told(Tagger(3)) != function_told(Tagger(4))
     assert function_told(moe.spans(Tagger(3))) != function_told(moe.spans(Tagger(4)))
     assert function_told(partial(max, 1)) != function_told(partial(max, 2))

@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 import moe_interp as moe
 from moe_interp import files, untrusted
-from moe_interp.errors import BadData
+from moe_interp.errors import BadData, BadInput
 from moe_interp.results import load, save
 from tests.test_results import assert_same, example
 
@@ -132,6 +132,8 @@ def test_a_file_that_is_trusted_is_read_here(tmp_path, monkeypatch):
     assert_same(load(path, trusted=True), example())
     with pytest.raises(BadData, match="exit status 2"):
         load(path)
+    with pytest.raises(BadInput, match="trusted is neither True nor False: expected True or False, got 'no'"):
+        load(path, trusted="no")
 
 
 def test_what_others_wrote_comes_back_as_xarray_reads_it(tmp_path):
@@ -188,6 +190,17 @@ def test_a_result_that_states_sizes_beyond_its_bytes_is_refused(tmp_path):
     with h5py.File(tmp_path / "x.nc", "w") as file:
         file.create_dataset("x", (10**12,), float, chunks=(10**6,))
     with pytest.raises(BadData, match="x.nc states sizes that it cannot hold: .*, got 8000000000000 bytes"):
+        load(tmp_path / "x.nc")
+
+
+@pytest.mark.parametrize("link", ["hard", "soft"])
+def test_values_that_are_read_under_many_names_count_under_each(link, tmp_path):
+    with h5py.File(tmp_path / "x.nc", "w") as file:
+        file["n"] = np.zeros(10**6)
+        file["n"].make_scale("n")
+        for number in range(40):
+            file[f"x{number}"] = file["n"] if link == "hard" else h5py.SoftLink("/n")
+    with pytest.raises(BadData, match="x.nc states sizes that it cannot hold: .*, got 328000000 bytes"):
         load(tmp_path / "x.nc")
 
 
