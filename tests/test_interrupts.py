@@ -1,5 +1,6 @@
 """Ctrl-C at every line: afterwards the model, its modules and the process are as before."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch._C import _pop_torch_function_stack
 from torch._dynamo import eval_frame
 from torch.overrides import _get_current_function_mode_stack
 
 import moe_interp as moe
 from moe_interp.hosts import eager
+from moe_interp.hosts.modes import FirstLinear, StateKept
 from tests.interrupts import Lines, numbers, run_under
 from tests.test_host import traces
 from tests.tiny import build
@@ -35,7 +38,7 @@ def process() -> dict[str, Any]:
         "modes": len(_get_current_function_mode_stack()),
         "grad": torch.is_grad_enabled(),
         "stance": eval_frame._stance.stance,
-        "eager": list(eager._TURNED),
+        "eager": list(eager._BEFORE),
         "context": {
             var.name: value for var, value in copy_context().items() if value and var.name.startswith("moe_interp")
         },
@@ -126,6 +129,39 @@ def test_closing_that_was_interrupted_can_be_ended():
         opened[-1].close()
         assert traces(hf) == before
         assert torch.equal(hf(input_ids=IDS, use_cache=False).logits, expected)
+
+
+def test_modes_and_gradients_that_an_interrupt_left_are_put_right():
+    with pytest.raises(KeyboardInterrupt), StateKept():
+        FirstLinear(lambda logits: logits).__enter__()
+        torch.set_grad_enabled(False)
+        raise KeyboardInterrupt
+    assert process() == process() | {"modes": 0, "grad": True}
+
+
+def test_a_mode_that_torch_has_taken_off_already_is_not_left_again():
+    with torch.device("meta"), FirstLinear(lambda logits: logits) as mode:
+        _pop_torch_function_stack()  # as a signal can leave it: see `_Own`
+        assert mode not in _get_current_function_mode_stack()
+    assert process()["modes"] == 0
+
+
+def test_a_stance_whose_turning_back_was_interrupted_is_turned_back_when_the_call_is_gone(monkeypatch):
+    own, calls = torch.compiler.set_stance, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(torch.compiler, "set_stance", interrupted)
+    try:
+        eager.eagerly(lambda: None)()
+    except KeyboardInterrupt:
+        pass
+    gc.collect()
+    assert len(calls) == 3 and eval_frame._stance.stance == "default" and not eager._BEFORE
 
 
 SIGNALLED = """

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from moe_interp.adapters.spec import ModelSpec
 from moe_interp.errors import BadInput, EditsElsewhere
+from moe_interp.hosts.modes import StateKept
 from moe_interp.hosts.program import Edited, Program
 from moe_interp.hosts.standing import Standing
 from moe_interp.hosts.tokens import arguments_of, follows, tokens_of
@@ -96,7 +97,8 @@ class Session:
         Raises:
             BadInput: the model was closed meanwhile.
         """
-        result = copy_context().run(self._in_force, forward)
+        with StateKept():
+            result = copy_context().run(self._in_force, forward)
         if self.host.closed:
             raise BadInput(
                 "the model was closed while it ran",
@@ -291,7 +293,8 @@ def _pass(host: Any, path: str, own: Callable[..., T], args: tuple[Any, ...], kw
     call = Call(host, path, outside, session, standing)
     _CALL.set(call)
     call.begin(host.hf.get_submodule(path), args, kwargs)
-    result = own(*args, **kwargs)
+    with StateKept():
+        result = own(*args, **kwargs)
     call.end()
     return result
 

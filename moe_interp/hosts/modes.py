@@ -5,10 +5,13 @@ a pass of a model ask whether the pass itself runs.
 """
 
 from collections.abc import Callable, Collection
+from traceback import clear_frames
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_function_stack_at, _len_torch_function_stack, _pop_torch_function_stack
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -16,11 +19,44 @@ from moe_interp.adapters.spec import RouterTopK
 from moe_interp.errors import UnsupportedModel
 
 
+class _Own(TorchFunctionMode):
+    """A function mode of this package.
+
+    torch leaves the innermost mode, whichever it is, and takes a mode off while the mode's own code runs. A signal can
+    come when torch is about to put it back.
+    """
+
+    def __exit__(self, *error: object) -> None:
+        """Leave this mode, unless it is off already."""
+        depth = _len_torch_function_stack()
+        if depth and _get_function_stack_at(depth - 1) is self:
+            _pop_torch_function_stack()
+
+
+class StateKept:
+    """A context manager that leaves two things of this thread as they were: gradients on or off, and modes of ours.
+
+    torch restores both by Python code. A signal that comes just before that code would leave them changed for good. The
+    code may also run late, when the frames of the signal's exception are freed. So those are freed here.
+    """
+
+    def __enter__(self) -> None:
+        self.gradients, self.modes = torch.is_grad_enabled(), _len_torch_function_stack()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not isinstance(error, Exception):
+            clear_frames(trace)
+        torch._C._set_grad_enabled(self.gradients)
+        for depth in range(_len_torch_function_stack(), self.modes, -1):
+            if isinstance(_get_function_stack_at(depth - 1), _Own):
+                _pop_torch_function_stack()
+
+
 def _always() -> bool:
     return True
 
 
-class FirstLinear(TorchFunctionMode):
+class FirstLinear(_Own):
     """Passes the result of the first ``F.linear`` under it through a function, while ``now`` says so.
 
     Args:
@@ -50,7 +86,7 @@ class FirstLinear(TorchFunctionMode):
         return self.through(result)
 
 
-class TopK(TorchFunctionMode):
+class TopK(_Own):
     """Passes the first top-k over rows of so many columns through a function of its input and itself, while ``now``."""
 
     def __init__(
@@ -76,7 +112,7 @@ class TopK(TorchFunctionMode):
         return scores.dim() == (3 if self.site.batched else 2) and scores.shape[-1] == self.site.columns
 
 
-class SecondProducts(TorchFunctionMode):
+class SecondProducts(_Own):
     """Meets what every second matrix product is given: the neurons of experts, in the order in which they are run.
 
     transformers runs them sorted by expert in one grouped product, slot by slot in one batched product, or one expert
