@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from contextvars import copy_context
 from typing import Any
 
@@ -156,10 +157,8 @@ def test_a_stance_whose_turning_back_was_interrupted_is_turned_back_when_the_cal
         return own(*args, **kwargs)
 
     monkeypatch.setattr(torch.compiler, "set_stance", interrupted)
-    try:
+    with suppress(KeyboardInterrupt):
         eager.eagerly(lambda: None)()
-    except KeyboardInterrupt:
-        pass
     gc.collect()
     assert len(calls) == 3 and eval_frame._stance.stance == "default" and not eager._BEFORE
 
