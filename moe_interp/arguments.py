@@ -253,7 +253,8 @@ def kind_of(annotation: Any) -> Kind:
     if isinstance(annotation, type) and issubclass(annotation, AbstractArray):
         return _array(annotation)
     if isinstance(annotation, type):
-        return Kind(lambda given: isinstance(given, annotation), f"a {annotation.__name__}")
+        article = "an" if annotation.__name__[0] in "AEIOU" else "a"
+        return Kind(lambda given: isinstance(given, annotation), f"{article} {annotation.__name__}")
     raise TypeError(f"cannot check arguments annotated {annotation!r}")
 
 

@@ -96,8 +96,11 @@ def test_what_is_no_answer_is_refused(make, says):
         ("logits", "unknown metric: expected 'nll', 'kl', .*got 'logits'"),
         (moe.KL, r"expected a metric, not its class, got the class KL. Make one: moe.KL\(...\)"),
         (moe.LogitDifference, r"got the class LogitDifference. Make one: moe.LogitDifference\(...\)"),
-        (lambda logits, tokens: 0.0, r"of other arguments: expected a function of one.*got <lambda>\(logits, tokens\)"),
-        (lambda: 0.0, r"of other arguments.*got <lambda>\(\)"),
+        (
+            lambda logits, tokens: 0.0,
+            r"metric takes other arguments: expected a function of one.*got <lambda>\(logits, tokens\)",
+        ),
+        (lambda: 0.0, r"metric takes other arguments.*got <lambda>\(\)"),
         (lambda logits: logits[-1], r"a metric gave no number.*got a Tensor of shape \[96\]"),
         (lambda logits: None, "a metric gave no number.*got None"),
         (lambda logits: "5", "a metric gave no number.*got '5'"),

@@ -1,4 +1,4 @@
-"""A user's function as a metric: what it must take, and what it must give."""
+"""Functions of users as metrics: their arguments and their results are checked."""
 
 import inspect
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from moe_interp.errors import BadInput
 
 
 def number_of(fn: Callable[[Tensor], Any], logits: Float[Tensor, "s V"]) -> Float[Tensor, ""]:
-    """What a function gives for the logits of one text, in float64.
+    """Call a user's function with the logits of one text, and return its number in float64.
 
     Raises:
         BadInput: something else than a number.
@@ -38,7 +38,7 @@ def _is_number(given: Any) -> bool:
 
 
 def kind(given: Any) -> str:
-    """What something is, for an error."""
+    """Describe a value for an error."""
     if hasattr(given, "shape"):
         return f"a {type(given).__name__} of shape {list(given.shape)}"
     return repr(given)[:80] if isinstance(given, str | int | float | None) else f"a {type(given).__name__}"
@@ -58,7 +58,7 @@ def check_arguments(fn: Callable[..., Any]) -> None:
         signature.bind(None)
     except TypeError:
         raise BadInput(
-            "a metric of other arguments",
+            "the metric takes other arguments",
             expected="a function of one: the logits [pos, vocab] of one text",
             got=f"{getattr(fn, '__name__', type(fn).__name__)}{signature}",
             do="Bind the others: functools.partial(function, name=value), or a lambda.",

@@ -1,4 +1,4 @@
-"""Two lists of tokens that should match one by one, as an error shows them: one above the other, where they part."""
+"""Show in an error where two texts that should have as many tokens differ: one above the other."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,9 +20,9 @@ def real_ids(ids: Int[Tensor, "B S"], mask: Bool[Tensor, "B S"]) -> list[list[in
 def side_by_side(
     first: Sequence[Sequence[int]], second: Sequence[Sequence[int]], tokenizer: Any, names: tuple[str, str]
 ) -> str:
-    """The first two texts that have other numbers of tokens, a line each, a bar where they first differ.
+    """Show the first pair of texts with different numbers of tokens: a line each, with a bar where they first differ.
 
-    What is far from the bar is left out.
+    Tokens far from the bar are left out.
 
     Args:
         first, second: token ids of texts that should pair up.
